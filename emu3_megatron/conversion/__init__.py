@@ -1,0 +1,1 @@
+"""Weight maps and converters to and from Hugging Face."""

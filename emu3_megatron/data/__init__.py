@@ -1,0 +1,1 @@
+"""Indexed multimodal datasets, mixtures, packing plans, windows and the loader."""

@@ -1,0 +1,1 @@
+"""The generation engine and its tasks."""

@@ -1,0 +1,1 @@
+"""Decoding, preprocessing and encoding of images and video."""

@@ -1,0 +1,1 @@
+"""The megatron-core GPT: presets, build, attention and loss."""

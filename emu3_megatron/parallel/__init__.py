@@ -1,0 +1,1 @@
+"""Process groups, context parallelism and the platform (CUDA or CPU)."""

@@ -1,0 +1,1 @@
+"""Quality fine-tuning, vision-language understanding and DPO."""

@@ -1,0 +1,1 @@
+"""The built-in sample corpus: a small captioned world."""

@@ -1,0 +1,1 @@
+"""Text tokenizers behind one protocol."""

@@ -1,0 +1,1 @@
+"""Configuration, the trainer, optimizer and schedules, checkpoints, callbacks and metrics."""

@@ -1,0 +1,1 @@
+"""The vision tokenizer: model, losses, training, checkpoints and reconstruction metrics."""
