@@ -12,7 +12,15 @@ from tests.grammar.conftest import NAMES
 from tests.grammar.reference import recognise
 
 PROBES = (
-    *(reference.BOS, reference.EOS, reference.BOI, reference.EOI, reference.IMG, reference.EOL, reference.EOF),
+    *(
+        reference.BOS,
+        reference.EOS,
+        reference.BOI,
+        reference.EOI,
+        reference.IMG,
+        reference.EOL,
+        reference.EOF,
+    ),
     *(ord(character) for character in "012349*.a"),
     *(reference.FIRST_CODE, reference.FIRST_CODE + reference.CODES - 1),
     *(256, 461, -1, reference.FIRST_CODE + reference.CODES),  # pad, an unused control id, outside
