@@ -149,9 +149,9 @@ def test_random_mutations_are_judged_as_the_reference_judges_them(dialects, name
 def mutations(ids):
     for position in range(len(ids) + 1):
         for probe in PROBES:
-            yield ids[:position] + [probe] + ids[position:]
+            yield [*ids[:position], probe, *ids[position:]]
             if position < len(ids):
-                yield ids[:position] + [probe] + ids[position + 1 :]
+                yield [*ids[:position], probe, *ids[position + 1 :]]
         yield ids[:position] + ids[position + 1 :]
 
 
