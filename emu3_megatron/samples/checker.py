@@ -59,9 +59,7 @@ class Checker:
         radii = np.arange(low, high + RADIUS_STEP, RADIUS_STEP, dtype=np.float32)
         self._candidates = [(shape, float(radius)) for shape in SHAPES for radius in radii]
         axis = np.arange(config.size, dtype=np.float32) - np.float32(config.size / 2)
-        self._bank = np.stack(
-            [coverage(s, axis[None, :], axis[:, None], r) for s, r in self._candidates]
-        )
+        self._bank = np.stack([coverage(s, axis[None, :], axis[:, None], r) for s, r in self._candidates])
         self._bank_spectrum = np.conj(np.fft.rfft2(self._bank)).astype(np.complex64)
         self._bank_energy = np.square(self._bank).sum((1, 2))
         edges = config.radii

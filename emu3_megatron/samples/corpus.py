@@ -5,8 +5,6 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
-import os
-import tempfile
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
@@ -18,6 +16,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from emu3_megatron.files import atomic_write
 from emu3_megatron.samples.captions import LANGUAGES, WORDINGS, caption, text_document
 from emu3_megatron.samples.world import MEDIA, SPLITS, Pixels, World, WorldConfig
 
@@ -96,9 +95,10 @@ def write_corpus(folder: str | Path, config: CorpusConfig, *, processes: int = 1
 
     Everything follows from the config: the bytes do not depend on `processes`. Files appear under
     ``images/SPLIT`` and ``videos/SPLIT``. The manifests ``train-images.jsonl``, ``train-videos.jsonl``,
-    ``train-texts.jsonl``, ``held-out-images.jsonl`` and ``held-out-videos.jsonl`` come last, so that none is
-    there before its files. Each line has ``id``, ``split``, and ``image`` or ``video`` (a path relative to the
-    manifest) with ``caption``, ``language`` and ``attributes``, or ``text``. Running again rewrites all of it.
+    ``train-texts.jsonl``, ``held-out-images.jsonl`` and ``held-out-videos.jsonl`` come last, so that none
+    is there before its files. Each line has ``id``, ``split``, and ``image`` or ``video`` (a path relative
+    to the manifest) with ``caption``, ``language`` and ``attributes``, or ``text``. Running again rewrites
+    all of it.
 
     Args:
         folder: made if missing.
@@ -132,7 +132,8 @@ def write_corpus(folder: str | Path, config: CorpusConfig, *, processes: int = 1
     for name, lines in groups.items():
         manifests[name] = folder / f"{name}.jsonl"
         data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        _write(manifests[name], data.encode())
+        with atomic_write(manifests[name]) as stream:
+            stream.write(data.encode())
     return manifests
 
 
@@ -192,21 +193,6 @@ def _text_record(config: CorpusConfig, index: int) -> dict[str, object]:
         "split": "train",
         "language": language,
     }
-
-
-def _write(path: Path, data: bytes) -> None:
-    """Write a file so that it is either whole or absent, also after a crash."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(data)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def read_manifest(path: str | Path) -> list[dict[str, object]]:

@@ -57,6 +57,10 @@ DIRECTIONS: Mapping[str, tuple[int, int]] = MappingProxyType(
 """Unit step (x, y) of each direction of motion; y grows downwards."""
 
 
+REACH = 1.03
+"""No shape reaches further from its centre than this many radii along an axis."""
+
+
 def _circle(x: FloatArray, y: FloatArray, r: np.float32) -> FloatArray:
     return np.hypot(x, y) - r
 
@@ -81,7 +85,7 @@ def _cross(x: FloatArray, y: FloatArray, r: np.float32) -> FloatArray:
 
 
 def _diamond(x: FloatArray, y: FloatArray, r: np.float32) -> FloatArray:
-    return (np.abs(x) + np.abs(y) - np.float32(1.06) * r) / np.float32(np.sqrt(2.0))
+    return (np.abs(x) + np.abs(y) - np.float32(REACH) * r) / np.float32(np.sqrt(2.0))
 
 
 SHAPES: Mapping[str, Callable[[FloatArray, FloatArray, np.float32], FloatArray]] = MappingProxyType(

@@ -14,6 +14,7 @@ from emu3_megatron.samples.definitions import (
     COLOURS,
     DIRECTIONS,
     POSITIONS,
+    REACH,
     SHAPES,
     SIZES,
     FloatArray,
@@ -63,11 +64,11 @@ class WorldConfig:
             raise ValueError(
                 f"frames={self.frames}, fps={self.fps}: a clip has at least 2 frames at 1 per second"
             )
-        reach = 1.06 * self.radii[-1] + self.jitter
+        reach = REACH * self.radii[-1] + self.jitter + 0.5  # the edge's ramp
         if reach > self.size / 4:
             raise ValueError(
-                f"size={self.size}: the largest radius and the jitter reach {reach:.1f} pixels from a position's "
-                f"centre, over a quarter of the picture; make them smaller or the picture larger"
+                f"size={self.size}: the largest radius and the jitter reach {reach:.1f} pixels from a centre, "
+                "over a quarter of the picture; make them smaller or the picture larger"
             )
         if reach + self.speed * (self.frames - 1) / 2 > self.size / 2:
             raise ValueError(

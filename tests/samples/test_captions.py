@@ -58,7 +58,11 @@ def test_contradictions_and_gaps_are_not_guessed():
 
 
 def test_a_motion_is_not_a_position():
-    assert parse_caption("red circle, moving left") == {"colour": "red", "shape": "circle", "direction": "left"}
+    assert parse_caption("red circle, moving left") == {
+        "colour": "red",
+        "shape": "circle",
+        "direction": "left",
+    }
     assert parse_caption("red circle, left") == {"colour": "red", "shape": "circle", "position": "left"}
 
 

@@ -21,7 +21,9 @@ def _from_mp4(data):
 
 def _blurred(pixels, rng, width):
     small = Image.fromarray(pixels).resize((width, width), Image.Resampling.BILINEAR)
-    noisy = np.asarray(small.resize((64, 64), Image.Resampling.BICUBIC), float) + rng.normal(0, 10, pixels.shape)
+    noisy = np.asarray(small.resize((64, 64), Image.Resampling.BICUBIC), float) + rng.normal(
+        0, 10, pixels.shape
+    )
     return np.clip(noisy, 0, 255).astype(np.uint8)
 
 

@@ -26,7 +26,7 @@ def test_held_out_combinations_are_never_trained_yet_every_pair_is(world, medium
     assert 0.1 <= len(held) / (len(train) + len(held)) <= 0.15
     for i, j in ((0, 1), (0, 2), (1, 2)):
         assert {(c[i], c[j]) for c in held} <= {(c[i], c[j]) for c in train}
-    for last in (POSITIONS if medium == "image" else DIRECTIONS):
+    for last in POSITIONS if medium == "image" else DIRECTIONS:
         assert any(c[2] == last for c in held)
 
 
