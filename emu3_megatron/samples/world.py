@@ -67,7 +67,7 @@ class WorldConfig:
         reach = REACH * self.radii[-1] + self.jitter + 0.5  # the edge's ramp
         if reach > self.size / 4:
             raise ValueError(
-                f"size={self.size}: the largest radius and the jitter reach {reach:.1f} pixels from a centre, "
+                f"size={self.size}: the largest radius and the jitter reach {reach:.1f} pixels, "
                 "over a quarter of the picture; make them smaller or the picture larger"
             )
         if reach + self.speed * (self.frames - 1) / 2 > self.size / 2:
