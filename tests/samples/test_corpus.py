@@ -1,4 +1,5 @@
 import hashlib
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,6 @@ from PIL import Image
 from emu3_megatron.samples import (
     CorpusConfig,
     World,
-    WorldConfig,
     parse_caption,
     read_manifest,
     write_corpus,
@@ -101,12 +101,18 @@ def test_a_broken_manifest_names_its_line(tmp_path):
 
 
 def test_the_tool(tmp_path):
-    tool = Path(__file__).parents[2] / "tools" / "make_samples.py"
-    counts = [f"--{split}-{kind}=1" for split in ("train", "held-out") for kind in ("images", "videos")]
-    command = [sys.executable, str(tool), "--output", str(tmp_path), "--world", "quickstart", *counts]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    root = Path(__file__).parents[2]
+
+    def run(*arguments):
+        counts = [f"--{split}-{kind}=1" for split in ("train", "held-out") for kind in ("images", "videos")]
+        command = [sys.executable, "tools/make_samples.py", "--output", str(tmp_path), *counts, *arguments]
+        environment = {**os.environ, "PYTHONPATH": str(root)}
+        return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+
+    done = run("--world", "quickstart", "--processes", "1")
+    assert done.returncode == 0, done.stderr
     assert "train-images" in done.stdout
-    assert WorldConfig.preset("quickstart").to_dict()["jitter"] == 1
-    bad = subprocess.run([*command[:-4], "--world", "huge"], capture_output=True, text=True, check=False)
+    assert len(read_manifest(tmp_path / "held-out-videos.jsonl")) == 1
+    bad = run("--world", "huge")
     assert bad.returncode == 2
     assert "known worlds" in bad.stderr
