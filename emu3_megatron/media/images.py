@@ -24,9 +24,6 @@ DALI_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "JPEG2000
 DALI_MODES = frozenset({"L", "RGB", "RGBA"})
 """PIL's names of the pixel layouts that DALI decodes to the same pixels. Not 16-bit grey, palettes, CMYK."""
 
-PIL_ERRORS = (OSError, SyntaxError, ValueError, EOFError, IndexError, TypeError, Image.DecompressionBombError)
-"""What PIL raises on damaged files. The bytes are in memory by then, so an `OSError` is about them."""
-
 MAX_IMAGE_PIXELS = 1 << 27
 """An image that claims more is refused before memory is taken for it (a decompression bomb)."""
 
@@ -104,8 +101,8 @@ def _decode_with_pil(encoded: bytes) -> Picture:
                 grey = (np.asarray(upright).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8)
                 return np.repeat(grey[..., None], 3, axis=-1)
             return np.array(upright.convert("RGB"))
-        except PIL_ERRORS as error:
-            raise MediaError(f"cannot be decoded as an image: {error}") from error
+        except Exception as error:
+            raise _bad_image(error) from error
 
 
 def _open(encoded: bytes) -> Any:
@@ -116,5 +113,12 @@ def _open(encoded: bytes) -> Any:
             return Image.open(io.BytesIO(encoded))
     except UnidentifiedImageError as error:
         raise MediaError("is not an image of a known format") from error
-    except PIL_ERRORS as error:
-        raise MediaError(f"cannot be opened as an image: {error}") from error
+    except Exception as error:
+        raise _bad_image(error) from error
+
+
+def _bad_image(error: Exception) -> Exception:
+    """What PIL's `error` amounts to: it raises many types, and the bytes, all in memory, are the cause of each."""
+    if isinstance(error, MemoryError):
+        return error
+    return MediaError(f"cannot be decoded as an image: {error or type(error).__name__}")
