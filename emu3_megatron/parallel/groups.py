@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 
 from emu3_megatron.parallel.config import ParallelConfig
@@ -50,7 +52,7 @@ def _start_distributed(platform: Platform) -> None:
     if torch.distributed.is_torchelastic_launched():
         torch.distributed.init_process_group(platform.backend)
     else:
-        store = torch.distributed.HashStore()
+        store = cast(Any, torch.distributed).HashStore()
         torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1)
 
 
