@@ -39,7 +39,6 @@ def initialize_parallel(parallel: ParallelConfig, platform: Platform, seed: int)
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        create_gloo_process_groups=platform.is_cuda,
     )
     data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
