@@ -19,7 +19,10 @@ def pack_reference(
 ) -> tuple[list[list[Piece]], list[int]]:  # fmt: skip
     """The windows as lists of pieces, and the dropped documents; arguments as `packing.pack`."""
     units = [-(-length // align) for length in lengths]
-    whole, least = capacity // align, max(1, min((min_piece + 2 * (align - 1)) // align, capacity // align // 2))
+    whole, least = (
+        capacity // align,
+        max(1, min((min_piece + 2 * (align - 1)) // align, capacity // align // 2)),
+    )
     opened: list[_Window] = []  # the open windows, oldest first; offline, all of them
     closed: list[_Window] = []
     clock = iter(range(1 << 60))

@@ -244,7 +244,11 @@ class _Index:
         with open(path, "rb") as stream:
             header = stream.read(CRC_HEADER.size)
             checksums = stream.read(4 * pages)
-        if len(header) < CRC_HEADER.size or CRC_HEADER.unpack(header) != expected or len(checksums) < 4 * pages:
+        if (
+            len(header) < CRC_HEADER.size
+            or CRC_HEADER.unpack(header) != expected
+            or len(checksums) < 4 * pages
+        ):
             raise UserError(f"{path}: does not belong to the index beside it, or is damaged: restore it")
         return np.frombuffer(checksums, dtype="<u4")
 
