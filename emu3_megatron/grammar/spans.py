@@ -128,10 +128,10 @@ class SpanWriter:
 
         Rows that end in EOL make one regular grid; a last row without EOL stands outside of it.
         """
-        _, height, width = codes_THW.shape
+        count, height, width = codes_THW.shape
         frames_TN = body.reshape(-1, layout.frame_length)
         regular = min(height, layout.frame_length // layout.row_length)
-        grid = frames_TN[:, : regular * layout.row_length].reshape(-1, regular, layout.row_length)
+        grid = frames_TN[:, : regular * layout.row_length].reshape(count, regular, layout.row_length)
         pairs = [(grid[:, :, :width], codes_THW[:, :regular])]
         if regular < height:
             rest = regular * layout.row_length
