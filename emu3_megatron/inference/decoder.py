@@ -21,6 +21,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from emu3_megatron.model.attention import rotary_table, rotate
+
 MAX_RUN = 64
 """Most tokens fed to a row in one decode step; also the slack of the cache, see `CachedDecoder`."""
 
@@ -139,8 +141,8 @@ class CachedDecoder:
     ) -> Tensor:
         """Self-attention of one layer over the cache, new tokens included: ``[N, B, H]``."""
         query, key, value = attention.get_query_key_value_tensors(normed_NBH, None)[:3]
-        query_BNQD = _rotate(query.transpose(0, 1), cos, sin)
-        key_BNGD = _rotate(key.transpose(0, 1), cos, sin)
+        query_BNQD = rotate(query.transpose(0, 1), cos, sin)
+        key_BNGD = rotate(key.transpose(0, 1), cos, sin)
         keys_BGSD, values_BGSD = write.into(cache, key_BNGD, value.transpose(0, 1))
         batch, width, heads, size = query_BNQD.shape
         repeat = heads // self._groups
@@ -153,10 +155,10 @@ class CachedDecoder:
         return _output(attention.linear_proj(out.reshape(width, batch, heads * size)))
 
     def _rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of every position, ``[length, 1, D/2]``, computed in fp32 as in training."""
-        frequencies = self._model.rotary_pos_emb.inv_freq.to(self.device, torch.float32)
-        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=self.device), frequencies)
-        return angles.cos()[:, None].to(self._dtype), angles.sin()[:, None].to(self._dtype)
+        """Cosine and sine of every position, ``[length, 1, D/2]``, as in training."""
+        positions = torch.arange(length, device=self.device)
+        config = self._model.config
+        return rotary_table(positions, config.kv_channels, config.rotary_base, self._dtype, {})
 
     def _output_weight(self) -> Tensor:
         """Rows of the output layer on this rank."""
@@ -197,12 +199,6 @@ def unwrap(model: torch.nn.Module) -> Any:
     while hasattr(model, "module"):
         model = model.module
     return model
-
-
-def _rotate(x_BNHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, Llama's half rotation; `cos` and `sin` are ``[B, N, 1, D/2]``."""
-    first, second = x_BNHD.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def _output(result: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:

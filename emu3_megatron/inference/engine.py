@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from emu3_megatron.grammar import Automaton, Dialect
-from emu3_megatron.inference.allowed import AllowedRanges
+from emu3_megatron.grammar import Allowed, Automaton, Dialect
 from emu3_megatron.inference.decoder import MAX_RUN, CachedDecoder, Ranges
 from emu3_megatron.inference.sampling import Sampling, UniformStream, guide, sample
 
@@ -102,7 +102,6 @@ class Engine:
         self.dialect = dialect
         self.max_rows = max_rows
         self.automaton: Automaton = dialect.automaton()
-        self.allowed = AllowedRanges(self.automaton, dialect.vocabulary)
 
     def generate(
         self, requests: Sequence[Request], *, progress: Callable[[int], None] | None = None
@@ -125,6 +124,20 @@ class Engine:
                 return _Run(self, requests, progress).complete()
         finally:
             self.model.train(was_training)
+
+
+@lru_cache(maxsize=1024)
+def allowed_ranges(allowed: Allowed, forbidden: frozenset[int]) -> Ranges:
+    """The ids that may come next, as ranges.
+
+    Raises `ValueError` where every allowed id is forbidden.
+    """
+    ids = allowed.ids()
+    ids = ids[~np.isin(ids, list(forbidden))]
+    if not len(ids):
+        raise ValueError(f"the request forbids all of {sorted(forbidden)}, and the grammar allows nothing else")
+    cuts = np.flatnonzero(np.diff(ids) != 1) + 1
+    return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(ids, cuts))
 
 
 class _Sequence:
@@ -150,6 +163,10 @@ class _Sequence:
     def uniform(self) -> float:
         """The next random number."""
         return self._uniforms.next()
+
+    def allowed(self) -> Allowed:
+        """What may come next."""
+        return self._automaton.allowed(self.state)
 
     def draw(self, token: int) -> None:
         """Take a sampled token and what the grammar forces after it."""
@@ -305,7 +322,7 @@ class _Run:
             rows.setdefault(sequence.index, []).append(row)
         groups: dict[Ranges, list[_Sequence]] = {}
         for sequence in sequences:
-            ranges = self._engine.allowed.ranges(sequence.state, sequence.request.forbidden)
+            ranges = allowed_ranges(sequence.allowed(), sequence.request.forbidden)
             groups.setdefault(ranges, []).append(sequence)
         for ranges, members in groups.items():
             logits_BV = self._logits(members, rows, hidden_BH, ranges)
