@@ -1,0 +1,147 @@
+"""Images and videos as runs of ids: integer arithmetic on whole arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+
+import numpy as np
+import numpy.typing as npt
+
+from emu3_megatron.grammar.automaton import Ids
+from emu3_megatron.grammar.document import Image, Video
+from emu3_megatron.grammar.meta import read_meta, write_meta
+from emu3_megatron.grammar.rules import DialectRules, Field, Layout, SpanRule
+from emu3_megatron.vocabulary import Vocabulary
+
+
+class SpanWriter:
+    """Writes spans of one dialect as ids, and reads checked ones back.
+
+    Args:
+        name: The dialect's name, for messages.
+        rules: The dialect.
+        vocabulary: The ids.
+        spelling: Id of each character of the meta text.
+    """
+
+    def __init__(
+        self, name: str, rules: DialectRules, vocabulary: Vocabulary, *, spelling: dict[str, int]
+    ) -> None:
+        self._name = name
+        self._rules = rules
+        self._vocabulary = vocabulary
+        self._spelling = spelling
+        self._characters = {token: character for character, token in spelling.items()}
+        self._head = lru_cache(maxsize=4096)(self._build_head)
+
+    def write(self, span: Image | Video) -> Ids:
+        """``BOI meta IMG body EOI`` of a span, int64 ``[N]``.
+
+        Raises `ValueError` for codes that are not integers of the right shape and range, and for a number that
+        the meta text states but the span lacks.
+        """
+        codes_THW, layout, head = self._prepare(span)
+        ids = np.empty(len(head) + layout.length + 1, dtype=np.int64)
+        ids[: len(head)] = head
+        ids[-1] = self._vocabulary.eoi
+        self._write_body(ids[len(head) : -1], codes_THW, layout)
+        return ids
+
+    def write_open(self, span: Image | Video, *, frames: int | None) -> Ids:
+        """The beginning of a span: its head for `frames` frames in all, then the frames that `span` holds."""
+        codes_THW, layout, head = self._prepare(span, frames=frames)
+        body = np.empty(len(codes_THW) * layout.frame_length, dtype=np.int64)
+        self._write_body(body, codes_THW, layout)
+        return np.concatenate([head, body])
+
+    def head(self, height: int, width: int, frames: int | None, fps: float | None, seconds: float | None) -> Ids:
+        """``BOI meta IMG`` of a span of this size (an image where `frames` is None)."""
+        rule = self._rule(is_video=frames is not None)
+        values = (frames, height, width, fps, seconds)
+        return self._head(rule, tuple(value if field in rule.fields else None for field, value in zip(Field, values)))
+
+    def layout(self, height: int, width: int, frames: int | None) -> Layout:
+        """The layout of a span of this size (an image where `frames` is None)."""
+        rule = self._rule(is_video=frames is not None)
+        return Layout.build(rule, is_video=frames is not None, frames=frames or 1, height=height, width=width)
+
+    def read(self, ids: Ids) -> Image | Video:
+        """The span that `ids` write; they must have been checked (`Automaton` does)."""
+        vocabulary = self._vocabulary
+        end = int((ids == vocabulary.img).argmax())
+        rule, values = read_meta(self._rules, "".join(self._characters[int(i)] for i in ids[1:end]))
+        height, width = int(values[Field.HEIGHT]), int(values[Field.WIDTH])
+        frames = int(values[Field.FRAMES]) if Field.FRAMES in values else None
+        layout = self.layout(height, width, frames)
+        codes_THW = np.empty((layout.frames, height, width), dtype=np.int64)
+        for source, target in self._rows(ids[end + 1 : -1], codes_THW, layout):
+            np.subtract(source, vocabulary.vision_offset, out=target)
+        if frames is None:
+            return Image(codes_THW[0])
+        return Video(codes_THW, fps=values.get(Field.FPS), seconds=values.get(Field.SECONDS))
+
+    def _rule(self, *, is_video: bool) -> SpanRule:
+        if not is_video:
+            return self._rules.image
+        if self._rules.video is None:
+            raise ValueError(
+                f"dialect {self._name!r} has no videos: write the frames as images, or use another dialect"
+            )
+        return self._rules.video
+
+    def _prepare(self, span: Image | Video, *, frames: int | None = None) -> tuple[Ids, Layout, Ids]:
+        """Codes ``[T, H, W]`` of a span, the layout of its `frames` (default: those it holds), and its head."""
+        codes = np.asarray(span.codes)
+        is_video = isinstance(span, Video)
+        if codes.ndim != 2 + is_video or codes.dtype.kind not in "iu" or 0 in codes.shape[-2:]:
+            raise ValueError(
+                f"codes of {'a video' if is_video else 'an image'} must be integers of shape "
+                f"{'[T, H, W]' if is_video else '[H, W]'}, none empty; got {codes.dtype} of shape {codes.shape}"
+            )
+        codes_THW = codes if is_video else codes[None]
+        # as unsigned, negative codes wrap to huge numbers: one pass checks both ends
+        unsigned = codes_THW.view(f"u{codes_THW.itemsize}")
+        if unsigned.size and int(unsigned.max()) >= self._vocabulary.codebook_size:
+            raise ValueError(
+                f"vision codes must lie in [0, {self._vocabulary.codebook_size}) of vocabulary "
+                f"{self._vocabulary.name!r}, got {int(codes.min())} to {int(codes.max())}"
+            )
+        height, width = codes.shape[-2:]
+        total = frames if frames is not None else (len(codes) if is_video else None)
+        fps, seconds = (span.fps, span.seconds) if isinstance(span, Video) else (None, None)
+        head = self.head(height, width, total, fps, seconds)
+        return codes_THW, self.layout(height, width, total), head
+
+    def _write_body(self, body: Ids, codes_THW: Ids, layout: Layout) -> None:
+        vocabulary = self._vocabulary
+        for target, source in self._rows(body, codes_THW, layout):
+            np.add(source, vocabulary.vision_offset, out=target)
+        frames_TN = body.reshape(-1, layout.frame_length)
+        if layout.ends_rows:
+            frames_TN[:, layout.width :: layout.row_length] = vocabulary.eol
+        if layout.ends_frames:
+            frames_TN[:, -1] = vocabulary.eof
+
+    @staticmethod
+    def _rows(body: Ids, codes_THW: Ids, layout: Layout) -> list[tuple[Ids, Ids]]:
+        """Pairs of views, of `body` and of `codes_THW`, that hold the same vision tokens.
+
+        Rows that end in EOL make one regular grid; a last row without EOL stands outside of it.
+        """
+        _, height, width = codes_THW.shape
+        frames_TN = body.reshape(-1, layout.frame_length)
+        regular = min(height, layout.frame_length // layout.row_length)
+        grid = frames_TN[:, : regular * layout.row_length].reshape(-1, regular, layout.row_length)
+        pairs = [(grid[:, :, :width], codes_THW[:, :regular])]
+        if regular < height:
+            rest = regular * layout.row_length
+            pairs.append((frames_TN[:, None, rest : rest + width], codes_THW[:, regular:]))
+        return pairs
+
+    def _build_head(self, rule: SpanRule, values: tuple[float | None, ...]) -> Ids:
+        stated: Mapping[Field, float | None] = dict(zip(Field, values, strict=True))
+        meta = [self._spelling[character] for character in write_meta(rule, stated)]
+        head = np.array([self._vocabulary.boi, *meta, self._vocabulary.img], dtype=np.int64)
+        head.setflags(write=False)
+        return head
