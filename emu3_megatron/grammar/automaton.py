@@ -23,6 +23,9 @@ from emu3_megatron.vocabulary import Vocabulary
 
 Ids = npt.NDArray[np.int64]
 
+_KEPT_METAS = 4096
+"""Beginnings of meta texts whose `Allowed` an automaton keeps."""
+
 _ANY_VISION = -1
 """Marks, among the expected ids of a frame, a place for any vision token."""
 
@@ -68,8 +71,8 @@ class Allowed:
     """The ids that may come next: the range ``start .. stop-1`` and a few more."""
 
     kind: Literal["forced", "text", "vision", "set", "end"]
-    """``forced``: one id. ``text``: any text id, BOI or EOS. ``vision``: any vision id. ``set``: a few ids (the
-    meta text). ``end``: none, the sequence is complete."""
+    """``forced``: one id. ``text``: any text id, BOI or EOS. ``vision``: any vision id. ``set``: a few ids
+    (in the meta text). ``end``: none, the sequence is complete."""
     start: int = 0
     stop: int = 0
     extra: tuple[int, ...] = ()
@@ -77,7 +80,9 @@ class Allowed:
 
     def __contains__(self, token: object) -> bool:
         """Whether `token` may come next."""
-        return isinstance(token, (int, np.integer)) and (self.start <= token < self.stop or token in self.extra)
+        if not isinstance(token, (int, np.integer)):
+            return False
+        return bool(self.start <= token < self.stop) or token in self.extra
 
     def __len__(self) -> int:
         """How many ids may come next."""
@@ -90,7 +95,8 @@ class Allowed:
 
     def ids(self, vocabulary: Vocabulary | None = None) -> Ids:
         """The allowed ids, int64, ascending (`vocabulary` may be given, and changes nothing)."""
-        return np.sort(np.concatenate([np.arange(self.start, self.stop), np.array(self.extra, dtype=np.int64)]))
+        extra = np.array(self.extra, dtype=np.int64)
+        return np.sort(np.concatenate([np.arange(self.start, self.stop), extra]))
 
     def mask(self, size: int) -> npt.NDArray[np.bool_]:
         """Boolean mask ``[size]``, read-only and shared: True where an id may come next.
@@ -110,7 +116,7 @@ def _mask(allowed: Allowed, size: int) -> npt.NDArray[np.bool_]:
 
 
 class Automaton:
-    """Follows sequences of one dialect, id by id or run by run. Immutable: one serves any number of sequences.
+    """Follows sequences of one dialect, id by id or run by run; one serves any number of sequences.
 
     Args:
         rules: The dialect.
@@ -139,8 +145,11 @@ class Automaton:
         self._vision = Allowed("vision", vocabulary.vision_offset, vocabulary.size)
         self._end = Allowed("end")
         self._first = self._one(vocabulary.bos if unit is Unit.DOCUMENT else vocabulary.boi)
-        self._eol, self._eof, self._eoi = (self._one(t) for t in (vocabulary.eol, vocabulary.eof, vocabulary.eoi))
-        self._meta_sets: dict[frozenset[str], Allowed] = {}
+        self._eol = self._one(vocabulary.eol)
+        self._eof = self._one(vocabulary.eof)
+        self._eoi = self._one(vocabulary.eoi)
+        self._shared: dict[Allowed, Allowed] = {}
+        self._after_meta: dict[str, Allowed] = {}
 
     @staticmethod
     def _one(token: int) -> Allowed:
@@ -241,12 +250,13 @@ class Automaton:
         )
 
     def _allowed_in_meta(self, meta: str) -> Allowed:
-        characters = next_characters(self.rules, meta)
-        allowed = self._meta_sets.get(characters)
+        allowed = self._after_meta.get(meta)
         if allowed is None:
-            tokens = tuple(sorted(self._ids[character] for character in characters))
+            if len(self._after_meta) >= _KEPT_METAS:
+                self._after_meta.clear()
+            tokens = tuple(sorted(self._ids[character] for character in next_characters(self.rules, meta)))
             allowed = self._one(tokens[0]) if len(tokens) == 1 else Allowed("set", extra=tokens)
-            self._meta_sets[characters] = allowed
+            allowed = self._after_meta[meta] = self._shared.setdefault(allowed, allowed)
         return allowed
 
     def _allowed_in_body(self, state: State) -> Allowed:
@@ -332,8 +342,10 @@ def _expected_frame(layout: Layout, eol: int, eof: int) -> Ids:
 
 
 def as_ids(ids: Iterable[int] | npt.NDArray[np.integer]) -> Ids:
-    """`ids` as a contiguous int64 array ``[N]``. Raises `ValueError` for another shape or for non-integers."""
+    """`ids` as a contiguous int64 array ``[N]``. Raises `ValueError` for another shape or type."""
     array = np.asarray(ids if hasattr(ids, "__array__") else list(ids))
     if array.ndim != 1 or (array.size and array.dtype.kind not in "iu"):
-        raise ValueError(f"ids must be a sequence of integers, got shape {array.shape} and dtype {array.dtype}")
+        raise ValueError(
+            f"ids must be a sequence of integers, got shape {array.shape} and dtype {array.dtype}"
+        )
     return np.ascontiguousarray(array, dtype=np.int64)

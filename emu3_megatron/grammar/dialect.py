@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emu3_megatron.grammar.automaton import Automaton, Ids, State, Unit, as_ids
-from emu3_megatron.grammar.document import Document, Image, Modality, Segment, Text, Video
+from emu3_megatron.grammar.document import Codes, Document, Image, Modality, Segment, Text, Video
 from emu3_megatron.grammar.meta import spell_characters
 from emu3_megatron.grammar.modality import Modalities, span_modality, text_modality
 from emu3_megatron.grammar.protocol import TextTokenizer
@@ -43,7 +43,7 @@ class Dialect:
         text_tokenizer: Text to ids below ``vocabulary.text_size``.
 
     Raises:
-        ValueError: if the tokenizer has more ids than the vocabulary has for text, or cannot spell meta texts.
+        ValueError: if the tokenizer has more ids than the vocabulary has for text, or cannot spell sizes.
     """
 
     def __init__(
@@ -79,7 +79,9 @@ class Dialect:
             "vocabulary": self.vocabulary.fingerprint,
             "text_tokenizer": self.text_tokenizer.fingerprint,
         }
-        return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(
+            json.dumps(content, sort_keys=True, default=lambda member: member.value).encode()
+        ).hexdigest()
 
     def automaton(self, *, unit: Unit = Unit.DOCUMENT) -> Automaton:
         """The decoding automaton of whole documents (or of single spans)."""
@@ -102,7 +104,7 @@ class Dialect:
     def encode(self, document: Document) -> Encoded:
         """Write a document, from BOS to EOS.
 
-        Raises `ValueError` for a span that cannot be written (see `encode_span`) and for text ids out of range.
+        Raises `ValueError` for a span that cannot be written (see `encode_span`) or text ids out of range.
         """
         ids = [np.array([self.vocabulary.bos])]
         modality = [np.array([Modality.CONTROL], dtype=np.uint8)]
@@ -120,8 +122,8 @@ class Dialect:
     def parse(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> Document:
         """Read a document, from BOS to EOS; the exact inverse of `encode`.
 
-        Raises `GrammarError` at the first id that cannot follow those before it, or, with `incomplete`, at the
-        end of a sequence that is a proper prefix of a document.
+        Raises `GrammarError` at the first id that cannot follow those before it, or, with `incomplete`, at
+        the end of a sequence that is a proper prefix of a document.
         """
         array = as_ids(ids)
         self._check(self._documents, array)
@@ -138,13 +140,12 @@ class Dialect:
         return Document(tuple(segments))
 
     def encode_text(self, text: Text | str) -> Ids:
-        """Ids (int64 ``[N]``) of one text segment, all below ``text_tokenizer.size``: never a control token."""
+        """Ids (int64 ``[N]``) of one text segment, all below ``text_tokenizer.size``: no control tokens."""
         text = Text(text) if isinstance(text, str) else text
         ids = as_ids(self.text_tokenizer.encode(text.text) if text.ids is None else text.ids)
-        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < self.text_tokenizer.size:
-            raise ValueError(
-                f"text ids must lie in [0, {self.text_tokenizer.size}), got {int(ids.min())} to {int(ids.max())}"
-            )
+        size = self.text_tokenizer.size
+        if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < size:
+            raise ValueError(f"text ids must lie in [0, {size}), got {int(ids.min())} to {int(ids.max())}")
         return ids
 
     def parse_text(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> Text:
@@ -156,8 +157,8 @@ class Dialect:
     def encode_span(self, span: Image | Video) -> Ids:
         """``BOI meta IMG body EOI`` of one image or video, int64 ``[N]``.
 
-        Raises `ValueError` for codes that are not integers of the right shape and range, for a video in a dialect
-        that has none, and for a frame rate or duration that the dialect states but the video lacks.
+        Raises `ValueError` for codes that are not integers of the right shape and range, for a video in a
+        dialect that has none, and for a frame rate or duration that the dialect states but the video lacks.
         """
         return self._spans.write(span)
 
@@ -174,9 +175,9 @@ class Dialect:
         frames: int | None = None,
         fps: float | None = None,
         seconds: float | None = None,
-        codes: npt.NDArray[np.integer] | None = None,
+        codes: Codes | None = None,
     ) -> Ids:
-        """The beginning of a span, for a prompt: ``BOI meta IMG``, then the first frames where `codes` are given.
+        """The beginning of a span, for a prompt: ``BOI meta IMG``, then the first frames, if any.
 
         Args:
             height: Rows of vision tokens.
@@ -190,7 +191,7 @@ class Dialect:
             ValueError: as `encode_span`, and where `codes` do not fit the stated size.
         """
         if codes is None:
-            return self._spans.head(height, width, frames, fps, seconds).copy()
+            return self._spans.head(height, width, frames, fps, seconds)[0].copy()
         if frames is None or codes.ndim != 3 or codes.shape[1:] != (height, width) or len(codes) > frames:
             raise ValueError(
                 f"the first frames of a video must have shape [t <= frames, height, width] = "
@@ -211,8 +212,8 @@ class Dialect:
         Raises `ValueError` for a size that cannot be written, and where the dialect states a frame rate or
         duration that is not given.
         """
-        head = self._spans.head(height, width, frames, fps, seconds)
-        return len(head) + self._spans.layout(height, width, frames).length + 1
+        head, layout = self._spans.head(height, width, frames, fps, seconds)
+        return len(head) + layout.length + 1
 
     def _check(self, automaton: Automaton, ids: Ids) -> None:
         state: State = automaton.start(ids)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Union
 
 import numpy as np
 import numpy.typing as npt
@@ -33,9 +32,9 @@ class Modality(IntEnum):
 class Text:
     """A text segment.
 
-    `ids` is for texts that did not come out of the text tokenizer's own encoding: a model may spell a word in
-    pieces that the tokenizer would have merged, or stop inside a character. `Dialect.parse` then keeps the ids,
-    so that encoding the parsed document gives the same sequence; everywhere else `ids` is None, and the
+    `ids` is for texts that did not come out of the text tokenizer's own encoding: a model may spell a word
+    in pieces that the tokenizer would have merged, or stop inside a character. `Dialect.parse` then keeps the
+    ids, so that encoding the parsed document gives the same sequence; everywhere else `ids` is None, and the
     tokenizer decides.
     """
 
@@ -83,7 +82,7 @@ class Video:
         return hash((self.codes.shape, self.codes.tobytes(), self.fps, self.seconds))
 
 
-Segment = Union[Text, Image, Video]
+Segment = Text | Image | Video
 
 
 @dataclass(frozen=True)
@@ -107,8 +106,8 @@ class Document:
                 if joined and isinstance(last := joined[-1], Text):
                     if last.ids is not None or segment.ids is not None:
                         raise ValueError(
-                            f"a text with ids cannot stand beside another text: {last.text!r}, {segment.text!r}; "
-                            "join their ids, or give both without ids"
+                            "a text with ids cannot stand beside another text; join their ids, or give both "
+                            f"without ids: {last.text!r}, {segment.text!r}"
                         )
                     joined[-1] = Text(last.text + segment.text)
                     continue

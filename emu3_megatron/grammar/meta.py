@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from functools import lru_cache
 
 from emu3_megatron.grammar.protocol import TextTokenizer
 from emu3_megatron.grammar.rules import DialectRules, Field, SpanRule
@@ -25,7 +24,7 @@ END = ""
 """Stands for "the meta text may end here" among the characters that can follow."""
 
 MAX_DIGITS = 4
-"""Digits before the point: sizes go to 9,999 tokens, rates to 9,999 frames per second, durations to 9,999 s."""
+"""Digits before the point: sizes go to 9,999 tokens, rates to 9,999 frames a second, durations to 9,999 s."""
 MAX_DECIMALS = 3
 """Digits after the point, the last one not 0."""
 
@@ -91,7 +90,6 @@ def _begins_number(field: Field, text: str) -> bool:
     return any(_is_number(field, text + rest) for rest in ("", "1", POINT + "1"))
 
 
-@lru_cache(maxsize=65536)
 def next_characters(rules: DialectRules, meta: str) -> frozenset[str]:
     """What can follow the beginning `meta` of a meta text; `END` stands for IMG.
 
@@ -119,12 +117,12 @@ def spell_characters(tokenizer: TextTokenizer) -> dict[str, int]:
     """
     spelling: dict[str, int] = {}
     for character in CHARACTERS:
-        # a tokenizer may put a word-start token first (SentencePiece's dummy prefix): the last id is the character
+        # the last id: a tokenizer may put a word start first (SentencePiece's dummy prefix)
         ids = tokenizer.encode(character)[-1:]
         if not ids or tokenizer.decode(ids).strip() != character or ids[0] in spelling.values():
             raise ValueError(
-                f"the text tokenizer has no token for {character!r} alone, which the meta text of spans needs; "
-                f"train it with {CHARACTERS!r} as required characters or with byte fallback"
+                f"the text tokenizer has no token for {character!r} alone, which the meta text of spans "
+                f"needs; train it with {CHARACTERS!r} as required characters or with byte fallback"
             )
         spelling[character] = ids[0]
     return spelling

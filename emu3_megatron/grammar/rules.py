@@ -133,8 +133,8 @@ _RELEASED_IMAGE = SpanRule(
 )
 
 DIALECTS: dict[str, DialectRules] = {
-    # Images: github.com/baaivision/Emu3, processing_emu3.py. Videos: the paper (arXiv 2409.18869, section 2.3)
-    # states resolution, frame rate and duration in the meta text, EOL and EOF; the exact string is ours.
+    # Images: github.com/baaivision/Emu3, processing_emu3.py. Videos: the paper (arXiv 2409.18869) says that
+    # resolution, frame rate and duration are stated and that EOL and EOF stand; the exact string is ours.
     "emu3": DialectRules(
         image=_RELEASED_IMAGE,
         video=SpanRule(
@@ -152,9 +152,7 @@ DIALECTS: dict[str, DialectRules] = {
     ),
     # github.com/baaivision/Emu3.5: frames of a video are tokenized one by one, as images.
     "emu3.5": DialectRules(
-        image=SpanRule(
-            fields=(Field.HEIGHT, Field.WIDTH), row_break=RowBreak.BETWEEN, frame_break=False
-        ),
+        image=SpanRule(fields=(Field.HEIGHT, Field.WIDTH), row_break=RowBreak.BETWEEN, frame_break=False),
         video=None,
     ),
 }

@@ -90,7 +90,9 @@ class PackedAttention(MegatronModule):
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return scatter_rows(out, layout.query)
 
-    def _attend(self, group: Group, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self, group: Group, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
         q = query.view(group.batch, group.queries, *query.shape[1:]).transpose(1, 2)
         k = key.view(group.batch, group.keys, *key.shape[1:]).transpose(1, 2)
         v = value.view(group.batch, group.keys, *value.shape[1:]).transpose(1, 2)
@@ -232,12 +234,12 @@ def rotary_table(
 
 class _Rotate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(cosine, sine)
         return _turn(x, cosine, sine)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         cosine, sine = ctx.saved_tensors
         return _turn(gradients[0], cosine, -sine), None, None
 

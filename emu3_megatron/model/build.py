@@ -19,7 +19,9 @@ from emu3_megatron.parallel.config import ParallelConfig
 Precision = Literal["fp32", "bf16"]
 
 
-def transformer_config(config: ModelConfig, parallel: ParallelConfig, precision: Precision) -> TransformerConfig:
+def transformer_config(
+    config: ModelConfig, parallel: ParallelConfig, precision: Precision
+) -> TransformerConfig:
     """megatron-core's configuration of the model.
 
     Two of its settings are chosen to avoid silent errors: with an interleaved pipeline, communication is not
@@ -107,7 +109,8 @@ def build_model(
     """
     if not 0 < vocabulary_size <= vocabulary_padded_size:
         raise ModelConfigError(
-            f"vocabulary_size={vocabulary_size} must lie in 1 .. vocabulary_padded_size={vocabulary_padded_size}"
+            f"vocabulary_size={vocabulary_size} must lie in 1 .. "
+            f"vocabulary_padded_size={vocabulary_padded_size}"
         )
     if vocabulary_padded_size % parallel.tensor_model_parallel_size:
         raise ModelConfigError(
@@ -120,7 +123,9 @@ def build_model(
     stages = parallel.virtual_pipeline_model_parallel_size
     chunks = []
     for stage in [None] if stages is None else range(stages):
-        chunk = _build_chunk(config, transformer, stage, vocabulary_padded_size, vocabulary_size, cuda=cuda).to(device)
+        chunk = _build_chunk(
+            config, transformer, stage, vocabulary_padded_size, vocabulary_size, cuda=cuda
+        ).to(device)
         _mark_split_parameters(chunk)
         if initialize:
             initialize_weights(
@@ -136,7 +141,7 @@ def build_model(
 
 
 def _mark_split_parameters(chunk: torch.nn.Module) -> None:
-    """Say which dimension is split over tensor parallelism; megatron-core does so only when it initialises."""
+    """Say which dimension is split over tensor parallelism; megatron-core does so only when initialising."""
     for module in chunk.modules():
         if isinstance(module, (layers.VocabParallelEmbedding, layers.ColumnParallelLinear)):
             dimension = 0

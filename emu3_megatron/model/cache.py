@@ -43,10 +43,8 @@ class KeyValueCache:
         self._mask: torch.Tensor | None = None
         self._mask_key = (-1, -1)
 
-    def append(
-        self, layer: int, key: torch.Tensor, value: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Store ``[tokens, batch, groups, channels]`` and return all of the layer: ``[batch, groups, seen, channels]``.
+    def append(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Store ``[tokens, batch, groups, channels]``; return all, ``[batch, groups, seen, channels]``.
 
         Raises:
             ValueError: the cache is full.
@@ -76,8 +74,12 @@ class KeyValueCache:
 
     def positions(self, tokens: int) -> torch.Tensor:
         """int64 ``[batch, tokens]``: positions of the next `tokens`, counted from the first real token."""
-        positions = torch.arange(self.length, self.length + tokens, device=self._device).expand(self.batch, -1)
-        return positions if self.left_padding is None else (positions - self.left_padding[:, None]).clamp_(min=0)
+        positions = torch.arange(self.length, self.length + tokens, device=self._device).expand(
+            self.batch, -1
+        )
+        return (
+            positions if self.left_padding is None else (positions - self.left_padding[:, None]).clamp_(min=0)
+        )
 
     def mask(self, tokens: int) -> torch.Tensor | None:
         """bool ``[batch or 1, 1, tokens, seen]``, True = attend; None where everything is attended."""

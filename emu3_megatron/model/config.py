@@ -56,7 +56,7 @@ class ModelConfig:
     attention_backend: AttentionBackend = "auto"
     """`auto`: Transformer Engine where it is installed and the platform is CUDA, else `torch`."""
     recompute: Recompute = "none"
-    """Activations computed again in backward: none, attention only (`selective`), or whole layers (`full`)."""
+    """What backward computes again: `none`, attention (`selective`) or whole layers (`full`)."""
 
     @classmethod
     def preset(cls, name: str, **overrides: Any) -> ModelConfig:
@@ -69,7 +69,9 @@ class ModelConfig:
             raise ModelConfigError(f"unknown model preset {name!r}; known presets: {', '.join(PRESETS)}")
         known = {field.name for field in dataclasses.fields(cls)}
         if unknown := sorted(set(overrides) - known):
-            raise ModelConfigError(f"unknown model fields {unknown}; known fields: {', '.join(sorted(known))}")
+            raise ModelConfigError(
+                f"unknown model fields {unknown}; known fields: {', '.join(sorted(known))}"
+            )
         return cls(**{**PRESETS[name], **overrides})
 
     @property
@@ -84,7 +86,13 @@ class ModelConfig:
             ModelConfigError: a field has an impossible value.
             LayoutError: the shape does not divide over the layout.
         """
-        for name in ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "ffn_hidden_size",
+            "num_attention_heads",
+            "num_query_groups",
+        ):
             if getattr(self, name) < 1:
                 raise ModelConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
@@ -93,18 +101,19 @@ class ModelConfig:
                 f"{self.num_attention_heads}; change one of them or set kv_channels"
             )
         if self.head_size % 2:
-            raise ModelConfigError(f"model: a head of {self.head_size} channels must be even for rotary positions")
+            raise ModelConfigError(f"model: the head size {self.head_size} must be even for rotary positions")
         if self.num_attention_heads % self.num_query_groups:
             raise ModelConfigError(
-                f"model.num_attention_heads={self.num_attention_heads} must be a multiple of num_query_groups="
-                f"{self.num_query_groups}"
+                f"model.num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_query_groups={self.num_query_groups}"
             )
         for name in ("embedding_dropout", "attention_dropout", "hidden_dropout"):
             if not 0.0 <= getattr(self, name) < 1.0:
                 raise ModelConfigError(f"model.{name}={getattr(self, name)} must lie in [0, 1)")
         if self.attention_backend not in ("auto", "torch", "transformer_engine"):
             raise ModelConfigError(
-                f"model.attention_backend={self.attention_backend!r} must be auto, torch or transformer_engine"
+                f"model.attention_backend={self.attention_backend!r} must be auto, torch or "
+                "transformer_engine"
             )
         if self.recompute not in ("none", "selective", "full"):
             raise ModelConfigError(f"model.recompute={self.recompute!r} must be none, selective or full")
@@ -117,8 +126,8 @@ class ModelConfig:
         for name in ("num_query_groups", "ffn_hidden_size"):
             if getattr(self, name) % tensor:
                 raise LayoutError(
-                    f"model.{name}={getattr(self, name)} is not divisible by tensor_model_parallel_size={tensor}; "
-                    "lower the degree"
+                    f"model.{name}={getattr(self, name)} is not divisible by "
+                    f"tensor_model_parallel_size={tensor}; lower the degree"
                 )
         stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
         if self.num_layers % stages:
@@ -129,8 +138,8 @@ class ModelConfig:
         heads, context = self.num_attention_heads // tensor, parallel.context_parallel_size
         if parallel.cp_comm == "a2a" and heads % context:
             raise LayoutError(
-                f"parallel.cp_comm=a2a needs the {heads} query heads of a tensor-parallel rank to be divisible by "
-                f"context_parallel_size={context}; use cp_comm=all_gather"
+                f"parallel.cp_comm=a2a needs the {heads} query heads of a tensor-parallel rank to be "
+                f"divisible by context_parallel_size={context}; use cp_comm=all_gather"
             )
 
     def parameter_count(self, vocabulary_size: int) -> int:
@@ -142,6 +151,7 @@ class ModelConfig:
         return 2 * vocabulary_size * self.hidden_size + self.num_layers * layer + self.hidden_size
 
 
+_POSITIVE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")
 _NO_DROPOUT = {"embedding_dropout": 0.0, "attention_dropout": 0.0, "hidden_dropout": 0.0}
 
 PRESETS: dict[str, dict[str, Any]] = {

@@ -98,7 +98,7 @@ class Emu3Model(GPTModel):
         return self.logits(hidden[-1:] if logits == "last" else hidden)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """fp32 logits ``[B, S, vocabulary_size]`` of hidden states ``[S, B, hidden]``, whole on every rank."""
+        """fp32 logits ``[B, S, vocabulary_size]`` of hidden states ``[S, B, hidden]``, on every rank."""
         out, _ = self.output_layer(hidden)
         out = tensor_parallel.gather_from_tensor_model_parallel_region(out, group=self.pg_collection.tp)
         return out[..., : self.vocabulary_size].transpose(0, 1).float()
@@ -106,17 +106,26 @@ class Emu3Model(GPTModel):
     def token_losses(
         self, hidden: torch.Tensor, labels: torch.Tensor, *, chunk_size: int | None = None
     ) -> TokenLosses:
-        """Per-token losses of the last stage's hidden states, see `vocabulary_parallel_linear_cross_entropy`."""
+        """Per-token losses of the last stage, see `vocabulary_parallel_linear_cross_entropy`."""
         return self.output_layer(
             hidden, labels=labels, vocabulary_size=self.vocabulary_size, chunk_size=chunk_size
         )
 
     def weighted_loss(
-        self, hidden: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor, *, chunk_size: int | None = None
+        self,
+        hidden: torch.Tensor,
+        labels: torch.Tensor,
+        weights: torch.Tensor,
+        *,
+        chunk_size: int | None = None,
     ) -> WeightedLoss:
         """Weighted sum of the losses of the last stage, see `weighted_linear_cross_entropy`."""
         return self.output_layer(
-            hidden, labels=labels, weights=weights, vocabulary_size=self.vocabulary_size, chunk_size=chunk_size
+            hidden,
+            labels=labels,
+            weights=weights,
+            vocabulary_size=self.vocabulary_size,
+            chunk_size=chunk_size,
         )
 
     def new_cache(

@@ -30,12 +30,18 @@ def global_parameter_names(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.
 
 @torch.no_grad()
 def initialize_weights(
-    chunk: torch.nn.Module, config: ModelConfig, *, seed: int, tensor_rank: int, tensor_size: int, vocabulary_size: int
+    chunk: torch.nn.Module,
+    config: ModelConfig,
+    *,
+    seed: int,
+    tensor_rank: int,
+    tensor_size: int,
+    vocabulary_size: int,
 ) -> None:
     """Fill the parameters of one pipeline chunk.
 
-    Norm weights become 1; matrices are normal with ``init_method_std`` (see `ModelConfig.scaled_output_init`);
-    rows of the embedding and the output layer from `vocabulary_size` on are 0.
+    Norm weights become 1; matrices are normal with ``init_method_std``, and see `scaled_output_init`; rows
+    of the embedding and the output layer from `vocabulary_size` on are 0.
     """
     for name, parameter in global_parameter_names(chunk):
         if parameter.dim() == 1:
@@ -83,7 +89,7 @@ def _fill(
 
 
 def _rows(name: str, seed: int, begin: int, count: int, columns: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """Standard normal rows ``begin .. begin+count`` of the parameter, block by block, with their first row."""
+    """Standard normal rows from `begin`, block by block, each with the number of its first row."""
     block_rows = max(1, _BLOCK_ELEMENTS // columns)
     generator = torch.Generator()
     row = begin

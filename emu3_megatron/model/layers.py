@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from megatron.core import tensor_parallel
+from megatron.core import parallel_state, tensor_parallel
 from megatron.core.models.gpt.gpt_layer_specs import (
     get_gpt_layer_local_spec,
     get_gpt_layer_with_transformer_engine_spec,
 )
-from megatron.core.transformer.mlp import MLP
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
 
 from emu3_megatron.model.attention import PackedAttention, PackedSelfAttention
@@ -47,14 +47,16 @@ class _RMSNormFunction(torch.autograd.Function):
     """The five elementwise passes that torch's composite form makes on CPU become three."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         wide = x.float()
-        inverse = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        inverse = (
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        )
         ctx.save_for_backward(x, weight, inverse)
         return (wide * inverse).to(x.dtype).mul_(weight)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         x, weight, inverse = ctx.saved_tensors
         gradient = gradients[0].float()
         normalised = x.float() * inverse
@@ -69,13 +71,13 @@ class _SwiGLU(torch.autograd.Function):
     """silu(gate) * up over the halves of the last dimension; only the input is kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(x)
         gate, up = x.chunk(2, -1)
         return F.silu(gate).mul_(up)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         (x,) = ctx.saved_tensors
         gate, up = x.chunk(2, -1)
         result = torch.empty_like(x)
@@ -88,6 +90,14 @@ class _SwiGLU(torch.autograd.Function):
 
 class GatedFeedForward(MLP):
     """megatron-core's MLP with the gated activation as one operation."""
+
+    def __init__(self, config: Any, **unused: object) -> None:
+        submodules = MLPSubmodules(
+            linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear
+        )
+        super().__init__(
+            config=config, submodules=submodules, tp_group=parallel_state.get_tensor_model_parallel_group()
+        )
 
     def forward(
         self, hidden_states: torch.Tensor, *args: object, **unused: object
@@ -106,7 +116,7 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
     """
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Logits as `ColumnParallelLinear`; with ``labels=`` a `TokenLosses`, with ``weights=`` too a `WeightedLoss`."""
+        """Logits as `ColumnParallelLinear`; `TokenLosses` with ``labels=``, `WeightedLoss` with ``weights=``."""
         if "labels" not in kwargs:
             return super().forward(input_, *args, **kwargs)
         return self._losses(input_, **kwargs)
@@ -145,8 +155,8 @@ def uses_transformer_engine(config: ModelConfig, *, cuda: bool) -> bool:
         if config.attention_backend == "auto":
             return False
         raise ModelConfigError(
-            f"model.attention_backend=transformer_engine, but it cannot be imported ({error}); install the `gpu` "
-            "extra or use attention_backend=auto"
+            f"model.attention_backend=transformer_engine, but it cannot be imported ({error}); install "
+            "the `gpu` extra or use attention_backend=auto"
         ) from error
     if not cuda:
         raise ModelConfigError("model.attention_backend=transformer_engine needs platform cuda; use torch")
@@ -167,7 +177,7 @@ def block_specification(config: ModelConfig, transformer: Any, *, cuda: bool, vp
     layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm))
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
-    parts.mlp.module = GatedFeedForward
+    parts.mlp = GatedFeedForward
     attention = parts.self_attention
     attention.module = PackedSelfAttention
     attention.submodules.core_attention = PackedAttention

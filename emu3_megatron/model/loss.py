@@ -190,8 +190,13 @@ def _accumulate(
 
 class _Recomputed(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, split: _Split, chunk_size: int
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        split: _Split,
+        chunk_size: int,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         correct = hidden.new_empty(len(hidden), dtype=torch.bool)
@@ -204,7 +209,7 @@ class _Recomputed(torch.autograd.Function):
         return losses, correct
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         hidden, weight, labels = ctx.saved_tensors
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         hidden_gradient = torch.empty_like(hidden) if need_hidden else None
@@ -222,7 +227,7 @@ class _Recomputed(torch.autograd.Function):
 
 class _Weighted(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         hidden: torch.Tensor,
         weight: torch.Tensor,
@@ -250,7 +255,7 @@ class _Weighted(torch.autograd.Function):
         return (losses * weights).sum(), losses, correct
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         hidden_gradient, weight_gradient = ctx.saved_tensors
         scale = gradients[0]
         if hidden_gradient is not None:

@@ -8,7 +8,7 @@ stacked in the same way, their queries against the keys that precede them.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -54,7 +54,7 @@ class WindowLayout:
     groups: list[Group]
     """Attention calls, in the order of the slots."""
     query: Gather
-    """From this rank's tokens (`all_gather`) or the window's (`a2a`), as the collective leaves them, to slots."""
+    """From the tokens of this rank (`all_gather`) or of the window (`a2a`) to slots."""
     key: Gather
     """The same for keys and values."""
     positions: torch.Tensor
@@ -125,7 +125,11 @@ def _similar(lengths: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
     groups, begin = [], 0
     while begin < len(order):
         longest = int(lengths[order[begin]])
-        slack = max(_NEARLY_EQUAL_TOKENS, int(longest * _NEARLY_EQUAL_FRACTION)) if longest <= _LONGEST_PADDED else 0
+        slack = (
+            max(_NEARLY_EQUAL_TOKENS, int(longest * _NEARLY_EQUAL_FRACTION))
+            if longest <= _LONGEST_PADDED
+            else 0
+        )
         end = begin + int(np.searchsorted(-lengths[order[begin:]], -(longest - slack), side="right"))
         groups.append(np.sort(order[begin:end]))
         begin = end
@@ -215,13 +219,12 @@ def _slots(
 
 class _GatherRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, gather: Gather) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, gather: Gather) -> torch.Tensor:
         ctx.gather, ctx.count = gather, x.size(0)
-        assert gather.rows is not None
-        return x.index_select(0, gather.rows)
+        return x.index_select(0, cast(torch.Tensor, gather.rows))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         gradient, gather = gradients[0], ctx.gather
         if gather.slots is not None:  # padding slots have no gradient: nothing real depends on them
             return gradient.index_select(0, gather.slots), None
@@ -231,12 +234,12 @@ class _GatherRows(torch.autograd.Function):
 
 class _ScatterRows(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, gather: Gather) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: torch.Tensor, gather: Gather) -> torch.Tensor:
         ctx.gather = gather
-        return x.index_select(0, gather.slots)
+        return x.index_select(0, cast(torch.Tensor, gather.slots))
 
     @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
         gather = ctx.gather
         result = gradients[0].index_select(0, gather.rows)
         if gather.padding is not None:

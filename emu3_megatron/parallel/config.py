@@ -32,7 +32,9 @@ class ParallelConfig:
     @property
     def model_parallel_size(self) -> int:
         """Processes that hold one copy of the model and one micro-batch."""
-        return self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel degree in a world of `world_size` processes.
@@ -66,6 +68,6 @@ class ParallelConfig:
         virtual = self.virtual_pipeline_model_parallel_size
         if virtual is not None and (virtual < 2 or self.pipeline_model_parallel_size < 2):
             raise LayoutError(
-                f"parallel.virtual_pipeline_model_parallel_size={virtual} needs at least 2 layer groups and "
-                f"pipeline_model_parallel_size >= 2 (it is {self.pipeline_model_parallel_size}); leave it null"
+                f"parallel.virtual_pipeline_model_parallel_size={virtual} must be at least 2 and needs "
+                f"pipeline_model_parallel_size >= 2, not {self.pipeline_model_parallel_size}; leave it null"
             )

@@ -39,8 +39,8 @@ def zigzag_indices(cu_seqlens: torch.Tensor, size: int, rank: int) -> torch.Tens
     if bool((lengths % (2 * size)).any()):
         bad = int(lengths[lengths % (2 * size) != 0][0])
         raise LayoutError(
-            f"a document of {bad} tokens cannot be split over context_parallel_size={size}: every length must be "
-            f"a multiple of {2 * size}; pack the windows with alignment={2 * size}"
+            f"a document of {bad} tokens cannot be split over context_parallel_size={size}: every "
+            f"length must be a multiple of {2 * size}; pack the windows with alignment={2 * size}"
         )
     chunk = lengths // (2 * size)
     document = torch.repeat_interleave(torch.arange(len(lengths)), 2 * chunk)
@@ -51,7 +51,9 @@ def zigzag_indices(cu_seqlens: torch.Tensor, size: int, rank: int) -> torch.Tens
 
 
 def split_batch_for_context_parallel(
-    batch: Mapping[str, torch.Tensor], cu_seqlens: torch.Tensor, cp_group: torch.distributed.ProcessGroup | None
+    batch: Mapping[str, torch.Tensor],
+    cu_seqlens: torch.Tensor,
+    cp_group: torch.distributed.ProcessGroup | None,
 ) -> dict[str, torch.Tensor]:
     """Take this rank's share of per-token tensors.
 

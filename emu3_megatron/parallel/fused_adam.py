@@ -33,7 +33,13 @@ class FusedAdam(torch.optim.Optimizer):
         adam_w_mode: bool = True,
         **unused: object,
     ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "bias_correction": True}
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "bias_correction": True,
+        }
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode
 

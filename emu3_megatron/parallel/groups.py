@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 
 from emu3_megatron.parallel.config import ParallelConfig
@@ -37,7 +39,6 @@ def initialize_parallel(parallel: ParallelConfig, platform: Platform, seed: int)
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
-        create_gloo_process_groups=platform.is_cuda,
     )
     data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
@@ -50,7 +51,7 @@ def _start_distributed(platform: Platform) -> None:
     if torch.distributed.is_torchelastic_launched():
         torch.distributed.init_process_group(platform.backend)
     else:
-        store = torch.distributed.HashStore()
+        store = cast(Any, torch.distributed).HashStore()
         torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1)
 
 

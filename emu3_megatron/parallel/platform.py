@@ -95,8 +95,8 @@ def choose(name: PlatformName = "auto") -> Literal["cuda", "cpu"]:
         )
     if signs:
         raise PlatformError(
-            f"platform: auto sees an NVIDIA driver ({', '.join(signs)}) but {why} (torch {torch.__version__}); "
-            "repair it, or set `platform: cpu` to train on the CPU on purpose"
+            f"platform: auto sees an NVIDIA driver ({', '.join(signs)}) but {why} "
+            f"(torch {torch.__version__}); repair it, or set `platform: cpu` to train on the CPU on purpose"
         )
     return "cpu"
 
@@ -119,13 +119,13 @@ def install(name: PlatformName = "auto") -> Platform:
         setattr(torch, _MARK, True)
         os.environ["TORCH_COMPILE_DISABLE"] = "1"
         if "torch._dynamo" in sys.modules:  # it read the variable when it was imported
-            sys.modules["torch._dynamo"].config.disable = True  # type: ignore[attr-defined]
+            sys.modules["torch._dynamo"].config.disable = True
         for redirection in REDIRECTIONS:
             redirection.apply()
     return Platform(device=_CPU, backend="gloo")
 
 
-# ---- replacements -------------------------------------------------------------------------------------------
+# ---- replacements ----
 
 
 class _NullStream:
@@ -244,7 +244,11 @@ def _redirect_adam() -> None:
 
     if optimizer.USING_PYTORCH_OPTIMIZER:
         optimizer.Adam, optimizer.USING_PYTORCH_OPTIMIZER = FusedAdam, False
-        distributed.Adam, distributed.HAVE_APEX_OR_TE, distributed.USING_APEX_OPTIMIZER = FusedAdam, True, True
+        distributed.Adam, distributed.HAVE_APEX_OR_TE, distributed.USING_APEX_OPTIMIZER = (
+            FusedAdam,
+            True,
+            True,
+        )
 
 
 REDIRECTIONS: tuple[Redirection, ...] = (
@@ -285,7 +289,7 @@ REDIRECTIONS: tuple[Redirection, ...] = (
         apply=_redirect_factories,
     ),
     Redirection(
-        target="torch.cuda.manual_seed, get_rng_state, set_rng_state; tensor_parallel.random._set_cuda_rng_state",
+        target="torch.cuda.manual_seed, get_rng_state, set_rng_state; megatron's _set_cuda_rng_state",
         reason="the random tracker keeps GPU states; on CPU the default generator takes their place",
         apply=_redirect_random,
     ),
@@ -296,8 +300,8 @@ REDIRECTIONS: tuple[Redirection, ...] = (
     ),
     Redirection(
         target="megatron.core.optimizer.Adam",
-        reason="the fall-back torch.optim.AdamW breaks checkpoints of the distributed optimizer: its `step` is "
-        "tied between parameters after loading and advances once per parameter",
+        reason="the fall-back torch.optim.AdamW breaks checkpoints of the distributed optimizer: its `step` "
+        "is tied between parameters after loading and advances once per parameter",
         apply=_redirect_adam,
     ),
 )

@@ -1,0 +1,36 @@
+"""What the tokenizers share."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+
+def replace_surrogates(text: str) -> str:
+    """`text` with lone surrogates, which UTF-8 cannot hold, replaced by U+FFFD, and pairs joined."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def check_ids(ids: Sequence[int], size: int) -> list[int]:
+    """`ids` as plain integers. Raises `ValueError` for one outside ``0 .. size-1``."""
+    plain = [int(token) for token in ids]
+    for token in plain:
+        if not 0 <= token < size:
+            raise ValueError(
+                f"{token} is not a text id: they lie in [0, {size}); control and vision tokens have no text"
+            )
+    return plain
+
+
+def fingerprint(*parts: bytes | str) -> str:
+    """SHA-256 (hex) of `parts` and their boundaries."""
+    digest = hashlib.sha256()
+    for part in parts:
+        content = part.encode() if isinstance(part, str) else part
+        digest.update(len(content).to_bytes(8, "little"))
+        digest.update(content)
+    return digest.hexdigest()
