@@ -15,7 +15,7 @@ SHOW_TRACEBACK = "EMU3_TRACEBACK"
 
 
 class UserError(ValueError):
-    """Something the user can put right; the message is one clear line with the value, the rule, the remedy."""
+    """Something the user can put right; one clear line with the value seen, the rule and the remedy."""
 
 
 def one_line(error: BaseException) -> str:
@@ -26,9 +26,9 @@ def one_line(error: BaseException) -> str:
 def run_main(main: Callable[[], None]) -> None:
     """Run a program's `main`; turn a user's error into one line on stderr and exit code 2.
 
-    `ValueError` (so `UserError`) and `OSError` (a missing file, a full disk) are taken as the user's; anything
-    else is a defect of ours and keeps its traceback, and so does every error where the environment variable
-    ``EMU3_TRACEBACK`` is set. An interrupt exits with 130, as shells expect.
+    `ValueError` (so `UserError`) and `OSError` (a missing file, a full disk) are taken as the user's;
+    anything else is a defect of ours and keeps its traceback, and so does every error where the environment
+    variable ``EMU3_TRACEBACK`` is set. An interrupt exits with 130, as shells expect.
     """
     if os.environ.get(SHOW_TRACEBACK):
         main()

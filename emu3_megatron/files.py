@@ -1,8 +1,8 @@
 """Files that are either whole or absent: atomic publication, and checksums.
 
 Every file that another process may read is written under a temporary name beside its target, flushed to the
-disk, and renamed; then the folder is flushed too. A process killed at any moment leaves either the old file, or
-the new one, or a temporary file that no reader looks at.
+disk, and renamed; then the folder is flushed too. A process killed at any moment leaves either the old file,
+or the new one, or a temporary file that no reader looks at.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,8 +24,8 @@ READ_BYTES = 1 << 20
 
 
 def temporary_path(path: Path) -> Path:
-    """A hidden name beside `path`, different for every process: ``.NAME.PID.tmp``."""
-    return path.parent / f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}"
+    """A hidden name beside `path`, new at every call (nodes may share a disk): ``.NAME.RANDOM.tmp``."""
+    return path.parent / f".{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}"
 
 
 def fsync_directory(folder: Path) -> None:
@@ -46,7 +47,7 @@ def publish(temporary: Path, path: Path) -> None:
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a binary file that appears at `path`, whole, when the block ends without an exception.
 
-    On an exception the temporary file is removed, whatever stood at `path` stays, and the exception passes on.
+    On an exception the temporary file is removed, what stood at `path` stays, and the exception passes on.
     Parent folders are made. Two processes may write the same path: the last one to finish wins.
     """
     target = Path(path)
