@@ -72,7 +72,7 @@ def train_sentencepiece(
     unknown.
 
     Args:
-        texts: The corpus; one text may hold many lines.
+        texts: The corpus, kept in memory; one text may hold many lines.
         path: Where the model file goes.
         vocab_size: Upper bound of the number of ids, at least 272; a small corpus gives fewer. Where it has
             no room for all characters of the corpus, the rarest are spelled in bytes.

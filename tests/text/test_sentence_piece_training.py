@@ -1,7 +1,10 @@
 """Training a tokenizer on a small corpus."""
 
 import hashlib
+import os
 import random
+import subprocess
+import sys
 
 import pytest
 
@@ -19,6 +22,19 @@ def test_training_is_deterministic(tmp_path, captions):
     second = train_sentencepiece(iter(captions), tmp_path / "b.model", 600)
     assert digest(tmp_path / "a.model") == digest(tmp_path / "b.model")
     assert first.fingerprint == second.fingerprint == load_text_tokenizer(tmp_path / "a.model").fingerprint
+
+
+def test_training_is_deterministic_across_processes(tmp_path):
+    program = (
+        "import sys; from emu3_megatron.text import train_sentencepiece as t; "
+        "t([f'{a} 红{b} {a}{b}' for a in 'xyz' for b in 'uvw'], sys.argv[1], 300)"
+    )
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run(
+            [sys.executable, "-c", program, str(tmp_path / f"{seed}.model")], env=environment, check=True
+        )
+    assert digest(tmp_path / "1.model") == digest(tmp_path / "2.model")
 
 
 @pytest.mark.parametrize("vocab_size", [275, 300, 512, 5000])
