@@ -156,10 +156,10 @@ def mutations(ids):
 
 
 def specimen(name):
-    image = Image(np.arange(6).reshape(2, 3) % reference.CODES)
-    codes_THW = np.arange(12).reshape(2, 2, 3) % reference.CODES
+    image = Image(np.arange(4).reshape(2, 2))
+    codes_THW = np.arange(4).reshape(2, 2, 1)
     videos = {"emu3": (Video(codes_THW, fps=29.97, seconds=0.5),), "emu3-frames": (Video(codes_THW),)}
-    return Document((Text("a 1*"), image, Text("b"), *videos.get(name, ()), image))
+    return Document((Text("1*"), image, *videos.get(name, ()), Text("b")))
 
 
 def test_every_single_change_is_judged_as_the_reference_judges_it(dialect):
