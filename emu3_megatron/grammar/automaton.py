@@ -71,8 +71,8 @@ class Allowed:
     """The ids that may come next: the range ``start .. stop-1`` and a few more."""
 
     kind: Literal["forced", "text", "vision", "set", "end"]
-    """``forced``: one id. ``text``: any text id, BOI or EOS. ``vision``: any vision id. ``set``: a few ids (in
-    the meta text). ``end``: none, the sequence is complete."""
+    """``forced``: one id. ``text``: any text id, BOI or EOS. ``vision``: any vision id. ``set``: a few ids
+    (in the meta text). ``end``: none, the sequence is complete."""
     start: int = 0
     stop: int = 0
     extra: tuple[int, ...] = ()

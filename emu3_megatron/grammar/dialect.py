@@ -43,7 +43,7 @@ class Dialect:
         text_tokenizer: Text to ids below ``vocabulary.text_size``.
 
     Raises:
-        ValueError: if the tokenizer has more ids than the vocabulary has for text, or cannot spell a meta text.
+        ValueError: if the tokenizer has more ids than the vocabulary has for text, or cannot spell sizes.
     """
 
     def __init__(
@@ -177,7 +177,7 @@ class Dialect:
         seconds: float | None = None,
         codes: Codes | None = None,
     ) -> Ids:
-        """The beginning of a span, for a prompt: ``BOI meta IMG``, then the first frames if `codes` hold some.
+        """The beginning of a span, for a prompt: ``BOI meta IMG``, then the first frames, if any.
 
         Args:
             height: Rows of vision tokens.

@@ -115,7 +115,7 @@ class SpanWriter:
     def _write_body(self, body: Ids, codes_THW: Ids, layout: Layout) -> None:
         vocabulary = self._vocabulary
         for target, source in self._rows(body, codes_THW, layout):
-            np.add(source, vocabulary.vision_offset, out=target)
+            np.add(source, vocabulary.vision_offset, out=target, dtype=np.int64, casting="unsafe")
         frames_TN = body.reshape(-1, layout.frame_length)
         if layout.ends_rows:
             frames_TN[:, layout.width :: layout.row_length] = vocabulary.eol
@@ -128,10 +128,10 @@ class SpanWriter:
 
         Rows that end in EOL make one regular grid; a last row without EOL stands outside of it.
         """
-        _, height, width = codes_THW.shape
+        count, height, width = codes_THW.shape
         frames_TN = body.reshape(-1, layout.frame_length)
         regular = min(height, layout.frame_length // layout.row_length)
-        grid = frames_TN[:, : regular * layout.row_length].reshape(-1, regular, layout.row_length)
+        grid = frames_TN[:, : regular * layout.row_length].reshape(count, regular, layout.row_length)
         pairs = [(grid[:, :, :width], codes_THW[:, :regular])]
         if regular < height:
             rest = regular * layout.row_length

@@ -12,8 +12,8 @@ import tokenizers
 
 from emu3_megatron.text.common import check_ids, fingerprint, replace_surrogates
 
-_NEVER = -1e9
-"""Score that keeps a unigram piece from being chosen."""
+_UNREACHABLE = "\ufdd0"
+"""A noncharacter: a piece that begins with it is found in no text."""
 
 
 class HuggingFaceTokenizer:
@@ -61,4 +61,5 @@ def _remove_added_tokens(description: dict[str, Any]) -> None:
     description.update(added_tokens=[], post_processor=None, truncation=None, padding=None)
     model = description["model"]
     if model.get("type") == "Unigram":
-        model["vocab"] = [[piece, _NEVER if piece in added else score] for piece, score in model["vocab"]]
+        # a unigram model finds its pieces by their spelling, those of control tokens too
+        model["vocab"] = [[_UNREACHABLE * (piece in added) + piece, score] for piece, score in model["vocab"]]
