@@ -59,11 +59,11 @@ class FileCache:
     """
 
     def __init__(self, limit: int = OPEN_FILES) -> None:
-        if limit < 1:
-            raise UserError(f"open files limit {limit} must be at least 1")
         self._limit = limit
         self._open: OrderedDict[str, int] = OrderedDict()
         self._lock = Lock()
+        if limit < 1:
+            raise UserError(f"open files limit {limit} must be at least 1")
 
     def read(self, path: str, size: int, offset: int) -> bytes:
         """`size` bytes of `path` from `offset`.
@@ -80,7 +80,7 @@ class FileCache:
                 part = os.pread(descriptor, rest, offset + size - rest)
                 if not part:
                     raise UserError(
-                        f"{path}: ends at byte {offset + size - rest}, {rest} bytes short of a read; the "
+                        f"{path}: has no byte {offset + size - rest}, {rest} bytes short of a read; the "
                         "file was truncated after it was opened: restore it"
                     )
                 parts.append(part)

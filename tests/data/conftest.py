@@ -1,4 +1,4 @@
-"""Small datasets in the `tiny` vocabulary, drawn from a seed."""
+"""Fixture that writes small datasets."""
 
 from __future__ import annotations
 
@@ -9,25 +9,7 @@ import numpy as np
 import pytest
 
 from emu3_megatron.data import DatasetWriter
-from emu3_megatron.vocabulary import Vocabulary
-
-VOCABULARY = Vocabulary.preset("tiny")
-
-
-def make_span(rng: np.random.Generator, num_codes: int) -> np.ndarray:
-    v = VOCABULARY
-    codes = rng.integers(v.vision_offset, v.size, num_codes)
-    return np.concatenate([[v.boi, 49, 42, 49, v.img], codes, [v.eol, v.eof, v.eoi]])
-
-
-def make_text(rng: np.random.Generator, length: int) -> np.ndarray:
-    return rng.integers(0, VOCABULARY.text_size, length)
-
-
-@pytest.fixture
-def vocabulary() -> Vocabulary:
-    return VOCABULARY
-
+from tests.data.builders import VOCABULARY, make_span, make_text
 
 MakeDataset = Callable[..., Path]
 
@@ -37,7 +19,13 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
     """Writes ``tmp_path/NAME``; kinds in turn: p a pair, t a text, i interleaved, v a long pair."""
 
     def make(
-        name: str, kinds: str = "p", documents: int = 40, *, num_shards: int = 2, text: int = 30, seed: int = 0
+        name: str,
+        kinds: str = "p",
+        documents: int = 40,
+        *,
+        num_shards: int = 2,
+        text: int = 30,
+        seed: int = 0,
     ) -> Path:
         rng = np.random.default_rng(seed)
         with DatasetWriter(

@@ -13,7 +13,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import VOCABULARY, make_span, make_text
 
 from emu3_megatron.data import (
     DatasetWriter,
@@ -25,6 +24,7 @@ from emu3_megatron.data import (
 )
 from emu3_megatron.errors import UserError
 from emu3_megatron.vocabulary import Vocabulary
+from tests.data.builders import VOCABULARY, make_span, make_text
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -76,7 +76,7 @@ def test_stock_megatron_reads_the_same_tokens_and_modes(make_dataset) -> None:
 def test_the_reader_in_the_documentation_reads_the_same(make_dataset) -> None:
     """docs/data-format.md holds a reader that needs numpy alone; it is run as printed."""
     text = (Path(__file__).parents[2] / "docs" / "data-format.md").read_text()
-    code = text.split("```python title=\"reader.py\"\n", 1)[1].split("```", 1)[0]
+    code = text.split('```python title="reader.py"\n', 1)[1].split("```", 1)[0]
     assert len(code.splitlines()) < 60
     scope: dict[str, object] = {}
     exec(code, scope)
@@ -103,7 +103,9 @@ def test_shards_by_other_processes_give_the_same_dataset(tmp_path: Path) -> None
     documents = documents_of(np.random.default_rng(1), 12)
     for folder, order in (("x", (0, 1, 2)), ("y", (2, 0, 1))):
         for shard in order:
-            with ShardWriter(tmp_path / folder, "a", shard=shard, num_shards=3, vocabulary=VOCABULARY) as writer:
+            with ShardWriter(
+                tmp_path / folder, "a", shard=shard, num_shards=3, vocabulary=VOCABULARY
+            ) as writer:
                 for number in range(shard, 12, 3):
                     writer.add_document(documents[number], f"s{number}")
         write_manifest(tmp_path / folder, "a", 3, vocabulary=VOCABULARY)
@@ -111,9 +113,13 @@ def test_shards_by_other_processes_give_the_same_dataset(tmp_path: Path) -> None
 
 
 def test_exception_leaves_no_trace(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError), DatasetWriter(tmp_path, "a", vocabulary=VOCABULARY) as writer:
-        writer.add_document([(np.arange(3), 0)], "s")
-        raise RuntimeError
+    def fail() -> None:
+        with DatasetWriter(tmp_path, "a", vocabulary=VOCABULARY) as writer:
+            writer.add_document([(np.arange(3), 0)], "s")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail()
     assert list(tmp_path.iterdir()) == []
 
 
