@@ -39,8 +39,8 @@ class TokenizationConfig:
     dialect: str = "emu3"
     """How spans are written: ``emu3``, ``emu3-frames`` or ``emu3.5``."""
     vocabulary: str = "auto"
-    """A preset (``emu3``, ``emu3.5``, ``tiny``), or ``auto``: the preset that both tokenizers fill exactly, or
-    else a vocabulary of their sizes called ``custom``."""
+    """A preset (``emu3``, ``emu3.5``, ``tiny``), or ``auto``: the preset that both tokenizers fill exactly,
+    or else a vocabulary of their sizes called ``custom``."""
     name: str = ""
     """First part of the shards' file names; the output folder's name where empty."""
     split: str | None = None

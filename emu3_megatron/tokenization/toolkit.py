@@ -80,8 +80,8 @@ def _load_vision(config: TokenizationConfig) -> VisionTokenizer | None:
     vision = VisionTokenizer.from_pretrained(config.vision_tokenizer)
     if config.video_frames % vision.temporal_factor:
         raise UserError(
-            f"video_frames={config.video_frames} must be a multiple of {vision.temporal_factor}, the temporal "
-            "factor of the vision tokenizer"
+            f"video_frames={config.video_frames} must be a multiple of {vision.temporal_factor}, the vision "
+            "tokenizer's temporal factor"
         )
     try:
         return vision.to(torch.device(config.device)).eval()
