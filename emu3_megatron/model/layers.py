@@ -1,0 +1,187 @@
+"""RMSNorm, feed-forward and output layers, and the layer specification."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_layer_local_spec,
+    get_gpt_layer_with_transformer_engine_spec,
+)
+from megatron.core.transformer.mlp import MLP, MLPSubmodules
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules, get_num_layers_to_build
+
+from emu3_megatron.model.attention import PackedAttention, PackedSelfAttention
+from emu3_megatron.model.config import ModelConfig, ModelConfigError
+from emu3_megatron.model.loss import (
+    TokenLosses,
+    WeightedLoss,
+    vocabulary_parallel_linear_cross_entropy,
+    weighted_linear_cross_entropy,
+)
+
+
+class RMSNorm(torch.nn.Module):
+    """Root-mean-square norm, computed in fp32.
+
+    Unlike megatron-core's wrapper of the torch norm it may run under sequence parallelism: its weight is
+    marked so that the gradient is summed over the tensor-parallel group.
+    """
+
+    def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **unused: object) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = torch.nn.Parameter(torch.ones(hidden_size, dtype=config.params_dtype))
+        self.weight.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Normalise the last dimension of `x`."""
+        return _RMSNormFunction.apply(x, self.weight, self.eps)
+
+
+class _RMSNormFunction(torch.autograd.Function):
+    """The five elementwise passes that torch's composite form makes on CPU become three."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        wide = x.float()
+        inverse = (
+            torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_().div_(x.size(-1)).add_(eps).rsqrt_()
+        )
+        ctx.save_for_backward(x, weight, inverse)
+        return (wide * inverse).to(x.dtype).mul_(weight)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        x, weight, inverse = ctx.saved_tensors
+        gradient = gradients[0].float()
+        normalised = x.float() * inverse
+        product = gradient * normalised
+        weight_gradient = product.flatten(0, -2).sum(0).to(weight.dtype)
+        mean = (product @ weight.float()).unsqueeze(-1).div_(x.size(-1))
+        result = (gradient * weight.float()).sub_(normalised.mul_(mean)).mul_(inverse)
+        return result.to(x.dtype), weight_gradient, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    """silu(gate) * up over the halves of the last dimension; only the input is kept for backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        gate, up = x.chunk(2, -1)
+        result = torch.empty_like(x)
+        gate_gradient, up_gradient = result.chunk(2, -1)
+        torch.mul(gradients[0], F.silu(gate), out=up_gradient)
+        torch.mul(gradients[0], up, out=gate_gradient)
+        torch.ops.aten.silu_backward.grad_input(gate_gradient, gate, grad_input=gate_gradient)
+        return result
+
+
+class GatedFeedForward(MLP):
+    """megatron-core's MLP with the gated activation as one operation."""
+
+    def __init__(self, config: Any, **unused: object) -> None:
+        submodules = MLPSubmodules(
+            linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear
+        )
+        super().__init__(
+            config=config, submodules=submodules, tp_group=parallel_state.get_tensor_model_parallel_group()
+        )
+
+    def forward(
+        self, hidden_states: torch.Tensor, *args: object, **unused: object
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Output ``[T, B, hidden]`` and the bias of its projection (None)."""
+        gated, _ = self.linear_fc1(hidden_states)
+        output, bias = self.linear_fc2(_SwiGLU.apply(gated))
+        return output, bias
+
+
+class OutputLayer(tensor_parallel.ColumnParallelLinear):
+    """The output layer: logits, or losses without logits.
+
+    Losses are computed inside the module's call, so that hooks of the distributed optimizer (which gathers
+    parameters before a module's forward) see the weight being used.
+    """
+
+    def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Logits as `ColumnParallelLinear`; `TokenLosses` with ``labels=``, `WeightedLoss` with ``weights=``."""
+        if "labels" not in kwargs:
+            return super().forward(input_, *args, **kwargs)
+        return self._losses(input_, **kwargs)
+
+    def _losses(
+        self,
+        hidden: torch.Tensor,
+        *,
+        labels: torch.Tensor,
+        weights: torch.Tensor | None = None,
+        vocabulary_size: int,
+        chunk_size: int | None = None,
+    ) -> TokenLosses | WeightedLoss:
+        common: dict[str, Any] = {
+            "vocabulary_size": vocabulary_size,
+            "chunk_size": chunk_size,
+            "tp_group": self.tp_group,
+            "sequence_parallel": self.sequence_parallel,
+        }
+        if weights is None:
+            return vocabulary_parallel_linear_cross_entropy(hidden, self.weight, labels, **common)
+        return weighted_linear_cross_entropy(hidden, self.weight, labels, weights, **common)
+
+
+def uses_transformer_engine(config: ModelConfig, *, cuda: bool) -> bool:
+    """Whether the layers come from Transformer Engine.
+
+    Raises:
+        ModelConfigError: it is asked for and cannot be used.
+    """
+    if config.attention_backend == "torch" or (config.attention_backend == "auto" and not cuda):
+        return False
+    try:
+        import transformer_engine.pytorch  # noqa: F401
+    except ImportError as error:
+        if config.attention_backend == "auto":
+            return False
+        raise ModelConfigError(
+            f"model.attention_backend=transformer_engine, but it cannot be imported ({error}); install "
+            "the `gpu` extra or use attention_backend=auto"
+        ) from error
+    if not cuda:
+        raise ModelConfigError("model.attention_backend=transformer_engine needs platform cuda; use torch")
+    return True
+
+
+def block_specification(config: ModelConfig, transformer: Any, *, cuda: bool, vp_stage: int | None) -> Any:
+    """Layer specification of one pipeline chunk.
+
+    Args:
+        config: The model.
+        transformer: Its `TransformerConfig`.
+        cuda: Whether the platform is CUDA.
+        vp_stage: Which of the rank's layer groups; None without interleaving.
+    """
+    if uses_transformer_engine(config, cuda=cuda):
+        return get_gpt_layer_with_transformer_engine_spec(qk_layernorm=config.qk_layernorm)
+    layer = copy.deepcopy(get_gpt_layer_local_spec(normalization="RMSNorm", qk_layernorm=config.qk_layernorm))
+    parts = layer.submodules
+    parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
+    parts.mlp = GatedFeedForward
+    attention = parts.self_attention
+    attention.module = PackedSelfAttention
+    attention.submodules.core_attention = PackedAttention
+    if config.qk_layernorm:
+        attention.submodules.q_layernorm = attention.submodules.k_layernorm = RMSNorm
+    count = get_num_layers_to_build(transformer, vp_stage)
+    return TransformerBlockSubmodules([layer] * count, RMSNorm)

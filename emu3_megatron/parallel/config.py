@@ -1,0 +1,73 @@
+"""How a model and its work are split over processes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+ContextCommunication = Literal["all_gather", "a2a"]
+
+
+class LayoutError(ValueError):
+    """A layout that cannot work, or would work silently wrong; one line with value, rule and remedy."""
+
+
+@dataclass(kw_only=True)
+class ParallelConfig:
+    """Degrees of parallelism. Data parallelism is what is left of the world."""
+
+    tensor_model_parallel_size: int = 1
+    """Processes that share every weight matrix."""
+    pipeline_model_parallel_size: int = 1
+    """Processes that share the layers."""
+    virtual_pipeline_model_parallel_size: int | None = None
+    """Layer groups per pipeline process (interleaved schedule); None: one."""
+    context_parallel_size: int = 1
+    """Processes that share every document of a window."""
+    sequence_parallel: bool = False
+    """Split activations between tensor-parallel regions along the sequence; needs tensor parallelism."""
+    cp_comm: ContextCommunication = "all_gather"
+    """Context parallelism by all-gather of keys and values, or by all-to-all over heads (`a2a`)."""
+
+    @property
+    def model_parallel_size(self) -> int:
+        """Processes that hold one copy of the model and one micro-batch."""
+        return (
+            self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
+        )
+
+    def data_parallel_size(self, world_size: int) -> int:
+        """Data-parallel degree in a world of `world_size` processes.
+
+        Raises:
+            LayoutError: the world cannot be divided.
+        """
+        if world_size % self.model_parallel_size:
+            raise LayoutError(
+                f"{world_size} processes cannot be divided by tensor x pipeline x context parallelism = "
+                f"{self.tensor_model_parallel_size} x {self.pipeline_model_parallel_size} x "
+                f"{self.context_parallel_size} = {self.model_parallel_size}; start a multiple of it"
+            )
+        return world_size // self.model_parallel_size
+
+    def validate(self) -> None:
+        """Refuse degrees that cannot work.
+
+        Raises:
+            LayoutError: the first rule that is broken.
+        """
+        for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
+            if getattr(self, name) < 1:
+                raise LayoutError(f"parallel.{name}={getattr(self, name)} must be at least 1")
+        if self.cp_comm not in ("all_gather", "a2a"):
+            raise LayoutError(f"parallel.cp_comm={self.cp_comm!r} must be all_gather or a2a")
+        if self.sequence_parallel and self.tensor_model_parallel_size == 1:
+            raise LayoutError(
+                "parallel.sequence_parallel=true needs tensor_model_parallel_size > 1; set it to false"
+            )
+        virtual = self.virtual_pipeline_model_parallel_size
+        if virtual is not None and (virtual < 2 or self.pipeline_model_parallel_size < 2):
+            raise LayoutError(
+                f"parallel.virtual_pipeline_model_parallel_size={virtual} must be at least 2 and needs "
+                f"pipeline_model_parallel_size >= 2, not {self.pipeline_model_parallel_size}; leave it null"
+            )

@@ -1,0 +1,64 @@
+"""Process groups and random states."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+
+from emu3_megatron.parallel.config import ParallelConfig
+from emu3_megatron.parallel.platform import Platform
+
+_SEED_STRIDE_DATA = 10_007
+_SEED_STRIDE_PIPELINE = 101
+
+
+def initialize_parallel(parallel: ParallelConfig, platform: Platform, seed: int) -> None:
+    """Start torch.distributed if needed, build megatron-core's groups, seed the random states.
+
+    A single process needs no launcher: without ``WORLD_SIZE`` in the environment a world of one is made.
+    Dropout draws differ between data-, context- and pipeline-parallel ranks (they hold other tokens or other
+    layers), are equal on tensor-parallel ranks for what they hold in common, and differ for what they split.
+
+    Args:
+        parallel: The layout.
+        platform: What `platform.install` returned.
+        seed: Base of the random states of dropout. Initial weights do not depend on them.
+
+    Raises:
+        LayoutError: the layout is invalid or does not fit the number of processes.
+    """
+    from megatron.core import parallel_state, tensor_parallel
+
+    parallel.validate()
+    if not torch.distributed.is_initialized():
+        _start_distributed(platform)
+    parallel.data_parallel_size(torch.distributed.get_world_size())
+    parallel_state.initialize_model_parallel(
+        parallel.tensor_model_parallel_size,
+        parallel.pipeline_model_parallel_size,
+        parallel.virtual_pipeline_model_parallel_size,
+        context_parallel_size=parallel.context_parallel_size,
+    )
+    data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
+    pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()
+    own_seed = seed + _SEED_STRIDE_DATA * data_rank + _SEED_STRIDE_PIPELINE * pipeline_rank
+    torch.manual_seed(own_seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(own_seed)
+
+
+def _start_distributed(platform: Platform) -> None:
+    if torch.distributed.is_torchelastic_launched():
+        torch.distributed.init_process_group(platform.backend)
+    else:
+        store = cast(Any, torch.distributed).HashStore()
+        torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1)
+
+
+def destroy_parallel() -> None:
+    """Undo `initialize_parallel`, torch.distributed included."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
