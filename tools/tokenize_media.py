@@ -37,7 +37,7 @@ HELP = {
     "media_device": "where video is decoded and pictures are resized: cpu or gpu",
     "device": "where the vision tokenizer runs: cpu, cuda, cuda:1...",
     "precision": "arithmetic of the encoder: fp32 or bf16",
-    "encode_pixels": "pixels times frames in one batch of the encoder",
+    "encode_pixels": "pixels times frames in one batch of the encoder; by device where not given",
     "quarantine_budget": "share of entries that may be set aside before the job fails",
     "decode_threads": "threads that decode ahead while the encoder runs",
 }

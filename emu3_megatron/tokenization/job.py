@@ -96,7 +96,12 @@ class TokenizationJob:
         begin = time.perf_counter()
         reports: list[ShardReport] = []
         with (
-            tqdm(total=total, desc="tokenize", unit="entry", disable=not config.progress) as bar,
+            tqdm(
+                total=total,
+                desc=f"tokenize {config.worker + 1}/{config.num_workers}",
+                unit="entry",
+                disable=not config.progress,
+            ) as bar,
             SampleDecoder(config, toolkit.spatial_factor) as decoder,
         ):
             encoder = toolkit.encoder(config)
