@@ -115,7 +115,7 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
     """
 
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Logits as `ColumnParallelLinear`; `TokenLosses` with ``labels=``, `WeightedLoss` with ``weights=``."""
+        """Logits; with ``labels=`` `TokenLosses`, with ``weights=`` too a `WeightedLoss`."""
         if "labels" not in kwargs:
             return super().forward(input_, *args, **kwargs)
         return self._losses(input_, **kwargs)
