@@ -12,7 +12,7 @@ from emu3_megatron.parallel.fused_adam import FusedAdam
 @pytest.fixture
 def no_cuda(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(platform, "driver_signs", lambda: [])
+    monkeypatch.setattr(platform, "driver_signs", list)
     return monkeypatch
 
 
@@ -58,9 +58,11 @@ from emu3_megatron.parallel import platform
 torch.cuda.is_available = lambda: True
 chosen = []
 torch.cuda.set_device = chosen.append
-before = (torch.cuda.current_device, torch.Tensor.cuda, torch.zeros, torch.cuda.Stream, torch.Tensor.type)
+def state():
+    return torch.cuda.current_device, torch.Tensor.cuda, torch.zeros, torch.cuda.Stream, torch.Tensor.type
+before = state()
 found = platform.install("auto")
-assert before == (torch.cuda.current_device, torch.Tensor.cuda, torch.zeros, torch.cuda.Stream, torch.Tensor.type)
+assert state() == before
 assert found.backend == "nccl" and found.device == torch.device("cuda", 3) and chosen == [found.device]
 """
     environment = {**os.environ, "LOCAL_RANK": "3"}
