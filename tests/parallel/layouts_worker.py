@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -51,13 +52,19 @@ class Case:
     layout: ParallelConfig
     qk_layernorm: bool = False
     distributed_optimizer: bool = False
+    precision: str = "fp32"
 
 
 def cases(world: int) -> list[Case]:
     """The layouts of a launch of 2 or 4 processes."""
 
     def case(
-        name: str, *, qk_layernorm: bool = False, distributed_optimizer: bool = False, **degrees: Any
+        name: str,
+        *,
+        qk_layernorm: bool = False,
+        distributed_optimizer: bool = False,
+        precision: str = "fp32",
+        **degrees: Any,
     ) -> Case:
         names = {
             "tp": "tensor_model",
@@ -71,6 +78,7 @@ def cases(world: int) -> list[Case]:
             layout=ParallelConfig(**fields),
             qk_layernorm=qk_layernorm,
             distributed_optimizer=distributed_optimizer,
+            precision=precision,
         )
 
     if world == 2:
@@ -87,6 +95,8 @@ def cases(world: int) -> list[Case]:
             case("DP2"),
             case("DP2 distributed optimizer", distributed_optimizer=True),
             case("TP2 SP distributed optimizer", tp=2, sequence_parallel=True, distributed_optimizer=True),
+            case("TP2 bf16", tp=2, precision="bf16"),
+            case("DP2 bf16 distributed optimizer", precision="bf16", distributed_optimizer=True),
         ]
     return [
         case("TP2 CP2", tp=2, cp=2),
@@ -141,16 +151,25 @@ def run(case: Case, windows: list[int], scale: float = 1.0) -> dict[str, Any]:
         qk_layernorm=case.qk_layernorm,
     )
     chunks = build_model(
-        config, vocabulary_padded_size=PADDED, vocabulary_size=IN_USE, parallel=case.layout, seed=1
+        config,
+        vocabulary_padded_size=PADDED,
+        vocabulary_size=IN_USE,
+        parallel=case.layout,
+        seed=1,
+        precision=case.precision,
     )
     transformer = chunks[0].config
-    wrapping = DistributedDataParallelConfig(use_distributed_optimizer=case.distributed_optimizer)
+    wrapping = DistributedDataParallelConfig(
+        use_distributed_optimizer=case.distributed_optimizer, grad_reduce_in_fp32=True
+    )
     model = [DistributedDataParallel(transformer, wrapping, chunk) for chunk in chunks]
     settings = OptimizerConfig(
         optimizer="adam",
         lr=1e-3,
         adam_eps=1e-2,
         clip_grad=1.0,
+        bf16=case.precision == "bf16",
+        params_dtype=transformer.params_dtype,
         use_distributed_optimizer=case.distributed_optimizer,
     )
     optimizer = get_megatron_optimizer(settings, model)
@@ -173,7 +192,7 @@ def run(case: Case, windows: list[int], scale: float = 1.0) -> dict[str, Any]:
     dist.broadcast(loss, last, group=parallel_state.get_pipeline_model_parallel_group())
     gradients = {} if case.distributed_optimizer else whole(chunks, lambda p: p.main_grad)
     _, norm, _ = optimizer.step()
-    weights = whole(chunks, lambda p: p.detach())
+    weights = whole(chunks, lambda p: p.detach().float())
     parallel_state.destroy_model_parallel()
     return {"loss": loss.item(), "norm": float(norm), "gradients": gradients, "weights": weights}
 
@@ -212,14 +231,21 @@ def main() -> None:
     dist.init_process_group("gloo")
     world = dist.get_world_size()
     everything = list(range(MICRO_BATCHES))
-    references: dict[bool, dict[str, Any]] = {}
+    calls = record_calls_that_need_cuda()
+    references: dict[tuple[bool, str], dict[str, Any]] = {}
     results = []
     for case in cases(world):
-        if case.qk_layernorm not in references:
+        variant = (case.qk_layernorm, case.precision)
+        if variant not in references:
             # Every rank works on all windows with 1/world of the weight: the sum over ranks is one process's.
-            single = Case(name="one process", layout=ParallelConfig(), qk_layernorm=case.qk_layernorm)
-            references[case.qk_layernorm] = run(single, everything, scale=1 / world)
-        want = references[case.qk_layernorm]
+            single = Case(
+                name="one process",
+                layout=ParallelConfig(),
+                qk_layernorm=case.qk_layernorm,
+                precision=case.precision,
+            )
+            references[variant] = run(single, everything, scale=1 / world)
+        want = references[variant]
         data = case.layout.data_parallel_size(world)
         rank = data_rank(case.layout, world)
         share = len(everything) // data
@@ -234,11 +260,47 @@ def main() -> None:
                 "weights": largest_difference(got["weights"], want["weights"]),
             }
         )
+    dropout = dropout_draws() if world == 2 else {}
     if dist.get_rank() == 0:
         with open(sys.argv[1], "w") as file:
-            json.dump(results, file)
+            json.dump({"cases": results, "dropout": dropout, "calls": calls}, file)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def record_calls_that_need_cuda() -> list[str]:
+    """Where torch is asked for a GPU although the platform is the CPU; a list that grows."""
+    calls: list[str] = []
+
+    def refuse() -> None:
+        calls.append("".join(traceback.format_stack(limit=6)))
+        raise RuntimeError("a call that needs CUDA was not redirected")
+
+    torch.cuda._lazy_init = refuse
+    return calls
+
+
+def dropout_draws() -> dict[str, bool]:
+    """Whether two ranks' hidden states agree in training with dropout, by how they are related."""
+    config = ModelConfig.preset(
+        "tiny", embedding_dropout=0.1, attention_dropout=0.1, hidden_dropout=0.1, num_query_groups=4
+    )
+    batch, cu = window(0, 1.0)
+    equal = {}
+    for name, layout in {
+        "tensor": ParallelConfig(tensor_model_parallel_size=2),
+        "data": ParallelConfig(),
+    }.items():
+        initialize_parallel(layout, PLATFORM, seed=1)
+        (model,) = build_model(
+            config, vocabulary_padded_size=PADDED, vocabulary_size=IN_USE, parallel=layout, seed=1
+        )
+        hidden = model(batch["tokens"], packed_seq_params=packed_sequence_parameters(cu)).detach()
+        both = [torch.empty_like(hidden) for _ in range(2)]
+        dist.all_gather(both, hidden)
+        equal[name] = torch.equal(*both)
+        parallel_state.destroy_model_parallel()
+    return equal
 
 
 def data_rank(layout: ParallelConfig, world: int) -> int:
