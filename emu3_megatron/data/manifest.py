@@ -144,14 +144,14 @@ class Manifest:
         path = Path(folder) / MANIFEST_NAME
         if not path.is_file():
             raise UserError(
-                f"{path}: no such file; a dataset is a folder with a manifest, written last: is the path right, "
-                "and did the tokenization finish?"
+                f"{path}: no such file; a dataset is a folder with a manifest, written last: is the path "
+                "right, and did the tokenization finish?"
             )
         fields = _load_json(path)
         if fields.get("format") != FORMAT_NAME or fields.get("version") != FORMAT_VERSION:
             raise UserError(
-                f"{path}: format {fields.get('format')!r} version {fields.get('version')!r}; this release reads "
-                f"{FORMAT_NAME!r} version {FORMAT_VERSION}"
+                f"{path}: format {fields.get('format')!r} version {fields.get('version')!r}; this release "
+                f"reads {FORMAT_NAME!r} version {FORMAT_VERSION}"
             )
         checksum = fields.pop("checksum", None)
         if checksum != canonical_sha256(fields):

@@ -41,8 +41,8 @@ class Source:
 class OpenSource:
     """A source with its dataset open: an endless, shuffled stream of its documents, addressed by position.
 
-    Position ``p`` is the ``p % len(dataset)``-th document of epoch ``p // len(dataset)``, in that epoch's order,
-    so every epoch holds every document exactly once.
+    Position ``p`` is the ``p % len(dataset)``-th document of epoch ``p // len(dataset)``, in that epoch's
+    order, so every epoch holds every document exactly once.
     """
 
     def __init__(self, source: Source, dataset: MultimodalDataset, template: Template) -> None:

@@ -1,8 +1,8 @@
 """The plan: an endless list of windows, each a pure function of the plan and its number.
 
-Block ``b`` holds the draws ``b * block_draws`` to ``(b + 1) * block_draws`` of the mixture: from each source the
-next documents of its keyed permutation. They are shuffled, packed, and the windows shuffled again, all by keys
-derived from the seed. Nothing depends on ranks, workers, batch sizes or restarts.
+Block ``b`` holds the draws ``b * block_draws`` to ``(b + 1) * block_draws`` of the mixture: from each source
+the next documents of its keyed permutation. They are shuffled, packed, and the windows shuffled again, all by
+keys derived from the seed. Nothing depends on ranks, workers, batch sizes or restarts.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ class Plan:
         mixture: Sources and their weights in tokens.
         seed: Of every shuffle and every decision of a template.
         context_length: Tokens of a window.
-        alignment: Every document takes a multiple of this many places; twice the context-parallel degree must
-            divide it. 1 pads nothing.
+        alignment: Every document takes a multiple of this many places; twice the context-parallel degree
+            must divide it. 1 pads nothing.
         policy: ``online`` or ``offline``, see `packing.pack`.
         open_windows: Windows that ``online`` keeps open.
         fill: Pour texts into the holes that other documents leave.

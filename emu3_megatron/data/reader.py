@@ -1,8 +1,8 @@
 """Reading datasets: positioned reads through a bounded number of open files, every sequence verified.
 
 A shard's index is mapped into memory and verified page by page as it is first read; tokens are read with
-``pread`` and verified against the sequence's checksum. A damaged byte is an error that names the file; it never
-becomes a token.
+``pread`` and verified against the sequence's checksum. A damaged byte is an error that names the file; it
+never becomes a token.
 """
 
 from __future__ import annotations
@@ -62,10 +62,10 @@ class FileCache:
         if limit < 1:
             raise UserError(f"open files limit {limit} must be at least 1")
         self._limit = limit
-        self._open: OrderedDict[Path, int] = OrderedDict()
+        self._open: OrderedDict[str, int] = OrderedDict()
         self._lock = Lock()
 
-    def read(self, path: Path, size: int, offset: int) -> bytes:
+    def read(self, path: str, size: int, offset: int) -> bytes:
         """`size` bytes of `path` from `offset`.
 
         Raises:
@@ -80,14 +80,14 @@ class FileCache:
                 part = os.pread(descriptor, rest, offset + size - rest)
                 if not part:
                     raise UserError(
-                        f"{path}: ends at byte {offset + size - rest}, {rest} bytes short of a read; the file "
-                        "was truncated after it was opened: restore it"
+                        f"{path}: ends at byte {offset + size - rest}, {rest} bytes short of a read; the "
+                        "file was truncated after it was opened: restore it"
                     )
                 parts.append(part)
                 rest -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
-    def _descriptor(self, path: Path) -> int:
+    def _descriptor(self, path: str) -> int:
         descriptor = self._open.pop(path, None)
         if descriptor is None:
             while len(self._open) >= self._limit:
@@ -128,12 +128,13 @@ class Shard:
         self.record = record
         self._stem = stem
         self._files = files
+        self._bin, self._crc = str(self.path(".bin")), str(self.path(".crc"))
 
     def __len__(self) -> int:
         return self.record.documents
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {"record": self.record, "_stem": self._stem, "_files": self._files}
+    def __reduce__(self) -> tuple[type[Shard], tuple[Path, ShardRecord, FileCache]]:
+        return Shard, (self._stem, self.record, self._files)
 
     def path(self, suffix: str) -> Path:
         """One of the shard's files."""
@@ -171,26 +172,21 @@ class Shard:
             UserError: bytes that differ from what was written; names the file.
         """
         index = self._index
-        borders = index.borders(np.array([number, number + 1]))
-        sequences = np.arange(borders[0], borders[1])
-        lengths, modes = index.lengths(sequences), index.modes(sequences)
-        start = int(index.pointers(sequences[:1])[0])
-        sizes = lengths * TOKEN_DTYPE.itemsize
-        data = self._files.read(self.path(".bin"), int(sizes.sum()), start)
-        stored = self._files.read(
-            self.path(".crc"), 4 * len(sequences), index.checksums_offset + 4 * int(sequences[0])
-        )
+        first, start, lengths, modes = index.document(number)
+        sizes = [length * TOKEN_DTYPE.itemsize for length in lengths]
+        data = self._files.read(self._bin, sum(sizes), start)
+        stored = self._files.read(self._crc, 4 * len(sizes), index.checksums_offset + 4 * first)
         segments = []
         offset = 0
-        for place, checksum in enumerate(np.frombuffer(stored, dtype="<u4")):
-            part = data[offset : offset + int(sizes[place])]
-            if crc32c(part) != checksum:
+        for place, size in enumerate(sizes):
+            part = data[offset : offset + size]
+            if crc32c(part) != int.from_bytes(stored[4 * place : 4 * place + 4], "little"):
                 raise UserError(
-                    f"{self.path('.bin')}: sequence {sequences[place]} (document {number}, byte {start + offset}) "
-                    f"does not match its checksum in {self.path('.crc').name}; one of them is damaged: restore it"
+                    f"{self._bin}: sequence {first + place} (document {number}, byte {start + offset}) does not "
+                    f"match its checksum in {self._crc}; one of them is damaged: restore it"
                 )
-            segments.append((np.frombuffer(part, dtype=TOKEN_DTYPE), int(modes[place])))
-            offset += int(sizes[place])
+            segments.append((np.frombuffer(part, dtype=TOKEN_DTYPE), modes[place]))
+            offset += size
         return segments
 
     @cached_property
@@ -220,12 +216,13 @@ class _Index:
             self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
         if (layout.num_sequences, layout.num_documents) != (record.sequences, record.documents):
             raise UserError(
-                f"{path}: {layout.num_documents} documents of {layout.num_sequences} sequences, but the manifest "
-                f"says {record.documents} of {record.sequences}; the file is of another dataset: restore it"
+                f"{path}: {layout.num_documents} documents of {layout.num_sequences} sequences, but the "
+                f"manifest says {record.documents} of {record.sequences}; the file is of another dataset: restore it"
             )
         self._page_checksums = self._read_page_checksums(crc_path, layout, size)
         self.checksums_offset = CRC_HEADER.size + self._page_checksums.nbytes
         self._verified = np.zeros(len(self._page_checksums), dtype=bool)
+        self._unverified = len(self._page_checksums)
         self._arrays = {
             "lengths": (layout.lengths, self._array(np.int32, layout.num_sequences, layout.lengths)),
             "pointers": (layout.pointers, self._array(np.int64, layout.num_sequences, layout.pointers)),
@@ -268,6 +265,15 @@ class _Index:
         """Mode of each sequence."""
         return self._take("modes", sequences)
 
+    def document(self, number: int) -> tuple[int, int, list[int], list[int]]:
+        """A document's first sequence, its byte in the ``.bin``, and its sequences' lengths and modes."""
+        first, last = self.borders(np.array([number, number + 1])).tolist()
+        if self._unverified:
+            sequences = np.arange(first, last)
+            self.lengths(sequences), self.modes(sequences), self.pointers(sequences[:1])
+        lengths, pointers, modes = (self._arrays[name][1] for name in ("lengths", "pointers", "modes"))
+        return first, int(pointers[first]), lengths[first:last].tolist(), modes[first:last].tolist()
+
     def _take(self, name: str, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         offset, array = self._arrays[name]
         first = offset + numbers * array.itemsize
@@ -277,6 +283,8 @@ class _Index:
         return array[numbers].astype(np.int64)
 
     def _verify(self, offsets: npt.NDArray[np.int64]) -> None:
+        if not self._unverified:
+            return
         pages = offsets // INDEX_PAGE_BYTES
         for page in np.unique(pages[~self._verified[pages]]):
             data = self._map[int(page) * INDEX_PAGE_BYTES : (int(page) + 1) * INDEX_PAGE_BYTES]
@@ -286,6 +294,7 @@ class _Index:
                     "checksum in the .crc file; one of them is damaged: restore it"
                 )
             self._verified[page] = True
+            self._unverified = int(np.count_nonzero(~self._verified))
 
 
 class MultimodalDataset:

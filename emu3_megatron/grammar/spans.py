@@ -115,7 +115,7 @@ class SpanWriter:
     def _write_body(self, body: Ids, codes_THW: Ids, layout: Layout) -> None:
         vocabulary = self._vocabulary
         for target, source in self._rows(body, codes_THW, layout):
-            np.add(source, vocabulary.vision_offset, out=target)
+            np.add(source, vocabulary.vision_offset, out=target, dtype=np.int64, casting="unsafe")
         frames_TN = body.reshape(-1, layout.frame_length)
         if layout.ends_rows:
             frames_TN[:, layout.width :: layout.row_length] = vocabulary.eol

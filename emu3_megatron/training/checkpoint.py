@@ -19,7 +19,7 @@ import torch
 
 from emu3_megatron.files import write_json_atomic
 from emu3_megatron.model import ModelConfig
-from emu3_megatron.parallel import ParallelConfig
+from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint_files import CheckpointError
 from emu3_megatron.training.modules import is_rank_zero, unwrap

@@ -14,7 +14,7 @@ from emu3_megatron.data import Template
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar.document import Modality
 from emu3_megatron.model import ModelConfig
-from emu3_megatron.parallel import ParallelConfig
+from emu3_megatron.parallel.config import ParallelConfig
 
 Precision = Literal["fp32", "bf16"]
 

@@ -75,19 +75,19 @@ class ForwardBackward:
         loss: Weights by class, and the loss's chunk size.
         layout: Where sums stand; its sources name the documents' `Batch.source`.
         device: Where the chunks are.
-    """"""
+    """
 
     def __init__(
         self,
         chunks: Sequence[torch.nn.Module],
         loss: LossConfig,
         layout: MetricsLayout,
+        *,
         device: torch.device,
     ) -> None:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         self._chunks = list(chunks)
-        self._layout = layout
         self._device = device
         self._groups = Groups.current()
         self._weights_C = torch.tensor(loss.by_class(), dtype=torch.float64)

@@ -2,45 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from emu3_megatron.data import Batch
+import numpy as np
+
 from emu3_megatron.training.callbacks.base import Callback
+from emu3_megatron.training.config import ValidationConfig
 from emu3_megatron.training.metrics import StepReport, Totals
 
 if TYPE_CHECKING:
     from emu3_megatron.training.trainer import Trainer
 
-Evaluate = Callable[[Sequence[Batch]], Totals]
-
 
 class Validation(Callback):
-    """Measures the same windows every `interval` steps and adds ``validation_*`` to the step's numbers.
+    """Measures the same held-out windows every `interval` steps and adds ``validation_*`` to the step's numbers.
 
-    Args:
-        batches: Micro-batches of this rank for each global batch of the held-out windows.
-        evaluate: Runs a global batch without gradients.
-        weights: Loss weights by class.
-        interval: Steps between evaluations.
+    Keys: ``validation_loss`` (weighted as in training), ``validation_loss_text`` and so on by class,
+    ``validation_loss_SOURCE`` by source.
     """
 
-    def __init__(
-        self, batches: Sequence[Sequence[Batch]], evaluate: Evaluate, weights: Sequence[float], interval: int
-    ) -> None:
-        self._batches = batches
-        self._evaluate = evaluate
-        self._weights = weights
-        self._interval = interval
+    def __init__(self, config: ValidationConfig) -> None:
+        self._config = config
+
+    def on_start(self, trainer: Trainer) -> None:
+        """Read the windows once; they stay in memory."""
+        data = trainer.data
+        steps = -(-self._config.windows // trainer.config.trainer.global_batch_size)
+        loader = iter(data.validation_loader(trainer.config))
+        self._batches = [next(loader) for _ in range(steps)]
+        self._run, self._layout = trainer.evaluator(data.validation_names)
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         """Evaluate if it is time, or if this was the last step."""
         last = report.step == trainer.config.trainer.steps
-        if report.step % self._interval and not last:
+        if report.step % self._config.interval and not last:
             return
-        parts = [self._evaluate(batches) for batches in self._batches]
-        totals = Totals(sources=parts[0].sources, sums=sum(part.sums for part in parts), extras={})
-        report.values["validation_loss"] = totals.loss(self._weights)
+        parts = [trainer.evaluate(self._run, self._layout, batches) for batches in self._batches]
+        totals = Totals(sources=self._layout.sources, sums=np.sum([part.sums for part in parts], axis=0), extras={})
+        weights = trainer.config.loss.by_class()
+        report.values["validation_loss"] = totals.loss(weights)
         report.values.update({f"validation_{name}": value for name, value in totals.named().items()})
-        for index, source in enumerate(totals.sources):
-            report.values[f"validation_loss_{source}"] = totals.source_loss(index, self._weights)
+        if len(totals.sources) > 1:
+            for index, source in enumerate(totals.sources):
+                report.values[f"validation_loss_{source}"] = totals.source_loss(index, weights)
