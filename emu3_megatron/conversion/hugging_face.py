@@ -52,7 +52,8 @@ class ImportedModel:
     files: TensorFiles
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Our tensors one by one (tensor parallelism 1); raises `ConversionError` when the files do not fit."""
+        """Our tensors one by one (tensor parallelism 1); raises `ConversionError` when the files do not
+        fit."""
         weight_map = WeightMap(configuration.architecture(self.config, self.vocabulary), self.layout)
         return weight_map.from_hugging_face(self.files.without_prefix(VISION_PREFIXES.get(self.layout.name)))
 
@@ -79,8 +80,8 @@ def export_hugging_face(
         text_tokenizer: file of the text tokenizer; without it no tokenizer or processor is written.
         layout: ``transformers``, ``transformers-5`` or ``emu3`` (see `maps.LAYOUTS`).
         dtype: of the language model's tensors; None keeps them. The vision tokenizer keeps its own.
-        image_pixels: smallest and largest image, in pixels, that the image processor resizes to; by default the
-            released ones (512x512 to 1024x1024).
+        image_pixels: smallest and largest image, in pixels, that the image processor resizes to; by default
+            the released ones (512x512 to 1024x1024).
         overwrite: replace an existing folder.
 
     Returns:
@@ -110,10 +111,16 @@ def export_hugging_face(
             write_tensors(unfinished, _with_vision(tensors, vision, VISION_PREFIXES[layout]))
             _write_image_processor(unfinished, vision, image_pixels)
         write_json_atomic(unfinished / "config.json", config)
-        write_json_atomic(unfinished / "generation_config.json", configuration.generation_config(model.vocabulary))
+        write_json_atomic(
+            unfinished / "generation_config.json", configuration.generation_config(model.vocabulary)
+        )
         if tokenizer is not None:
             write_tokenizer(unfinished, tokenizer, model_max_length=model.config.max_position_embeddings)
-        own = {"model": asdict(model.config), "vocabulary": model.vocabulary.to_dict(), "dialect": model.dialect}
+        own = {
+            "model": asdict(model.config),
+            "vocabulary": model.vocabulary.to_dict(),
+            "dialect": model.dialect,
+        }
         write_json_atomic(unfinished / OWN_FILE, own)
     return Path(folder)
 
@@ -148,7 +155,8 @@ def _vocabulary(values: Mapping[str, Any]) -> Vocabulary:
         if Vocabulary.preset(name).size == size:
             return Vocabulary.preset(name)
     raise ConversionError(
-        f"config.json has neither a vocabulary_map nor the vocab_size of Emu3 (184622) or Emu3.5 (282926): {size}"
+        "config.json has neither a vocabulary_map nor the vocab_size of Emu3 (184622) or Emu3.5 (282926): "
+        f"{size}"
     )
 
 
@@ -156,7 +164,8 @@ def _open_vision(vision: VisionTokenizer | str | os.PathLike[str] | None) -> Vis
     """The vision tokenizer, loaded where a folder is given."""
     if vision is None:
         raise ConversionError(
-            "this layout holds the vision tokenizer: give its folder (--vision-tokenizer), or use --layout emu3"
+            "this layout holds the vision tokenizer: give its folder (--vision-tokenizer), "
+            "or use --layout emu3"
         )
     return vision if isinstance(vision, VisionTokenizer) else VisionTokenizer.from_pretrained(vision)
 
@@ -181,8 +190,13 @@ def _with_vision(
 
 def _write_image_processor(folder: Path, vision: VisionTokenizer, pixels: tuple[int, int] | None) -> None:
     """``preprocessor_config.json``."""
-    smallest, largest = pixels or (configuration.IMAGE_AREA["min_pixels"], configuration.IMAGE_AREA["max_pixels"])
-    values = configuration.image_processor_config(vision.spatial_factor, min_pixels=smallest, max_pixels=largest)
+    smallest, largest = pixels or (
+        configuration.IMAGE_AREA["min_pixels"],
+        configuration.IMAGE_AREA["max_pixels"],
+    )
+    values = configuration.image_processor_config(
+        vision.spatial_factor, min_pixels=smallest, max_pixels=largest
+    )
     write_json_atomic(folder / "preprocessor_config.json", values)
 
 

@@ -1,7 +1,8 @@
-"""Text tokenizers as ``tokenizer.json``: Qwen ranks, SentencePiece and Hugging Face files, with Emu3's tokens.
+"""Text tokenizers as ``tokenizer.json``: Qwen ranks, SentencePiece and Hugging Face files, with Emu3's
+tokens.
 
-The written tokenizer gives the same ids as ours for ordinary text (checked on `PROBES` before it is written). Unlike
-ours it reads the spelling of a control token as that token: prompts of transformers are strings.
+The written tokenizer gives the same ids as ours for ordinary text (checked on `PROBES` before it is written).
+Unlike ours it reads the spelling of a control token as that token: prompts of transformers are strings.
 """
 
 from __future__ import annotations
@@ -58,7 +59,8 @@ def build_tokenizer(path: str | Path, vocabulary: Vocabulary) -> Tokenizer:
         theirs = tokenizer.encode(text, add_special_tokens=False).ids
         if theirs != ours.encode(text):
             raise ConversionError(
-                f"{file} cannot be written as tokenizer.json: {text!r} would become {theirs}, not {ours.encode(text)}"
+                f"{file} cannot be written as tokenizer.json: {text!r} would become {theirs}, "
+                f"not {ours.encode(text)}"
             )
     names = special_names(vocabulary)
     tokenizer.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
@@ -140,7 +142,9 @@ def _sentencepiece(path: Path) -> Description:
     elif proto.trainer_spec.model_type == kinds.BPE:
         normal = {piece.piece: -piece.score for piece in proto.pieces if piece.type == piece.NORMAL}
         merges = [
-            pair for piece in sorted(normal, key=lambda piece: normal[piece]) for pair in _splits(piece, normal)
+            pair
+            for piece in sorted(normal, key=lambda piece: normal[piece])
+            for pair in _splits(piece, normal)
         ]
         unknown = proto.pieces[proto.trainer_spec.unk_id].piece
         model = _bpe(pieces, merges, unknown=unknown, byte_fallback=proto.trainer_spec.byte_fallback)
@@ -192,7 +196,13 @@ def _hugging_face(path: Path) -> Description:
 
 def _description(**parts: Any) -> Description:
     """The frame of a tokenizer.json."""
-    frame = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "post_processor": None}
+    frame = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "post_processor": None,
+    }
     return {**frame, **parts}
 
 
@@ -220,7 +230,8 @@ def _bpe(
 def _splits(token: Any, ranks: Mapping[Any, float]) -> Iterable[tuple[Any, Any]]:
     """Every way to merge two known tokens into `token`, the earlier known first.
 
-    tiktoken and SentencePiece merge whatever pair gives a known token; a BPE of `tokenizers` merges listed pairs only.
+    tiktoken and SentencePiece merge whatever pair gives a known token; a BPE of `tokenizers` merges listed
+    pairs only.
     """
     pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
     known = [pair for pair in pairs if pair[0] in ranks and pair[1] in ranks]
@@ -239,7 +250,11 @@ def _fill_gaps(model: Description, size: int) -> None:
 
 def _byte_letters() -> list[str]:
     """GPT-2's printable letter for each byte."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    printable = [
+        *range(ord("!"), ord("~") + 1),
+        *range(ord("¡"), ord("¬") + 1),
+        *range(ord("®"), ord("ÿ") + 1),
+    ]
     others = [byte for byte in range(256) if byte not in printable]
     letters = dict(zip(printable, map(chr, printable), strict=True))
     letters.update({byte: chr(256 + index) for index, byte in enumerate(others)})

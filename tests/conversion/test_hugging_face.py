@@ -129,7 +129,9 @@ def test_codes_and_pixels_equal_transformers(exported, vision) -> None:
         output = theirs.model.vqmodel.encode(pixels, torch.tensor([[16, 12]] * 2))
         ours = vision.encode(pixels)
         assert torch.equal(torch.stack(list(output.image_tokens)), ours)
-        torch.testing.assert_close(theirs.model.vqmodel.decode(ours), vision.decode(ours), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            theirs.model.vqmodel.decode(ours), vision.decode(ours), atol=1e-4, rtol=1e-4
+        )
 
 
 def test_vision_tokenizer_comes_back(exported, vision) -> None:
@@ -183,7 +185,11 @@ def test_processor_and_tokenizer_load_and_agree(exported, text_tokenizer, vocabu
         assert processor.tokenizer(text, add_special_tokens=False).input_ids == ours.encode(text)
         assert processor.tokenizer.decode(ours.encode(text)) == text
     inputs = processor(
-        text=["a red circle"], return_for_image_generation=True, ratio="1:1", image_area=64 * 64, return_tensors="pt"
+        text=["a red circle"],
+        return_for_image_generation=True,
+        ratio="1:1",
+        image_area=64 * 64,
+        return_tensors="pt",
     )
     ids = inputs.input_ids[0].tolist()
     assert ids[0] == vocabulary.bos
@@ -221,7 +227,9 @@ def test_unusable_exports_are_refused(tmp_path: Path, vision, vocabulary, text_t
     broken = {name: t for name, t in weights.items() if "final_layernorm" not in name}
     broken["surplus"] = torch.zeros(1)
     broken["output_layer.weight"] = torch.zeros(3, 3)
-    with pytest.raises(ConversionError, match=r"missing decoder.final_layernorm.*unexpected surplus.*\[3, 3\]"):
+    with pytest.raises(
+        ConversionError, match=r"missing decoder.final_layernorm.*unexpected surplus.*\[3, 3\]"
+    ):
         export(weights=broken)
     small = Vocabulary.build("small", text_size=200, codebook_size=64)
     with pytest.raises(ConversionError, match="more than the 200 text ids"):
