@@ -101,6 +101,8 @@ class VisionTrainer:
                 every = self.config.checkpoint_every
                 if every and (self.step % every == 0 or self.step == steps):
                     self.save_state()
+        if self.codebook.initialised:
+            self.codebook.compact()
         self.tokenizer.eval().requires_grad_(True)
         if self.rank == 0:
             self.tokenizer.save_pretrained(self.folder)
@@ -162,6 +164,8 @@ class VisionTrainer:
             and self.step < loss_config.revive_until * self.config.schedule.steps
         ):
             self.codebook.revive(rows_RD, codes_R, weights_R, self.step)
+        if loss_config.merge_distance and self.step == int(loss_config.merge_at * self.config.schedule.steps):
+            self.codebook.merge(loss_config.merge_distance)
         self.recent_codes.append(codes_R)
         commitment = commitment_loss(rows_RD, quantized_RD, 1 + (loss_config.plain_commitment - 1) * plain_R)
         return straight_through(latents_BDthw, quantized_BDthw), commitment
