@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -119,4 +120,23 @@ def test_a_passing_fault_is_not_the_files(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(media_files, "open", broken, raising=False)
     with pytest.raises(OSError, match="Input/output") as caught:
         decode_images([path])
+    assert not isinstance(caught.value, MediaError)
+
+
+def test_a_passing_fault_during_video_is_not_the_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """FFmpeg reads through our stream, so a fault of the disk arrives as itself."""
+    path = encode(tmp_path / "a.mp4", moving_picture())
+
+    class Flaky(io.FileIO):
+        def readinto(self, buffer: object) -> int:
+            raise OSError(5, "Input/output error")
+
+        def read(self, size: int = -1) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(media_files, "open", lambda *_: Flaky(path), raising=False)
+    with pytest.raises(OSError, match="Input/output") as caught:
+        probe_video(path)
     assert not isinstance(caught.value, MediaError)

@@ -27,6 +27,9 @@ class StageRunner:
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
         self.folder = folder
         self.seconds: dict[str, float] = {}
+        """Seconds of every stage, those done before included."""
+        self.fresh: dict[str, float] = {}
+        """Seconds of the stages that ran now."""
         self._environment = {**os.environ, **environment}
         self._chain = ""
         (folder / "stages").mkdir(parents=True, exist_ok=True)
@@ -43,7 +46,7 @@ class StageRunner:
         print(f"== {name}", flush=True)
         begin = time.monotonic()
         action()
-        self.seconds[name] = round(time.monotonic() - begin, 1)
+        self.seconds[name] = self.fresh[name] = round(time.monotonic() - begin, 1)
         write_json_atomic(marker, {"fingerprint": self._chain, "seconds": self.seconds[name]})
         print(f"== {name}: {self.seconds[name]:.0f} s", flush=True)
 
