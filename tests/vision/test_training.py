@@ -28,6 +28,7 @@ from emu3_megatron.vision.training_config import (
 )
 
 ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples" / "configs").glob("*/vision.yaml"))
 
 MODEL = VisionTokenizerConfig(
     channels=32, channel_multiplier=(1, 1, 1), num_res_blocks=0, attention_resolutions=(), codebook_size=64
