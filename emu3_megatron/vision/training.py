@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from emu3_megatron.files import atomic_write
 from emu3_megatron.vision.codebook import EmaCodebook, world_size
-from emu3_megatron.vision.corpus import Batch, VisionDataset, draw_batch, load_manifest
+from emu3_megatron.vision.corpus import Batch, VisionDataset, draw_batch, load_manifests
 from emu3_megatron.vision.initialization import initialise
 from emu3_megatron.vision.losses import (
     commitment_loss,
@@ -349,15 +349,15 @@ def set_up_processes() -> torch.device:
 
 
 def train(config: VisionTrainingConfig) -> VisionTokenizer:
-    """Train a tokenizer on a manifest, in this process or as one of torchrun's, into `config.output`.
+    """Train a tokenizer on manifests, in this process or as one of torchrun's, into `config.output`.
 
     Rerunning a finished run loads its result; rerunning a stopped one continues it.
     """
     device = set_up_processes()
     try:
         data = config.data
-        dataset = load_manifest(
-            data.manifest,
+        dataset = load_manifests(
+            data.manifests,
             height=data.height,
             width=data.width,
             frames=data.frames,

@@ -12,8 +12,8 @@ from emu3_megatron.vision.config import VisionTokenizerConfig
 class DataConfig:
     """What to train on."""
 
-    manifest: str = ""
-    """Manifest (JSON Lines) of the training media."""
+    manifests: list[str] = field(default_factory=list)
+    """Manifests (JSON Lines) of the training media, read as one."""
     height: int = 64
     """Pixels; pictures of another size are scaled and cut."""
     width: int = 64
