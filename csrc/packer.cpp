@@ -225,10 +225,24 @@ class OfflinePacker {
     int32_t count_ = 0;
 };
 
-// Items in decreasing order of size (in units, none above `largest`), equal ones in their own order.
+// Items in decreasing order of size, equal ones in their own order.
+struct Sorted {
+    std::vector<int32_t> order;
+    std::vector<int32_t> end;  // end[size]: where the run of items of that size ends in order
+
+    // Calls visit(index, size) along the order, for sizes of at least 1; no look-up of sizes is needed.
+    template <class Visit>
+    void for_each(const Visit& visit) const {
+        int32_t index = 0;
+        for (int32_t size = static_cast<int32_t>(end.size()) - 1; size > 0; --size)
+            for (; index < end[size]; ++index) visit(index, size);
+    }
+};
+
+// Counting sort; sizes are in units, none above `largest`.
 template <class Size>
-std::vector<int32_t> decreasing(int32_t count, int32_t largest, const Size& size) {
-    std::vector<int32_t> place(static_cast<size_t>(largest) + 2, 0);
+Sorted decreasing(int32_t count, int32_t largest, const Size& size) {
+    std::vector<int32_t> place(static_cast<size_t>(largest) + 1, 0);
     for (int32_t item = 0; item < count; ++item) ++place[size(item)];
     int32_t total = 0;
     for (int32_t value = largest; value >= 0; --value) {
@@ -238,7 +252,7 @@ std::vector<int32_t> decreasing(int32_t count, int32_t largest, const Size& size
     }
     std::vector<int32_t> order(count);
     for (int32_t item = 0; item < count; ++item) order[place[size(item)]++] = item;
-    return order;
+    return Sorted{std::move(order), std::move(place)};
 }
 
 // Turns pieces in order of placing into pieces in order of windows, stably.
@@ -284,20 +298,18 @@ Packed offline_whole(const PackInput& input, const Units& units) {
         }
     }
     const int32_t documents = static_cast<int32_t>(input.size);
-    // Documents longer than a window have size 0 here: they sort last and are cut off.
+    // Documents longer than a window have size 0 here: they sort last and are not visited.
     const auto size_of = [&](int32_t item) {
         if (item >= documents) return units.of(extra[item - documents].length);
         const int32_t size = units.of(input.lengths[item]);
         return size <= units.capacity ? size : 0;
     };
-    std::vector<int32_t> order =
-        decreasing(documents + static_cast<int32_t>(extra.size()), units.capacity, size_of);
-    while (!order.empty() && size_of(order.back()) == 0) order.pop_back();
+    const Sorted sorted = decreasing(documents + static_cast<int32_t>(extra.size()), units.capacity, size_of);
     OfflinePacker packer(units);
-    std::vector<int32_t> window(order.size());
-    for (size_t index = 0; index < order.size(); ++index) window[index] = packer.add_whole(size_of(order[index]));
+    std::vector<int32_t> window(sorted.end[1]);
+    sorted.for_each([&](int32_t index, int32_t size) { window[index] = packer.add_whole(size); });
     const auto piece_at = [&](size_t index) {
-        const int32_t item = order[index];
+        const int32_t item = sorted.order[index];
         return item < documents ? Piece{item, 0, input.lengths[item]} : extra[item - documents];
     };
     group_by_window(window, packer.count(), piece_at, out);
@@ -312,25 +324,24 @@ Packed offline_filled(const PackInput& input, const Units& units) {
     int32_t largest = units.capacity;
     for (int64_t document = 0; document < input.size; ++document)
         largest = std::max(largest, units.of(input.lengths[document]));
-    const std::vector<int32_t> order =
-        decreasing(static_cast<int32_t>(input.size), largest,
-                   [&](int32_t document) { return units.of(input.lengths[document]); });
+    const Sorted sorted = decreasing(static_cast<int32_t>(input.size), largest,
+                                     [&](int32_t document) { return units.of(input.lengths[document]); });
     OfflinePacker packer(units);
     std::vector<Piece> pieces;
     std::vector<int32_t> window;
-    pieces.reserve(order.size());
-    window.reserve(order.size());
-    for (const int32_t document : order) {
-        const int32_t size = units.of(input.lengths[document]);
-        if (splits(document)) continue;
+    pieces.reserve(sorted.order.size());
+    window.reserve(sorted.order.size());
+    sorted.for_each([&](int32_t index, int32_t size) {
+        const int32_t document = sorted.order[index];
+        if (splits(document)) return;
         if (size > units.capacity) {
             out.dropped.push_back(document);
-            continue;
+            return;
         }
         pieces.push_back({document, 0, input.lengths[document]});
         window.push_back(packer.add_whole(size));
-    }
-    for (const int32_t document : order) {
+    });
+    for (const int32_t document : sorted.order) {
         if (!splits(document)) continue;
         const int32_t tokens = input.lengths[document];
         packer.add_poured(units.of(tokens), [&](int32_t start, int32_t taken, int32_t number) {

@@ -2,7 +2,7 @@
 
 A shard ``NAME-00000-of-00004`` is five files with that stem. ``.bin`` and ``.idx`` are Megatron's indexed
 format with sequence modes, as megatron-core's ``IndexedDataset(stem, multimodal=True)`` opens them. ``.crc``
-holds a crc32c of every page of the index and of every sequence. ``.jsonl`` names the documents, one line each.
+holds a crc32c of every page of the index and of every sequence. ``.jsonl`` names the documents, a line each.
 ``.json`` is the shard's record (counts, sizes, SHA-256); it is written last, so it marks a finished shard.
 """
 

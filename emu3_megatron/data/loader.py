@@ -84,10 +84,10 @@ class Batch:
 class WindowLoader:
     """Iterates optimizer steps; yields for each the list of micro-batches of one data-parallel rank.
 
-    Step ``k`` (from 0) uses the windows ``start + k * G`` to ``start + (k + 1) * G - 1`` of the plan, where G is
-    the global batch size: micro-batch ``j`` of rank ``r`` holds those numbered ``(j * DP + r) * B`` and on. So
-    the windows of a step, and their order over steps, depend on nothing but the plan, `start` and G. The whole
-    state is `windows_consumed`: give it as `start` to go on, with any other layout.
+    Step ``k`` (from 0) uses the windows ``start + k * G`` to ``start + (k + 1) * G - 1`` of the plan, where G
+    is the global batch size: micro-batch ``j`` of rank ``r`` holds those from ``(j * DP + r) * B`` on.
+    So the windows of a step, and their order over steps, depend on nothing but the plan, `start` and G. The
+    whole state is `windows_consumed`: give it as `start` to go on, with any other layout.
 
     Args:
         plan: The windows.
@@ -118,7 +118,7 @@ class WindowLoader:
         if min(global_batch_size, micro_batch_size, data_parallel_size, prefetch_steps) < 1:
             raise UserError(
                 f"global_batch_size={global_batch_size}, micro_batch_size={micro_batch_size}, "
-                f"data_parallel_size={data_parallel_size} and prefetch_steps={prefetch_steps} must be at least 1"
+                f"data_parallel_size={data_parallel_size}, prefetch_steps={prefetch_steps}: all at least 1"
             )
         if global_batch_size % (micro_batch_size * data_parallel_size):
             raise UserError(

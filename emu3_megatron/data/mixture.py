@@ -97,8 +97,8 @@ class OpenSource:
             least = min(least or shortest, shortest)
         if total == 0.0:
             raise UserError(
-                f"source {self.name!r}: no document fits context_length={capacity} (the shortest takes {least} "
-                "tokens and may not be split): raise context_length or leave the source out"
+                f"source {self.name!r}: no document fits context_length={capacity} (the shortest takes "
+                f"{least} tokens and may not be split): raise context_length or leave the source out"
             )
         return total / len(self.dataset)
 
@@ -158,7 +158,7 @@ class Mixture:
         for source in sources:
             if not 0 < source.weight < float("inf"):
                 raise UserError(
-                    f"source {source.path}: weight={source.weight} must be above 0; leave out a source of none"
+                    f"source {source.path}: weight={source.weight} must be above 0; leave it out instead"
                 )
             if vocabulary is None:
                 vocabulary = Manifest.load(source.path).vocabulary

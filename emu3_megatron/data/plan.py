@@ -84,7 +84,7 @@ class Plan:
         open_windows: Windows that ``online`` keeps open.
         fill: Pour texts into the holes that other documents leave.
         min_piece: Tokens of the smallest piece of a split text.
-        block_draws: Documents drawn per block. Larger blocks pack and shuffle better and take longer to build.
+        block_draws: Documents drawn per block. Larger blocks shuffle better and take longer to build.
         cache: Folder for built blocks, shared by all processes; None keeps them in memory only.
         cached_blocks: Blocks kept in memory.
 

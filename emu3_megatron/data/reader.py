@@ -59,11 +59,11 @@ class FileCache:
     """
 
     def __init__(self, limit: int = OPEN_FILES) -> None:
-        if limit < 1:
-            raise UserError(f"open files limit {limit} must be at least 1")
         self._limit = limit
         self._open: OrderedDict[str, int] = OrderedDict()
         self._lock = Lock()
+        if limit < 1:
+            raise UserError(f"open files limit {limit} must be at least 1")
 
     def read(self, path: str, size: int, offset: int) -> bytes:
         """`size` bytes of `path` from `offset`.
@@ -80,7 +80,7 @@ class FileCache:
                 part = os.pread(descriptor, rest, offset + size - rest)
                 if not part:
                     raise UserError(
-                        f"{path}: ends at byte {offset + size - rest}, {rest} bytes short of a read; the "
+                        f"{path}: has no byte {offset + size - rest}, {rest} bytes short of a read; the "
                         "file was truncated after it was opened: restore it"
                     )
                 parts.append(part)
@@ -147,8 +147,8 @@ class Shard:
     def describe(self, documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
         """Sizes of documents, without their tokens: ``(length, caption, kind)``, int64 ``[N]`` each.
 
-        `length` counts the tokens of all segments; `caption` those of the caption of a pair, else 0; `kind` is
-        a `Kind`.
+        `length` counts the tokens of all segments; `caption` those of the caption of a pair, else 0; `kind`
+        is a `Kind`.
         """
         index = self._index
         first = index.borders(documents)
@@ -182,8 +182,8 @@ class Shard:
             part = data[offset : offset + size]
             if crc32c(part) != int.from_bytes(stored[4 * place : 4 * place + 4], "little"):
                 raise UserError(
-                    f"{self._bin}: sequence {first + place} (document {number}, byte {start + offset}) does not "
-                    f"match its checksum in {self._crc}; one of them is damaged: restore it"
+                    f"{self._bin}: sequence {first + place} (document {number}, byte {start + offset}) does "
+                    f"not match its checksum in {self._crc}; one of them is damaged: restore it"
                 )
             segments.append((np.frombuffer(part, dtype=TOKEN_DTYPE), modes[place]))
             offset += size
@@ -217,7 +217,7 @@ class _Index:
         if (layout.num_sequences, layout.num_documents) != (record.sequences, record.documents):
             raise UserError(
                 f"{path}: {layout.num_documents} documents of {layout.num_sequences} sequences, but the "
-                f"manifest says {record.documents} of {record.sequences}; the file is of another dataset: restore it"
+                f"manifest says {record.documents} of {record.sequences}; it is another dataset's: restore it"
             )
         self._page_checksums = self._read_page_checksums(crc_path, layout, size)
         self.checksums_offset = CRC_HEADER.size + self._page_checksums.nbytes
@@ -290,8 +290,8 @@ class _Index:
             data = self._map[int(page) * INDEX_PAGE_BYTES : (int(page) + 1) * INDEX_PAGE_BYTES]
             if crc32c(data) != self._page_checksums[page]:
                 raise UserError(
-                    f"{self._path}: page {page} (from byte {int(page) * INDEX_PAGE_BYTES}) does not match its "
-                    "checksum in the .crc file; one of them is damaged: restore it"
+                    f"{self._path}: page {page} (from byte {int(page) * INDEX_PAGE_BYTES}) does not match "
+                    "its checksum in the .crc file; one of them is damaged: restore it"
                 )
             self._verified[page] = True
             self._unverified = int(np.count_nonzero(~self._verified))

@@ -49,7 +49,7 @@ def verify(folder: str | os.PathLike[str], progress: Callable[[str], None] | Non
             digest = sha256_file(shard.path(suffix))
             if digest != shard.record.files[suffix]["sha256"]:
                 faults.append(
-                    f"{shard.path(suffix)}: SHA-256 {digest[:12]} differs from the manifest's; damaged or changed"
+                    f"{shard.path(suffix)}: SHA-256 {digest[:12]} is not the manifest's; damaged or changed"
                 )
         if not shard.path(RECORD_SUFFIX).is_file():
             faults.append(f"{shard.path(RECORD_SUFFIX)}: missing")
@@ -91,12 +91,10 @@ def _describe_lengths(dataset: MultimodalDataset) -> Iterator[str]:
         for first in range(0, len(dataset), DESCRIBED_DOCUMENTS)
     ]
     length, kind = (np.concatenate([part[column] for part in parts]) for column in (0, 2))
-    for each, label in ((Kind.TEXT, "text only"), (Kind.PAIR, "caption + span"), (Kind.OTHER, "other")):
-        chosen = length[kind == each]
+    for number, label in ((Kind.TEXT, "text only"), (Kind.PAIR, "caption + span"), (Kind.OTHER, "other")):
+        chosen = length[kind == number]
         if len(chosen):
-            values = ", ".join(
-                f"p{p} {int(v):,}" for p, v in zip(PERCENTILES, np.percentile(chosen, PERCENTILES))
-            )
+            values = ", ".join(f"p{each} {int(np.percentile(chosen, each)):,}" for each in PERCENTILES)
             yield f"{label:12} {len(chosen):,} documents, tokens each: {values}"
 
 

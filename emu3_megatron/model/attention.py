@@ -20,6 +20,7 @@ from megatron.core.transformer.module import MegatronModule
 
 from emu3_megatron.model.cache import KeyValueCache
 from emu3_megatron.model.packing import Group, WindowLayout, gather_rows, scatter_rows
+from emu3_megatron.model.rotary import RotaryCache, rotary_table, rotate, split_rotated
 
 
 class PackedAttention(MegatronModule):
@@ -154,105 +155,60 @@ class PackedSelfAttention(SelfAttention):
         **unused: object,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention output ``[T, B, hidden]`` and the bias of its projection (None)."""
-        query, key, value = self._heads(hidden_states)
+        mixed, _ = self.linear_qkv(hidden_states)
         if isinstance(inference_context, KeyValueCache):
-            out = self._generate(query, key, value, inference_context)
+            positions = inference_context.positions(len(mixed)).t()
+            out = self._generate(*self._heads(mixed, positions, {}), inference_context)
         else:
             layout: WindowLayout = packed_seq_params.layout
-            cosine, sine = rotary_table(
-                layout.positions, self.config.kv_channels, self.config.rotary_base, query.dtype, layout.rotary
-            )
-            query, key = (rotate(x[:, 0], cosine, sine) for x in (query, key))
-            value = value[:, 0]
+            mixed = gather_rows(mixed[:, 0], layout.entry)
+            query, key, value = self._heads(mixed, layout.positions, layout.rotary)
             if self.checkpoint_core_attention and self.training:
                 out = tensor_parallel.checkpoint(
                     lambda q, k, v: self.core_attention(q, k, v, layout), False, query, key, value
                 )
             else:
                 out = self.core_attention(query, key, value, layout)
-            out = out.unsqueeze(1)
+            out = scatter_rows(out, layout.entry).unsqueeze(1)
         output, bias = self.linear_proj(out)
         return output, bias
 
-    def _heads(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query ``[T, B, N, D]``, key and value ``[T, B, G, D]``."""
-        mixed, _ = self.linear_qkv(hidden)
+    def _heads(
+        self, mixed: torch.Tensor, positions: torch.Tensor, known: RotaryCache
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query ``[*positions, N, D]``, key and value ``[*positions, G, D]``, rotary positions applied.
+
+        `mixed` holds, for each key head, its query heads, the key and the value.
+        """
         groups, size = self.num_query_groups_per_partition, self.hidden_size_per_attention_head
-        per_group = self.num_attention_heads_per_partition // groups
-        mixed = mixed.view(*mixed.shape[:2], groups, per_group + 2, size)
-        query = mixed[..., :per_group, :].reshape(*mixed.shape[:2], groups * per_group, size)
-        key, value = mixed[..., per_group, :], mixed[..., per_group + 1, :]
-        if self.config.qk_layernorm:
-            query, key = self.q_layernorm(query), self.k_layernorm(key)
-        return query, key, value
+        repeat = self.num_attention_heads_per_partition // groups
+        table = rotary_table(
+            positions,
+            channels=size,
+            repeat=repeat,
+            base=self.config.rotary_base,
+            dtype=mixed.dtype,
+            known=known,
+        )
+        mixed = mixed.view(*mixed.shape[:-1], groups, repeat + 2, size)
+        if not self.config.qk_layernorm:
+            return split_rotated(mixed, table)
+        query, key, value = mixed.split([repeat, 1, 1], -2)
+        query, key = self.q_layernorm(query.flatten(-3, -2)), self.k_layernorm(key.squeeze(-2))
+        return rotate(query, table), rotate(key, table), value.squeeze(-2)
 
     def _generate(
         self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KeyValueCache
     ) -> torch.Tensor:
         """Append to the cache and attend to all of it: ``[T, B, N * D]``."""
         tokens, batch = query.shape[:2]
-        cosine, sine = rotary_table(
-            cache.positions(tokens).t(), self.config.kv_channels, self.config.rotary_base, query.dtype, {}
-        )
-        keys, values = cache.append(self.layer_number, rotate(key, cosine, sine), value)
-        mask = cache.mask(tokens)
+        keys, values = cache.append(self.layer_number, key, value)
         out = F.scaled_dot_product_attention(
-            rotate(query, cosine, sine).permute(1, 2, 0, 3),
+            query.permute(1, 2, 0, 3),
             keys,
             values,
-            attn_mask=mask,
+            attn_mask=cache.mask(tokens),
             scale=self.core_attention.scale,
             enable_gqa=query.size(2) != key.size(2),
         )
         return out.permute(2, 0, 1, 3).reshape(tokens, batch, -1)
-
-
-def rotary_table(
-    positions: torch.Tensor,
-    channels: int,
-    base: int,
-    dtype: torch.dtype,
-    known: dict[Any, tuple[torch.Tensor, torch.Tensor]],
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosine and sine ``[*positions, 1, channels / 2]`` of the rotary angles, computed in fp32.
-
-    Args:
-        positions: int64, any shape.
-        channels: Head size.
-        base: Rotary base.
-        dtype: Type of the result.
-        known: Cache of earlier results for the same positions.
-    """
-    table = known.get(dtype)
-    if table is None:
-        exponents = torch.arange(0, channels, 2, dtype=torch.float32, device=positions.device) / channels
-        angles = positions.to(torch.float32)[..., None] * (1.0 / (base**exponents))
-        table = (angles.cos().to(dtype).unsqueeze(-2), angles.sin().to(dtype).unsqueeze(-2))
-        known[dtype] = table
-    return table
-
-
-class _Rotate(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(cosine, sine)
-        return _turn(x, cosine, sine)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        cosine, sine = ctx.saved_tensors
-        return _turn(gradients[0], cosine, -sine), None, None
-
-
-def _turn(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    first, second = x.chunk(2, -1)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    out_first, out_second = out.chunk(2, -1)
-    torch.mul(first, cosine, out=out_first).addcmul_(second, sine, value=-1)
-    torch.mul(second, cosine, out=out_second).addcmul_(first, sine)
-    return out
-
-
-def rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
-    """Apply rotary positions (half rotation, as Llama) to heads ``[*positions, heads, channels]``."""
-    return _Rotate.apply(x, cosine, sine)

@@ -53,7 +53,7 @@ def transformer_config(
         hidden_dropout=config.hidden_dropout,
         init_method_std=config.init_method_std,
         perform_initialization=False,
-        use_cpu_initialization=not torch.cuda.is_available(),
+        use_cpu_initialization=not _on_cuda(),
         bf16=precision == "bf16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
@@ -69,6 +69,11 @@ def transformer_config(
         deallocate_pipeline_outputs=not interleaved,
         **_recompute(config),
     )
+
+
+def _on_cuda() -> bool:
+    """Whether this run computes on a GPU: its process groups say so, not what the machine has."""
+    return torch.distributed.get_backend() == "nccl"
 
 
 def _recompute(config: ModelConfig) -> dict[str, Any]:
@@ -118,7 +123,7 @@ def build_model(
             f"{parallel.tensor_model_parallel_size}; use Vocabulary.padded_size"
         )
     transformer = transformer_config(config, parallel, precision)
-    cuda = torch.cuda.is_available()
+    cuda = _on_cuda()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     stages = parallel.virtual_pipeline_model_parallel_size
     chunks = []

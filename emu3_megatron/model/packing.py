@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from emu3_megatron.model.rotary import RotaryCache
 from emu3_megatron.parallel.context import zigzag_indices
 
 _NEARLY_EQUAL_TOKENS = 8
@@ -47,19 +48,24 @@ class Gather:
     """int64: slots that repeat a row only to fill a group; None: there are none."""
 
 
+_IDENTITY = Gather(rows=None, slots=None, padding=None)
+
+
 @dataclass(kw_only=True)
 class WindowLayout:
     """Index arithmetic of one packed window on one context-parallel rank."""
 
     groups: list[Group]
     """Attention calls, in the order of the slots."""
+    entry: Gather
+    """From this rank's tokens to the slots, before anything else, where no collective comes between."""
     query: Gather
-    """From the tokens of this rank (`all_gather`) or of the window (`a2a`) to slots."""
+    """Inside attention: from the tokens of this rank (`all_gather`) or of the window (`a2a`) to slots."""
     key: Gather
     """The same for keys and values."""
     positions: torch.Tensor
-    """int64 ``[T / cp]``: position of every token of this rank in its document."""
-    rotary: dict[Any, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """int64: position in its document of every token of this rank, after `entry`."""
+    rotary: RotaryCache = field(default_factory=dict)
     """Cosine and sine of the positions, filled on first use."""
 
 
@@ -99,11 +105,14 @@ def window_layout(
     # Row of every window position after the collective (ranks one after another).
     key_rows = np.empty(cu[-1], np.int64)
     key_rows[np.concatenate(held)] = np.arange(cu[-1])
-    builder = _Builder(device)
+    builder, entry = _Builder(device), _IDENTITY
     if cp_size == 1 or all_to_all:
         for members in _similar(lengths):
             builder.add_causal(cu[:-1][members], lengths[members], key_rows)
         query = key = builder.query_gather(int(cu[-1]))
+        if cp_size == 1:
+            entry, query, key = query, _IDENTITY, _IDENTITY
+            positions = positions if entry.rows is None else positions[entry.rows.cpu().numpy()]
     else:
         query_rows = np.empty(cu[-1], np.int64)
         query_rows[held[cp_rank]] = np.arange(len(held[cp_rank]))
@@ -113,7 +122,11 @@ def window_layout(
                 builder.add_chunk(cu[:-1][members], chunk[members], number, query_rows, key_rows)
         query, key = builder.query_gather(len(held[cp_rank])), builder.key_gather()
     return WindowLayout(
-        groups=builder.groups, query=query, key=key, positions=torch.from_numpy(positions).to(device)
+        groups=builder.groups,
+        entry=entry,
+        query=query,
+        key=key,
+        positions=torch.from_numpy(positions).to(device),
     )
 
 
@@ -191,7 +204,7 @@ class _Builder:
         """The gather of the queries; every one of `count` rows has exactly one real slot."""
         rows, padding = np.concatenate(self._query), np.concatenate(self._padding)
         if len(rows) == count and bool((rows == np.arange(count)).all()):
-            return Gather(rows=None, slots=None, padding=None)
+            return _IDENTITY
         slots = np.empty(count, np.int64)
         slots[rows[~padding]] = np.flatnonzero(~padding)
         return Gather(

@@ -18,6 +18,10 @@ from emu3_megatron.errors import UserError, one_line
 from emu3_megatron.training.config import TrainingConfig, require
 
 
+RUN_ALIAS = "--run_folder"
+"""Means ``--run``, which torchrun takes for an abbreviation of its own ``--run-path`` and refuses."""
+
+
 @dataclass(frozen=True)
 class CommandLine:
     """What was asked for."""
@@ -37,7 +41,7 @@ def parse(arguments: Sequence[str]) -> CommandLine:
     """
     parser = build_parser()
     try:
-        values = parser.parse_args(list(arguments))
+        values = parser.parse_args([_without_alias(argument) for argument in arguments])
         values = parser.instantiate(values)
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(_readable(error)) from error
@@ -136,6 +140,11 @@ def quiet_other_ranks() -> None:
     """Let one rank alone report a mistake that every rank finds at once."""
     if not is_launcher_rank_zero():
         sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the process ends
+
+
+def _without_alias(argument: str) -> str:
+    name, equals, value = argument.partition("=")
+    return f"--run{equals}{value}" if name == RUN_ALIAS else argument
 
 
 def _readable(error: Any) -> str:

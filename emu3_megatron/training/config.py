@@ -274,7 +274,8 @@ class TrainingConfig:
     """One run, from raw windows to a checkpoint."""
 
     run: str
-    """Folder of the run: metrics, TensorBoard, checkpoints. A run that exists is resumed."""
+    """Folder of the run: metrics, TensorBoard, checkpoints. A run that exists is resumed. On a command line under
+    torchrun, which has options that begin with `--run`, write `--run_folder`."""
     platform: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes the CPU only where there is no NVIDIA driver."""
     seed: int = 1234

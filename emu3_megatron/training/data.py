@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from emu3_megatron.data import Batch, Manifest, Mixture, Plan, Source, WindowLoader
+from emu3_megatron.data import Manifest, Mixture, Plan, Source
+from emu3_megatron.data.loader import Batch, WindowLoader
 from emu3_megatron.errors import UserError
 from emu3_megatron.training.command_line import alignment_of
 from emu3_megatron.training.config import DataConfig, SourceConfig, TrainingConfig

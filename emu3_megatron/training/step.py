@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from emu3_megatron.data import Batch
+from emu3_megatron.data.loader import Batch
 from emu3_megatron.parallel.context import packed_sequence_parameters, split_batch_for_context_parallel
 from emu3_megatron.training.config import LossConfig
 from emu3_megatron.training.metrics import CLASSES, QUANTITIES, MetricsLayout

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from emu3_megatron.data import Batch
+from emu3_megatron.data.loader import Batch
 from emu3_megatron.parallel.platform import Platform
 from emu3_megatron.training import checkpoint_files
 from emu3_megatron.training.callbacks import Callback, WeightAverage, build_callbacks

@@ -138,5 +138,5 @@ def fingerprint(tokenizer: VisionTokenizer) -> str:
         if key.endswith("num_batches_tracked"):
             continue
         digest.update(f"{key} {value.dtype} {list(value.shape)}".encode())
-        digest.update(value.detach().to("cpu").contiguous().view(torch.uint8).numpy().data)
+        digest.update(value.detach().to("cpu").contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -8,6 +8,7 @@ layers, K codes, R rows (positions) to quantize.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -270,7 +271,9 @@ class VisionTokenizer(nn.Module):
         image = codes.dim() == 3
         codes_Bthw = codes.to(self.device, torch.int64)
         quantized_BDthw = self.vectors_of(codes_Bthw.unsqueeze(1) if image else codes_Bthw)
-        return self.decode_latents(quantized_BDthw, first_frame_only=image)
+        # Of the frames that an image's latents stand for, the first is the image.
+        pixels_BTCHW = self.decode_latents(quantized_BDthw, frames=[0] if image else None)
+        return pixels_BTCHW.squeeze(1) if image else pixels_BTCHW
 
     def encode_latents(self, pixels: Tensor) -> Tensor:
         """Latents before quantization, [B, D, t, h, w], of images [B, 3, H, W] or clips [B, T, 3, H, W].
@@ -296,16 +299,18 @@ class VisionTokenizer(nn.Module):
         """Codebook vectors of codes, [B, D, t, h, w]."""
         return self.quantize.embedding(codes_Bthw).movedim(-1, 1).contiguous()
 
-    def decode_latents(self, quantized_BDthw: Tensor, *, first_frame_only: bool = False) -> Tensor:
-        """Pixels [B, T, 3, H, W] of quantized latents; [B, 3, H, W] with `first_frame_only` (an image)."""
+    def decode_latents(self, quantized_BDthw: Tensor, *, frames: Sequence[int] | None = None) -> Tensor:
+        """Pixels [B, T, 3, H, W] of quantized latents; T counts all frames, or those of the list `frames`.
+
+        The 2D network, nearly all of the work, runs on the wanted frames only.
+        """
         batch = quantized_BDthw.shape[0]
         both_BZthw = torch.cat((self.post_quant_conv(quantized_BDthw), quantized_BDthw))
         both_BTZhw = self.decoder.time(both_BZthw).transpose(1, 2)
-        if first_frame_only:
-            both_BTZhw = both_BTZhw[:, :1]
+        if frames is not None:
+            both_BTZhw = both_BTZhw[:, list(frames)]
         x_NZhw, codes_NDhw = (part.flatten(0, 1) for part in both_BTZhw.chunk(2))
-        pixels_NCHW = self.decoder.frames(x_NZhw, codes_NDhw)
-        return pixels_NCHW if first_frame_only else pixels_NCHW.unflatten(0, (batch, -1))
+        return self.decoder.frames(x_NZhw, codes_NDhw).unflatten(0, (batch, -1))
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, layout: Literal["transformers", "emu3"] = "transformers"

@@ -41,9 +41,7 @@ def test_image_is_written_as_released(emu3):
     assert len(ids) == emu3.span_length(90, 90) == 7 + 90 * 91 + 2
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "generated"), [(90, 90, 8193), (120, 68, 8283), (64, 64, 4163)]
-)
+@pytest.mark.parametrize(("height", "width", "generated"), [(90, 90, 8193), (120, 68, 8283), (64, 64, 4163)])
 def test_ids_after_img(emu3, height, width, generated):
     """(W+1)*H rows with their EOL, then EOF, EOI, EOS."""
     assert emu3.span_length(height, width) - len(emu3.open_span(height, width)) + 1 == generated
@@ -105,9 +103,10 @@ def test_video_of_frames_only(qwen):
     assert dialect.encode_span(Video(codes)).tolist() == expected
     assert dialect.encode_span(Video(codes, fps=24, seconds=0.3)).tolist() == expected
     image = Image(codes[0])
-    assert dialect.encode_span(image).tolist() == Dialect.preset(
-        "emu3", Vocabulary.preset("emu3"), qwen
-    ).encode_span(image).tolist()
+    assert (
+        dialect.encode_span(image).tolist()
+        == Dialect.preset("emu3", Vocabulary.preset("emu3"), qwen).encode_span(image).tolist()
+    )
 
 
 def test_video_of_the_paper(emu3, qwen):

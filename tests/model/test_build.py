@@ -1,0 +1,232 @@
+import pytest
+import torch
+
+from emu3_megatron.model import ModelConfig, ModelConfigError, build_model
+from emu3_megatron.parallel import platform
+from emu3_megatron.parallel.config import LayoutError, ParallelConfig
+from emu3_megatron.parallel.context import packed_sequence_parameters
+
+platform.install("cpu")
+
+from megatron.core import tensor_parallel  # noqa: E402
+
+from emu3_megatron.model.gpt import Emu3Model  # noqa: E402
+from emu3_megatron.model.initialization import global_parameter_names, initialize_weights  # noqa: E402
+
+IN_USE, PADDED = 979, 1024
+
+
+def _build(
+    layout: ParallelConfig, *, precision: str = "fp32", seed: int = 1, **overrides: object
+) -> Emu3Model:
+    config = ModelConfig.preset("tiny", num_layers=2, hidden_size=64, ffn_hidden_size=96, **overrides)
+    (model,) = build_model(
+        config,
+        vocabulary_padded_size=PADDED,
+        vocabulary_size=IN_USE,
+        parallel=layout,
+        seed=seed,
+        precision=precision,  # type: ignore[arg-type]
+    )
+    return model
+
+
+def _window(lengths: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    tokens = torch.randint(0, IN_USE, (1, sum(lengths)), generator=generator)
+    return tokens, torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+@pytest.mark.parametrize("qk_layernorm", [False, True])
+def test_the_parameter_count_is_that_of_the_built_model(
+    single_process: ParallelConfig, qk_layernorm: bool
+) -> None:
+    model = _build(single_process, qk_layernorm=qk_layernorm)
+    assert sum(p.numel() for p in model.parameters()) == model.model_config.parameter_count(PADDED)
+
+
+@pytest.mark.parametrize("qk_layernorm", [False, True])
+def test_documents_packed_together_give_what_each_gives_alone(
+    single_process: ParallelConfig, qk_layernorm: bool
+) -> None:
+    model = _build(single_process, qk_layernorm=qk_layernorm)
+    lengths = [9, 30, 27, 1, 60]
+    tokens, cu = _window(lengths)
+    packed = model(tokens, packed_seq_params=packed_sequence_parameters(cu), logits="all")
+    for part, got in zip(tokens.split(lengths, 1), packed.split(lengths, 1), strict=True):
+        alone = packed_sequence_parameters(torch.tensor([0, part.size(1)], dtype=torch.int32))
+        want = model(part, packed_seq_params=alone, logits="all")
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_recomputation_changes_no_gradient(single_process: ParallelConfig, dropout: float) -> None:
+    """With dropout this holds because backward draws again what forward drew."""
+    tokens, cu = _window([9, 30, 20])
+    gradients = []
+    for recompute in ("none", "selective", "full"):
+        model = _build(
+            single_process, recompute=recompute, attention_dropout=dropout, hidden_dropout=dropout
+        ).train()
+        tensor_parallel.model_parallel_cuda_manual_seed(3)
+        hidden = model(tokens, packed_seq_params=packed_sequence_parameters(cu))
+        model.weighted_loss(hidden, tokens, torch.ones(tokens.shape)).total.backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for other in gradients[1:]:
+        torch.testing.assert_close(other, gradients[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("place", ["embedding_dropout", "attention_dropout", "hidden_dropout"])
+def test_each_dropout_acts_in_training_and_not_in_evaluation(
+    single_process: ParallelConfig, place: str
+) -> None:
+    model = _build(single_process, **{place: 0.3})
+    tokens, cu = _window([40, 20])
+    parameters = packed_sequence_parameters(cu)
+    model.train()
+    assert not torch.equal(
+        model(tokens, packed_seq_params=parameters), model(tokens, packed_seq_params=parameters)
+    )
+    model.eval()
+    assert torch.equal(
+        model(tokens, packed_seq_params=parameters), model(tokens, packed_seq_params=parameters)
+    )
+
+
+def test_bf16_stays_near_fp32(single_process: ParallelConfig) -> None:
+    tokens, cu = _window([40, 20])
+    losses = []
+    for precision in ("fp32", "bf16"):
+        model = _build(single_process, precision=precision)
+        hidden = model(tokens, packed_seq_params=packed_sequence_parameters(cu))
+        losses.append(model.token_losses(hidden, tokens).losses)
+    assert hidden.dtype == torch.bfloat16
+    torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=2e-2)
+
+
+def test_generation_with_a_cache_equals_the_packed_forward(single_process: ParallelConfig) -> None:
+    model = _build(single_process).eval()
+    tokens, cu = _window([30])
+    with torch.no_grad():
+        want = model(tokens, packed_seq_params=packed_sequence_parameters(cu), logits="all")
+        cache = model.new_cache(batch=1, max_length=30)
+        got = []
+        for part in tokens.split([11, 1, 1, 5, 12], 1):
+            got.append(model(part, inference_context=cache, logits="all"))
+            cache.advance(part.size(1))
+    torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-5, atol=1e-5)
+
+
+def test_left_padded_prompts_give_what_each_gives_alone(single_process: ParallelConfig) -> None:
+    model = _build(single_process).eval()
+    prompts = [torch.randint(0, IN_USE, (1, n)) for n in (5, 12, 9)]
+    padding = torch.tensor([12 - p.size(1) for p in prompts])
+    batch = torch.cat([torch.nn.functional.pad(p, (12 - p.size(1), 0)) for p in prompts])
+    step = torch.randint(0, IN_USE, (3, 1))
+    with torch.no_grad():
+        cache = model.new_cache(batch=3, max_length=13, left_padding=padding)
+        first = model(batch, inference_context=cache, logits="last")
+        cache.advance(12)
+        second = model(step, inference_context=cache, logits="last")
+        assert first.isfinite().all()
+        for row, prompt in enumerate(prompts):
+            alone = model.new_cache(batch=1, max_length=13)
+            want = model(prompt, inference_context=alone, logits="last")
+            alone.advance(prompt.size(1))
+            torch.testing.assert_close(first[row], want[0], rtol=1e-5, atol=1e-5)
+            want = model(step[row : row + 1], inference_context=alone, logits="last")
+            torch.testing.assert_close(second[row], want[0], rtol=1e-5, atol=1e-5)
+
+
+def test_a_full_cache_is_refused(single_process: ParallelConfig) -> None:
+    model = _build(single_process).eval()
+    cache = model.new_cache(batch=1, max_length=4)
+    with pytest.raises(ValueError, match="reach 5 tokens but the key-value cache holds 4"):
+        model(torch.zeros(1, 5, dtype=torch.int64), inference_context=cache)
+
+
+def test_a_forward_without_window_or_cache_is_refused(single_process: ParallelConfig) -> None:
+    with pytest.raises(ValueError, match="packed_seq_params"):
+        _build(single_process)(torch.zeros(1, 5, dtype=torch.int64))
+
+
+def test_initial_weights_depend_on_seed_and_name_alone(single_process: ParallelConfig) -> None:
+    first, again, other = (_build(single_process, seed=seed) for seed in (1, 1, 2))
+    torch.manual_seed(99)
+    for (name, a), b, c in zip(
+        global_parameter_names(first), again.parameters(), other.parameters(), strict=True
+    ):
+        assert torch.equal(a, b), name
+        assert a.dim() == 1 or not torch.equal(a, c), name
+    weights = [p for p in first.parameters() if p.dim() == 2]
+    assert not any(torch.equal(a, b) for i, a in enumerate(weights) for b in weights[:i])
+
+
+def test_shards_are_slices_of_the_whole(single_process: ParallelConfig) -> None:
+    whole = dict(global_parameter_names(_build(single_process)))
+    size, shards = 2, []
+    for rank in range(size):
+        shard = _build(single_process)
+        for parameter in shard.parameters():
+            if getattr(parameter, "tensor_model_parallel", False):
+                shape = list(parameter.shape)
+                shape[parameter.partition_dim] //= size
+                parameter.data = torch.empty(shape)
+        initialize_weights(
+            shard, shard.model_config, seed=1, tensor_rank=rank, tensor_size=size, vocabulary_size=IN_USE
+        )
+        shards.append(dict(global_parameter_names(shard)))
+    for name, parameter in whole.items():
+        parts = [shard[name] for shard in shards]
+        if not getattr(parameter, "tensor_model_parallel", False):
+            joined = parts[0]
+        elif "linear_fc1" in name:
+            joined = torch.cat([part.chunk(2)[half] for half in range(2) for part in parts])
+        else:
+            joined = torch.cat(parts, parameter.partition_dim)
+        assert torch.equal(joined, parameter), name
+
+
+def test_scaled_output_initialisation_narrows_the_residual_outputs(single_process: ParallelConfig) -> None:
+    plain, scaled = (
+        dict(_build(single_process, scaled_output_init=flag).named_parameters()) for flag in (False, True)
+    )
+    for name, weight in plain.items():
+        factor = (
+            0.5 if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else 1.0
+        )  # sqrt(2 * 2 layers)
+        torch.testing.assert_close(scaled[name], weight * factor)
+
+
+def test_padding_rows_of_the_vocabulary_start_at_zero(single_process: ParallelConfig) -> None:
+    weights = dict(_build(single_process).named_parameters())
+    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+        assert not weights[name][IN_USE:].any()
+        assert weights[name][:IN_USE].std().item() == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"vocabulary_size": 2000}, "vocabulary_size=2000"),
+        ({"precision": "fp64"}, "fp64"),
+        ({"parallel": ParallelConfig(tensor_model_parallel_size=3)}, "tensor_model_parallel_size=3"),
+    ],
+)
+def test_impossible_builds_are_refused(
+    single_process: ParallelConfig, arguments: dict[str, object], words: str
+) -> None:
+    common = {
+        "vocabulary_padded_size": PADDED,
+        "vocabulary_size": IN_USE,
+        "parallel": single_process,
+        "seed": 1,
+        "precision": "fp32",
+    }
+    with pytest.raises((ModelConfigError, LayoutError), match=words):
+        build_model(ModelConfig.preset("tiny"), **{**common, **arguments})  # type: ignore[arg-type]
+
+
+def test_transformer_engine_is_refused_where_it_cannot_run(single_process: ParallelConfig) -> None:
+    with pytest.raises(ModelConfigError, match="attention_backend=transformer_engine"):
+        _build(single_process, attention_backend="transformer_engine")
