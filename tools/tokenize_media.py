@@ -1,8 +1,8 @@
 """Tokenize images, videos and texts into the shards of a dataset.
 
-Reads JSON Lines manifests or WebDataset tar files. Run it once, or as several workers (--worker i --num-
-workers n) that share the output folder; run it again after any interruption: finished shards are kept.
-Entries that cannot be used are listed in OUTPUT/quarantine.jsonl.
+Reads JSON Lines manifests or WebDataset tar files. Run it once, or as several workers (--worker i
+--num-workers n) that share the output folder; run it again after any interruption: finished shards are
+kept. Entries that cannot be used are listed in OUTPUT/quarantine.jsonl.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import av
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import Interpolation
 
 from emu3_megatron.media import dali
 from emu3_megatron.media.color import correct_matrix
@@ -25,12 +24,10 @@ from emu3_megatron.media.probe import VideoInfo
 Frames = npt.NDArray[np.uint8]
 """RGB frames, uint8 ``[T, H, W, 3]``, upright."""
 
-CONVERTER_FLAGS = (
-    Interpolation.BILINEAR
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-    | Interpolation.ACCURATE_RND
-)
+BILINEAR, FULL_CHR_H_INT, FULL_CHR_H_INP, ACCURATE_RND = 0x2, 0x2000, 0x4000, 0x40000
+"""FFmpeg's SWS_* numbers; PyAV names the last three from version 18 on."""
+
+CONVERTER_FLAGS = BILINEAR | FULL_CHR_H_INT | FULL_CHR_H_INP | ACCURATE_RND
 """Flags of FFmpeg's colour converter, the same as in DALI; the default flags are up to twice as far off."""
 
 DALI_CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})

@@ -167,8 +167,9 @@ class TokenizationJob:
             },
         )
         # What killed workers left; nobody writes shards any more.
-        for leftover in config.output.glob(f".{config.dataset_name}-*{TEMPORARY_SUFFIX}"):
-            leftover.unlink(missing_ok=True)
+        for folder in (config.output, config.output / REPORTS):
+            for leftover in folder.glob(f".{config.dataset_name}-*{TEMPORARY_SUFFIX}"):
+                leftover.unlink(missing_ok=True)
         return True
 
     def _check_budget(self) -> None:
