@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Union
 
 import numpy as np
 import numpy.typing as npt
@@ -31,9 +30,16 @@ class Modality(IntEnum):
 
 @dataclass(frozen=True)
 class Text:
-    """A text segment."""
+    """A text segment.
+
+    `ids` is for texts that did not come out of the text tokenizer's own encoding: a model may spell a word
+    in pieces that the tokenizer would have merged, or stop inside a character. `Dialect.parse` then keeps the
+    ids, so that encoding the parsed document gives the same sequence; everywhere else `ids` is None, and the
+    tokenizer decides.
+    """
 
     text: str
+    ids: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,11 +82,36 @@ class Video:
         return hash((self.codes.shape, self.codes.tobytes(), self.fps, self.seconds))
 
 
-Segment = Union[Text, Image, Video]
+Segment = Text | Image | Video
 
 
 @dataclass(frozen=True)
 class Document:
-    """Ordered segments; what stands between BOS and EOS."""
+    """Ordered segments; what stands between BOS and EOS.
+
+    A document has one form: empty texts are left out, and neighbouring texts are joined into one, because
+    they are tokenized as one. Raises `ValueError` where a text that carries ids stands beside another text
+    (joined, their ids would have to be chosen anew: join the texts or the ids first).
+    """
 
     segments: tuple[Segment, ...]
+
+    def __post_init__(self) -> None:
+        """Bring the segments to their one form."""
+        joined: list[Segment] = []
+        for segment in self.segments:
+            if isinstance(segment, Text):
+                if not segment.text and not segment.ids:
+                    continue
+                if joined and isinstance(last := joined[-1], Text):
+                    if last.ids is not None or segment.ids is not None:
+                        raise ValueError(
+                            "a text with ids cannot stand beside another text; join their ids, or give both "
+                            f"without ids: {last.text!r}, {segment.text!r}"
+                        )
+                    joined[-1] = Text(last.text + segment.text)
+                    continue
+            elif not isinstance(segment, (Image, Video)):
+                raise ValueError(f"a segment must be a Text, Image or Video, got {type(segment).__name__}")
+            joined.append(segment)
+        object.__setattr__(self, "segments", tuple(joined))

@@ -200,6 +200,11 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _redirect_factories() -> None:
+    # `with torch.device("meta")` knows factories by identity from a list made at first use: make it now, or it
+    # would list the replacements and miss the originals they call, and transformers would load wrong buffers
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()
     for name in ("empty", "zeros", "ones", "tensor", "full", "arange"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

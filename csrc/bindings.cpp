@@ -1,0 +1,78 @@
+// The Python face of the kernels: arrays in, arrays out, the GIL released in between.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#include "packer.hpp"
+#include "permutation.hpp"
+
+namespace py = pybind11;
+
+namespace {
+
+template <class T>
+using InputArray = py::array_t<T, py::array::c_style>;
+
+// Hands a vector over to numpy without a copy.
+template <class T>
+py::array_t<T> to_array(std::vector<T>&& values) {
+    auto* owned = new std::vector<T>(std::move(values));
+    const py::capsule owner(owned, [](void* pointer) { delete static_cast<std::vector<T>*>(pointer); });
+    return py::array_t<T>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
+}
+
+template <class T>
+void check_one_dimension(const InputArray<T>& array, const char* name) {
+    if (array.ndim() != 1)
+        throw std::invalid_argument(std::string(name) + " must have one dimension, got " +
+                                    std::to_string(array.ndim()));
+}
+
+py::tuple pack(const InputArray<int32_t>& lengths, const std::optional<InputArray<uint8_t>>& splittable,
+               int64_t capacity, int64_t align, bool online, int64_t open_windows, bool fill, int64_t min_piece) {
+    check_one_dimension(lengths, "lengths");
+    if (splittable) {
+        check_one_dimension(*splittable, "splittable");
+        if (splittable->size() != lengths.size())
+            throw std::invalid_argument("splittable has " + std::to_string(splittable->size()) + " entries for " +
+                                        std::to_string(lengths.size()) + " lengths");
+    }
+    const emu3::PackInput input{lengths.data(), splittable ? splittable->data() : nullptr, lengths.size()};
+    const emu3::PackOptions options{capacity, align, open_windows, min_piece, fill};
+    emu3::Packed packed;
+    {
+        const py::gil_scoped_release released;
+        packed = online ? emu3::pack_online(input, options) : emu3::pack_offline(input, options);
+    }
+    return py::make_tuple(to_array(std::move(packed.offsets)), to_array(std::move(packed.document)),
+                          to_array(std::move(packed.start)), to_array(std::move(packed.length)),
+                          to_array(std::move(packed.dropped)));
+}
+
+py::array_t<int64_t> permute(const InputArray<int64_t>& positions, int64_t size, uint64_t key) {
+    check_one_dimension(positions, "positions");
+    std::vector<int64_t> values;
+    {
+        const int64_t* data = positions.data();
+        const int64_t count = positions.size();
+        const py::gil_scoped_release released;
+        values = emu3::permute(data, count, size, key);
+    }
+    return to_array(std::move(values));
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_kernels, module) {
+    module.doc() = "C++ kernels of emu3_megatron: the packer and the keyed permutation.";
+    module.def("pack", &pack, py::arg("lengths"), py::arg("splittable"), py::kw_only(), py::arg("capacity"),
+               py::arg("align"), py::arg("online"), py::arg("open_windows"), py::arg("fill"), py::arg("min_piece"),
+               "Pack documents into windows: (window_offsets, document, start, length, dropped).");
+    module.def("permute", &permute, py::arg("positions"), py::arg("size"), py::arg("key"),
+               "Image of each position under the keyed permutation of range(size).");
+}

@@ -1,0 +1,24 @@
+import numpy as np
+import numpy.typing as npt
+
+def pack(
+    lengths: npt.NDArray[np.int32],
+    splittable: npt.NDArray[np.uint8] | None,
+    *,
+    capacity: int,
+    align: int,
+    online: bool,
+    open_windows: int,
+    fill: bool,
+    min_piece: int,
+) -> tuple[
+    npt.NDArray[np.int64],
+    npt.NDArray[np.int32],
+    npt.NDArray[np.int32],
+    npt.NDArray[np.int32],
+    npt.NDArray[np.int32],
+]:
+    """Pack documents into windows: (window_offsets, document, start, length, dropped)."""
+
+def permute(positions: npt.NDArray[np.int64], size: int, key: int) -> npt.NDArray[np.int64]:
+    """Image of each position under the keyed permutation of range(size)."""

@@ -1,0 +1,236 @@
+"""Typed rules that turn megatron-core tensors into Hugging Face tensors and back.
+
+A rule names one tensor of ours and the tensors of theirs that hold the same numbers, and converts in both
+directions by moving numbers only: nothing is added, scaled or rounded, so a round trip is equal bit by bit.
+Ours are always the whole tensors (tensor parallelism 1); distributed checkpoints give them at any layout.
+
+Shape suffixes: V vocabulary rows, H hidden size, F feed-forward size, Q query heads, G query groups,
+D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+class ConversionError(ValueError):
+    """Tensors that cannot be converted; the message lists every one of them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The sizes that decide every tensor's shape; names are megatron-core's."""
+
+    num_layers: int
+    """Number of decoder layers."""
+    hidden_size: int
+    """Width of the residual stream."""
+    ffn_hidden_size: int
+    """Width of the gated MLP (one of gate and up)."""
+    num_attention_heads: int
+    """Query heads."""
+    num_query_groups: int
+    """Key and value heads."""
+    kv_channels: int
+    """Size of one head."""
+    vocabulary_size: int
+    """Ids in use."""
+    padded_vocabulary_size: int
+    """Rows of our embedding and output layers."""
+    qk_layernorm: bool = False
+    """RMSNorm on every query and key head (Emu3.5)."""
+
+    def __post_init__(self) -> None:
+        """Check that heads divide into groups and that the padded vocabulary holds the vocabulary."""
+        if self.num_query_groups < 1 or self.num_attention_heads % self.num_query_groups:
+            raise ConversionError(
+                f"num_attention_heads={self.num_attention_heads} must be a multiple of "
+                f"num_query_groups={self.num_query_groups}"
+            )
+        if self.padded_vocabulary_size < self.vocabulary_size:
+            raise ConversionError(
+                f"padded_vocabulary_size={self.padded_vocabulary_size} is smaller than "
+                f"vocabulary_size={self.vocabulary_size}"
+            )
+
+
+class Rule(Protocol):
+    """One tensor of ours and the tensors of theirs it corresponds to; names may hold ``{layer}``."""
+
+    @property
+    def ours(self) -> str:
+        """Name in the megatron-core state dict."""
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        """Names in the Hugging Face state dict, in the order that `split` returns."""
+
+    def our_shape(self, sizes: Architecture) -> Shape:
+        """Shape of our tensor."""
+
+    def their_shapes(self, sizes: Architecture) -> tuple[Shape, ...]:
+        """Shapes of their tensors."""
+
+    def split(self, tensor: Tensor, sizes: Architecture) -> tuple[Tensor, ...]:
+        """Their tensors from ours."""
+
+    def join(self, tensors: Sequence[Tensor], sizes: Architecture) -> Tensor:
+        """Our tensor from theirs."""
+
+
+@dataclass(frozen=True)
+class Copy:
+    """The same tensor under two names. `dims` are names of `Architecture` sizes or products of them."""
+
+    ours: str
+    name: str
+    dims: tuple[str, ...]
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        """The one name."""
+        return (self.name,)
+
+    def our_shape(self, sizes: Architecture) -> Shape:
+        """Sizes looked up by name; ``a*b`` multiplies."""
+        return tuple(_dimension(expression, sizes) for expression in self.dims)
+
+    def their_shapes(self, sizes: Architecture) -> tuple[Shape, ...]:
+        """As ours."""
+        return (self.our_shape(sizes),)
+
+    def split(self, tensor: Tensor, sizes: Architecture) -> tuple[Tensor, ...]:
+        """The tensor itself."""
+        return (tensor,)
+
+    def join(self, tensors: Sequence[Tensor], sizes: Architecture) -> Tensor:
+        """The tensor itself."""
+        (tensor,) = tensors
+        return tensor
+
+
+@dataclass(frozen=True)
+class FusedQKV:
+    """Query, key and value projections, fused in megatron-core's order.
+
+    Our rows are, for each query group: its query heads, its key head, its value head
+    (``[G, Q/G + 2, D, H]``); theirs are three matrices ``[Q*D, H]``, ``[G*D, H]``, ``[G*D, H]``.
+    """
+
+    ours: str
+    query: str
+    key: str
+    value: str
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        """Query, key, value."""
+        return (self.query, self.key, self.value)
+
+    def our_shape(self, sizes: Architecture) -> Shape:
+        """``[(Q + 2G) * D, H]``."""
+        heads = sizes.num_attention_heads + 2 * sizes.num_query_groups
+        return (heads * sizes.kv_channels, sizes.hidden_size)
+
+    def their_shapes(self, sizes: Architecture) -> tuple[Shape, ...]:
+        """``[Q*D, H]`` and twice ``[G*D, H]``."""
+        query = (sizes.num_attention_heads * sizes.kv_channels, sizes.hidden_size)
+        key = (sizes.num_query_groups * sizes.kv_channels, sizes.hidden_size)
+        return (query, key, key)
+
+    def split(self, tensor: Tensor, sizes: Architecture) -> tuple[Tensor, ...]:
+        """Undo the interleaving of the query groups."""
+        per_group = sizes.num_attention_heads // sizes.num_query_groups
+        grouped = tensor.reshape(sizes.num_query_groups, per_group + 2, sizes.kv_channels, sizes.hidden_size)
+        parts = grouped.split([per_group, 1, 1], dim=1)
+        return tuple(part.reshape(-1, sizes.hidden_size).contiguous() for part in parts)
+
+    def join(self, tensors: Sequence[Tensor], sizes: Architecture) -> Tensor:
+        """Interleave the query groups."""
+        grouped = [
+            tensor.reshape(sizes.num_query_groups, -1, sizes.kv_channels, sizes.hidden_size)
+            for tensor in tensors
+        ]
+        return torch.cat(grouped, dim=1).reshape(self.our_shape(sizes))
+
+
+@dataclass(frozen=True)
+class GatedMLP:
+    """The first matrix of a gated MLP: gate rows, then up rows (``[2F, H]``)."""
+
+    ours: str
+    gate: str
+    up: str
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        """Gate, up."""
+        return (self.gate, self.up)
+
+    def our_shape(self, sizes: Architecture) -> Shape:
+        """``[2F, H]``."""
+        return (2 * sizes.ffn_hidden_size, sizes.hidden_size)
+
+    def their_shapes(self, sizes: Architecture) -> tuple[Shape, ...]:
+        """Twice ``[F, H]``."""
+        shape = (sizes.ffn_hidden_size, sizes.hidden_size)
+        return (shape, shape)
+
+    def split(self, tensor: Tensor, sizes: Architecture) -> tuple[Tensor, ...]:
+        """Gate rows and up rows."""
+        gate, up = tensor.chunk(2, dim=0)
+        return (gate.contiguous(), up.contiguous())
+
+    def join(self, tensors: Sequence[Tensor], sizes: Architecture) -> Tensor:
+        """Gate rows above up rows."""
+        return torch.cat(list(tensors), dim=0)
+
+
+@dataclass(frozen=True)
+class PaddedVocabulary:
+    """A matrix with a row per token id: ours is padded, theirs is not.
+
+    The padding rows are dropped on export and are zero on import: no id selects them and their logits are
+    never read.
+    """
+
+    ours: str
+    name: str
+
+    @property
+    def theirs(self) -> tuple[str, ...]:
+        """The one name."""
+        return (self.name,)
+
+    def our_shape(self, sizes: Architecture) -> Shape:
+        """``[padded V, H]``."""
+        return (sizes.padded_vocabulary_size, sizes.hidden_size)
+
+    def their_shapes(self, sizes: Architecture) -> tuple[Shape, ...]:
+        """``[V, H]``."""
+        return ((sizes.vocabulary_size, sizes.hidden_size),)
+
+    def split(self, tensor: Tensor, sizes: Architecture) -> tuple[Tensor, ...]:
+        """The rows in use."""
+        return (tensor[: sizes.vocabulary_size].contiguous(),)
+
+    def join(self, tensors: Sequence[Tensor], sizes: Architecture) -> Tensor:
+        """The rows in use, then zeros."""
+        (tensor,) = tensors
+        padding = tensor.new_zeros(sizes.padded_vocabulary_size - sizes.vocabulary_size, sizes.hidden_size)
+        return torch.cat([tensor, padding], dim=0)
+
+
+def _dimension(expression: str, sizes: Architecture) -> int:
+    """The value of ``name`` or ``name*name``."""
+    product = 1
+    for name in expression.split("*"):
+        product *= int(getattr(sizes, name))
+    return product

@@ -1,0 +1,201 @@
+"""From windows to batches of tensors: any layout, any number of workers, the same data."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from emu3_megatron.data.plan import Plan
+from emu3_megatron.data.window import NO_SOURCE, Window
+from emu3_megatron.errors import UserError
+from emu3_megatron.grammar import Modality
+
+IGNORED_BY_WORKERS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""A scheduler signals the whole process group; the trainer decides what to do, and its workers live on until
+it has saved."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """A micro-batch of B windows of S tokens, laid end to end: CPU tensors."""
+
+    tokens: torch.Tensor
+    """int64 ``[1, B * S]``."""
+    labels: torch.Tensor
+    """int64 ``[1, B * S]``: the next token of the same document; 0 where there is none."""
+    modality: torch.Tensor
+    """uint8 ``[1, B * S]``: `Modality` of the label; PADDING where there is none."""
+    cu_seqlens: torch.Tensor
+    """int32 ``[D + 1]``: borders of the segments over all B windows; attention stays within them."""
+    max_seqlen: int
+    """Tokens of the longest segment."""
+    source: torch.Tensor
+    """int16 ``[D]``: source of each segment, as in `Mixture.names`; -1 for padding."""
+    windows: tuple[int, ...]
+    """Numbers of the B windows in the plan."""
+    padding_tokens: int
+    """Places without a document's token: alignment and ends of windows."""
+
+    @classmethod
+    def collate(cls, windows: list[Window]) -> Batch:
+        """Lay windows end to end."""
+        size = len(windows[0].tokens)
+        borders = [np.zeros(1, dtype=np.int32)]
+        borders += [window.cu_seqlens[1:] + place * size for place, window in enumerate(windows)]
+        cu_seqlens = np.concatenate(borders)
+
+        def row(name: str) -> torch.Tensor:
+            return torch.from_numpy(np.concatenate([getattr(window, name) for window in windows]))[None]
+
+        return cls(
+            tokens=row("tokens"),
+            labels=row("labels"),
+            modality=row("modality"),
+            cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32, copy=False)),
+            max_seqlen=int(np.diff(cu_seqlens).max()),
+            source=row("source")[0],
+            windows=tuple(window.index for window in windows),
+            padding_tokens=sum(size - int(window.length.sum()) for window in windows),
+        )
+
+    @property
+    def num_targets(self) -> int:
+        """Places that have a label."""
+        return int((self.modality != Modality.PADDING).sum())
+
+    @property
+    def source_of_tokens(self) -> torch.Tensor:
+        """int16 ``[1, B * S]``: source of every place; -1 for the padding at the ends of windows."""
+        return torch.repeat_interleave(self.source, self.cu_seqlens.diff().long())[None]
+
+    @property
+    def num_documents(self) -> int:
+        """Segments that hold documents."""
+        return int((self.source != NO_SOURCE).sum())
+
+
+class WindowLoader:
+    """Iterates optimizer steps; yields for each the list of micro-batches of one data-parallel rank.
+
+    Step ``k`` (from 0) uses the windows ``start + k * G`` to ``start + (k + 1) * G - 1`` of the plan, where G
+    is the global batch size: micro-batch ``j`` of rank ``r`` holds those from ``(j * DP + r) * B`` on.
+    So the windows of a step, and their order over steps, depend on nothing but the plan, `start` and G. The
+    whole state is `windows_consumed`: give it as `start` to go on, with any other layout.
+
+    Args:
+        plan: The windows.
+        start: Windows consumed before, over all ranks.
+        global_batch_size: Windows of a step, over all ranks; a multiple of micro batch times ranks.
+        micro_batch_size: Windows of a micro-batch.
+        data_parallel_rank: This rank.
+        data_parallel_size: Number of ranks.
+        num_workers: Processes that build batches ahead; 0 builds them in the caller.
+        prefetch_steps: Steps that each worker builds ahead.
+
+    Raises:
+        UserError: sizes that do not divide, or a rank out of range.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        *,
+        start: int = 0,
+        global_batch_size: int,
+        micro_batch_size: int = 1,
+        data_parallel_rank: int = 0,
+        data_parallel_size: int = 1,
+        num_workers: int = 0,
+        prefetch_steps: int = 2,
+    ) -> None:
+        if min(global_batch_size, micro_batch_size, data_parallel_size, prefetch_steps) < 1:
+            raise UserError(
+                f"global_batch_size={global_batch_size}, micro_batch_size={micro_batch_size}, "
+                f"data_parallel_size={data_parallel_size}, prefetch_steps={prefetch_steps}: all at least 1"
+            )
+        if global_batch_size % (micro_batch_size * data_parallel_size):
+            raise UserError(
+                f"global_batch_size={global_batch_size} must be a multiple of micro_batch_size="
+                f"{micro_batch_size} times data_parallel_size={data_parallel_size}: change one of them"
+            )
+        if not 0 <= data_parallel_rank < data_parallel_size:
+            raise UserError(f"data_parallel_rank={data_parallel_rank} must lie in [0, {data_parallel_size})")
+        if start < 0 or num_workers < 0:
+            raise UserError(f"start={start} and num_workers={num_workers} must not be negative")
+        self.windows_consumed = start
+        """Windows that all ranks have been given: the state to save, and the `start` to resume with."""
+        self._plan = plan
+        self._step_windows = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        self._rank, self._ranks = data_parallel_rank, data_parallel_size
+        self._num_workers, self._prefetch_steps = num_workers, prefetch_steps
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Micro-batches per step and rank."""
+        return self._step_windows // (self._micro_batch_size * self._ranks)
+
+    def __iter__(self) -> Iterator[list[Batch]]:
+        """Steps without end, from `windows_consumed` on."""
+        steps = _Steps(self)
+        if self._num_workers == 0:
+            for micro_batches in steps:
+                self.windows_consumed += self._step_windows
+                yield [_build(self._plan, numbers) for numbers in micro_batches]
+            return
+        loader = DataLoader(
+            _PlanDataset(self._plan),
+            sampler=steps,
+            batch_size=None,
+            num_workers=self._num_workers,
+            prefetch_factor=self._prefetch_steps,
+            worker_init_fn=_start_worker,
+        )
+        for batches in loader:
+            self.windows_consumed += self._step_windows
+            yield batches
+
+
+class _Steps:
+    """Endless: for each step the window numbers of this rank's micro-batches."""
+
+    def __init__(self, loader: WindowLoader) -> None:
+        self._first = loader.windows_consumed
+        self._step_windows = loader._step_windows
+        size, self._count = loader._micro_batch_size, loader.num_micro_batches
+        self._offsets = [(j * loader._ranks + loader._rank) * size for j in range(self._count)]
+        self._size = size
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        first = self._first
+        while True:
+            yield [list(range(first + at, first + at + self._size)) for at in self._offsets]
+            first += self._step_windows
+
+
+def _build(plan: Plan, numbers: list[int]) -> Batch:
+    return Batch.collate([plan.window(number) for number in numbers])
+
+
+class _PlanDataset(Dataset[list[Batch]]):
+    """What the workers hold: the windows of a step in, its micro-batches out."""
+
+    def __init__(self, plan: Plan) -> None:
+        self._build = partial(_build, plan)
+
+    def __getitem__(self, micro_batches: Any) -> list[Batch]:
+        return [self._build(numbers) for numbers in micro_batches]
+
+
+def _start_worker(_: int) -> None:
+    """Leave signals to the trainer: a worker ends when its loader, or the trainer's process, does."""
+    for number in IGNORED_BY_WORKERS:
+        signal.signal(number, signal.SIG_IGN)
+    torch.set_num_threads(1)

@@ -1,0 +1,402 @@
+"""The plan: an endless list of windows, each a pure function of the plan and its number.
+
+Block ``b`` holds the draws ``b * block_draws`` to ``(b + 1) * block_draws`` of the mixture: from each source
+the next documents of its keyed permutation. They are shuffled, packed, and the windows shuffled again, all by
+keys derived from the seed. Nothing depends on ranks, workers, batch sizes or restarts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter, OrderedDict
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from threading import RLock
+from typing import Any
+
+import numpy as np
+
+from emu3_megatron.data.block import Block, BlockCache
+from emu3_megatron.data.manifest import canonical_sha256
+from emu3_megatron.data.mixture import Drawn, Mixture
+from emu3_megatron.data.packing import MIN_PIECE, OPEN_WINDOWS, POLICIES, Policy, pack
+from emu3_megatron.data.permutation import derive_key, permute
+from emu3_megatron.data.reader import Kind
+from emu3_megatron.data.window import Window, WindowBuilder
+from emu3_megatron.errors import UserError
+
+PLAN_VERSION = 1
+"""Raised whenever the same settings would give other windows."""
+
+BLOCK_DRAWS = 1 << 16
+"""Default documents drawn per block."""
+
+CACHED_BLOCKS = 4
+"""Default blocks kept in memory."""
+
+SHARE_BITS = 62
+"""Draw shares are rounded to multiples of 2^-62 and then counted in exact integers."""
+
+NAMED_DROPS = 20
+"""`PlanStatistics.dropped_names` stops at so many."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanStatistics:
+    """What a range of windows holds. Token counts include BOS and EOS."""
+
+    windows: int
+    """Number of windows."""
+    tokens: int
+    """Tokens of documents."""
+    tokens_per_source: dict[str, int]
+    """The same by source."""
+    padding_alignment: int
+    """Padding that rounds documents up to the alignment."""
+    padding_tail: int
+    """Padding at the ends of windows."""
+    documents: int
+    """Documents and pieces of documents."""
+    splits: int
+    """Pieces that continue a text begun elsewhere: the number of cuts."""
+    dropped: int
+    """Documents of the blocks touched that fit no window."""
+    dropped_names: list[str]
+    """The first of them: source, sample id, tokens."""
+
+    @property
+    def fill(self) -> float:
+        """Share of the windows' places that hold tokens of documents."""
+        places = self.tokens + self.padding_alignment + self.padding_tail
+        return self.tokens / places if places else 0.0
+
+
+class Plan:
+    """An endless list of windows.
+
+    Args:
+        mixture: Sources and their weights in tokens.
+        seed: Of every shuffle and every decision of a template.
+        context_length: Tokens of a window.
+        alignment: Every document takes a multiple of this many places; twice the context-parallel degree
+            must divide it. 1 pads nothing.
+        policy: ``online`` or ``offline``, see `packing.pack`.
+        open_windows: Windows that ``online`` keeps open.
+        fill: Pour texts into the holes that other documents leave.
+        min_piece: Tokens of the smallest piece of a split text.
+        block_draws: Documents drawn per block. Larger blocks shuffle better and take longer to build.
+        cache: Folder for built blocks, shared by all processes; None keeps them in memory only.
+        cached_blocks: Blocks kept in memory.
+
+    Raises:
+        UserError: a bad option, or a source of which no document fits a window.
+    """
+
+    def __init__(
+        self,
+        mixture: Mixture,
+        *,
+        seed: int,
+        context_length: int,
+        alignment: int = 1,
+        policy: Policy = "online",
+        open_windows: int = OPEN_WINDOWS,
+        fill: bool = False,
+        min_piece: int = MIN_PIECE,
+        block_draws: int = BLOCK_DRAWS,
+        cache: str | os.PathLike[str] | None = None,
+        cached_blocks: int = CACHED_BLOCKS,
+    ) -> None:
+        counts = {
+            "context_length": context_length,
+            "alignment": alignment,
+            "open_windows": open_windows,
+            "min_piece": min_piece,
+            "block_draws": block_draws,
+            "cached_blocks": cached_blocks,
+        }
+        for name, value in counts.items():
+            if value < 1:
+                raise UserError(f"{name}={value} must be at least 1")
+        if context_length % alignment:
+            raise UserError(
+                f"context_length={context_length} must be a multiple of alignment={alignment} (twice the "
+                "context-parallel degree): change one of them"
+            )
+        if policy not in POLICIES:
+            raise UserError(f"policy={policy!r} must be one of {', '.join(POLICIES)}")
+        self.mixture, self.seed = mixture, seed
+        self.context_length, self.alignment = context_length, alignment
+        self.policy: Policy = policy
+        self.open_windows, self.fill, self.min_piece = open_windows, fill, min_piece
+        self.block_draws = block_draws
+        self._shares = [
+            round(share * 2**SHARE_BITS) for share in mixture.draw_shares(capacity=context_length)
+        ]
+        self._cache = BlockCache(cache, self.fingerprint) if cache is not None else None
+        self._cached_blocks = cached_blocks
+        self._blocks: OrderedDict[int, Block] = OrderedDict()
+        self._starts = [0]
+        self._counts: dict[int, int] = {}
+        self._lock = RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        del state["_lock"]
+        return {**state, "_blocks": OrderedDict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._lock = RLock()
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """Everything that determines the windows, as a JSON object to keep in checkpoints."""
+        return {
+            "plan version": PLAN_VERSION,
+            "seed": self.seed,
+            "context_length": self.context_length,
+            "alignment": self.alignment,
+            "policy": self.policy,
+            "open_windows": self.open_windows,
+            "fill": self.fill,
+            "min_piece": self.min_piece,
+            "block_draws": self.block_draws,
+            "vocabulary": self.mixture.vocabulary.fingerprint,
+            "sources": {
+                source.name: {"position": position, **source.identity}
+                for position, source in enumerate(self.mixture.sources)
+            },
+        }
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of `identity`: equal fingerprints mean equal windows."""
+        return canonical_sha256(self.identity)
+
+    def require_same(self, saved: Mapping[str, Any]) -> None:
+        """Refuse to resume with other data than a checkpoint was trained on.
+
+        Args:
+            saved: The `identity` of the plan that the checkpoint was trained with.
+
+        Raises:
+            UserError: names everything that changed.
+        """
+        changes = list(_differences(saved, self.identity))
+        if changes:
+            raise UserError(
+                "the data changed since the checkpoint: "
+                + "; ".join(changes)
+                + ". Restore it, or start a new "
+                "run from the checkpoint's weights"
+            )
+
+    def window(self, index: int) -> Window:
+        """Window `index` of the plan, from 0; reads its documents.
+
+        Raises:
+            UserError: damaged data; names the file.
+        """
+        if index < 0:
+            raise IndexError(f"window {index}: windows count from 0")
+        block, local = self._locate(index)
+        builder = WindowBuilder(
+            index, self.context_length, alignment=self.alignment, pad=self.mixture.vocabulary.pad
+        )
+        for piece in range(int(block.window_offsets[local]), int(block.window_offsets[local + 1])):
+            number = int(block.source[piece])
+            source = self.mixture.sources[number]
+            document = int(block.document[piece])
+            ids, modality = source.template.assemble(
+                source.dataset.document(document),
+                self.mixture.vocabulary,
+                caption_after=bool(block.caption_after[piece]),
+                caption_tokens=int(block.caption_tokens[piece]),
+            )
+            builder.add(
+                ids,
+                modality,
+                source=number,
+                document=document,
+                start=int(block.start[piece]),
+                length=int(block.length[piece]),
+            )
+        return builder.finish()
+
+    def block(self, number: int) -> Block:
+        """Block `number`, from memory, the cache folder, or built now."""
+        with self._lock:
+            block = self._blocks.pop(number, None)
+            if block is None:
+                block = self._load(number)
+            self._blocks[number] = block
+            while len(self._blocks) > self._cached_blocks:
+                self._blocks.popitem(last=False)
+            self._counts[number] = block.num_windows
+            return block
+
+    def windows_before(self, number: int) -> int:
+        """Number of the first window of block `number`."""
+        with self._lock:
+            while len(self._starts) <= number:
+                self._extend()
+            return self._starts[number]
+
+    def statistics(self, num_windows: int, start: int = 0) -> PlanStatistics:
+        """Count what windows ``start`` to ``start + num_windows - 1`` hold, without reading their tokens."""
+        tokens: Counter[int] = Counter()
+        documents = splits = aligned = 0
+        dropped: list[str] = []
+        num_dropped = 0
+        for block, first, last in self._ranges(start, start + num_windows):
+            pieces = slice(int(block.window_offsets[first]), int(block.window_offsets[last]))
+            lengths = block.length[pieces].astype(np.int64)
+            for number in np.unique(block.source[pieces]):
+                tokens[int(number)] += int(lengths[block.source[pieces] == number].sum())
+            documents += len(lengths)
+            splits += int(np.count_nonzero(block.start[pieces]))
+            aligned += int((-(-lengths // self.alignment) * self.alignment).sum())
+            num_dropped += len(block.dropped_document)
+            dropped += self._drop_names(block, NAMED_DROPS - len(dropped))
+        total = sum(tokens.values())
+        return PlanStatistics(
+            windows=num_windows,
+            tokens=total,
+            tokens_per_source={name: tokens[number] for number, name in enumerate(self.mixture.names)},
+            padding_alignment=aligned - total,
+            padding_tail=num_windows * self.context_length - aligned,
+            documents=documents,
+            splits=splits,
+            dropped=num_dropped,
+            dropped_names=dropped,
+        )
+
+    def _ranges(self, first: int, last: int) -> Iterator[tuple[Block, int, int]]:
+        """The blocks that hold windows ``first`` to ``last - 1``, with the range in each."""
+        while first < last:
+            block, local = self._locate(first)
+            count = min(last - first, block.num_windows - local)
+            yield block, local, local + count
+            first += count
+
+    def _drop_names(self, block: Block, limit: int) -> list[str]:
+        columns = (block.dropped_source, block.dropped_document, block.dropped_length)
+        names = []
+        for number, document, length in list(zip(*columns, strict=True))[: max(0, limit)]:
+            source = self.mixture.sources[int(number)]
+            names.append(f"{source.name}: {source.dataset.sample_id(int(document))} ({length} tokens)")
+        return names
+
+    def _locate(self, index: int) -> tuple[Block, int]:
+        with self._lock:
+            while self._starts[-1] <= index:
+                self._extend()
+            number = int(np.searchsorted(self._starts, index, side="right")) - 1
+            return self.block(number), index - self._starts[number]
+
+    def _extend(self) -> None:
+        """Learn where one more block ends, from the cache's file names if they tell."""
+        number = len(self._starts) - 1
+        if number not in self._counts and self._cache is not None:
+            self._counts.update(self._cache.counts())
+        count = self._counts[number] if number in self._counts else self.block(number).num_windows
+        self._starts.append(self._starts[-1] + count)
+
+    def _load(self, number: int) -> Block:
+        if self._cache is None:
+            return self._build(number)
+        count = self._counts.get(number)
+        if count is None:
+            self._counts.update(self._cache.counts())
+            count = self._counts.get(number)
+        block = self._cache.load(number, count) if count is not None else None
+        if block is None:
+            block = self._build(number)
+            self._cache.store(number, block)
+        return block
+
+    def _draw(self, number: int) -> list[Drawn]:
+        """What block `number` takes from each source: the next positions of its stream."""
+        drawn = []
+        for source, share in zip(self.mixture.sources, self._shares, strict=True):
+            first, last = (
+                (share * self.block_draws * border) >> SHARE_BITS for border in (number, number + 1)
+            )
+            drawn.append(source.draw(first, last, seed=self.seed, capacity=self.context_length))
+        return drawn
+
+    def _build(self, number: int) -> Block:
+        drawn = self._draw(number)
+        source = np.repeat(np.arange(len(drawn), dtype=np.int16), [len(each.document) for each in drawn])
+        order = self._shuffled(len(source), "draws", number)
+        source = source[order]
+        document = np.concatenate([each.document for each in drawn])[order]
+        kind = np.concatenate([each.kind for each in drawn])[order]
+        length = np.concatenate([each.decided.length for each in drawn])[order]
+        after = np.concatenate([each.decided.caption_after for each in drawn])[order]
+        caption = np.concatenate([each.decided.caption_tokens for each in drawn])[order]
+        packed = pack(
+            length,
+            self.context_length,
+            splittable=kind == Kind.TEXT,
+            align=self.alignment,
+            policy=self.policy,
+            open_windows=self.open_windows,
+            fill=self.fill,
+            min_piece=self.min_piece,
+        )
+        windows = self._shuffled(packed.num_windows, "windows", number)
+        counts = np.diff(packed.window_offsets)[windows]
+        offsets = np.zeros(len(windows) + 1, dtype=np.int64)
+        np.cumsum(counts, out=offsets[1:])
+        pieces = np.repeat(packed.window_offsets[windows] - offsets[:-1], counts) + np.arange(offsets[-1])
+        owner = packed.document[pieces]
+        return Block(
+            window_offsets=offsets,
+            source=source[owner],
+            document=document[owner],
+            caption_after=after[owner],
+            caption_tokens=caption[owner].astype(np.int32),
+            start=packed.start[pieces],
+            length=packed.length[pieces],
+            dropped_source=source[packed.dropped],
+            dropped_document=document[packed.dropped],
+            dropped_length=length[packed.dropped],
+        )
+
+    def _shuffled(self, size: int, purpose: str, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+        if size == 0:
+            return np.zeros(0, dtype=np.int64)
+        return permute(np.arange(size), size, derive_key(purpose, self.seed, number))
+
+
+class WindowDataset:
+    """Windows ``start`` to ``start + length - 1`` of a plan as a sequence, for map-style loaders."""
+
+    def __init__(self, plan: Plan, length: int, start: int = 0) -> None:
+        self.plan, self._length, self._start = plan, length, start
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, number: int) -> Window:
+        if not 0 <= number < self._length:
+            raise IndexError(f"window {number} must lie in [0, {self._length})")
+        return self.plan.window(self._start + number)
+
+
+def _differences(saved: Any, current: Any, path: str = "") -> Iterator[str]:
+    """Name the leaves at which two JSON values differ."""
+    if isinstance(saved, Mapping) and isinstance(current, Mapping):
+        for key in [*saved, *(key for key in current if key not in saved)]:
+            where = f"{path}, {key}" if path else str(key)
+            if key not in current:
+                yield f"{where} is gone"
+            elif key not in saved:
+                yield f"{where} is new"
+            else:
+                yield from _differences(saved[key], current[key], where)
+    elif saved != current:
+        was, now = (str(value)[:16] for value in (saved, current))
+        yield f"{path} was {was}, is {now}"

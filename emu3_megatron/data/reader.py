@@ -1,0 +1,395 @@
+"""Reading datasets: positioned reads through a bounded number of open files, every sequence verified.
+
+A shard's index is mapped into memory and verified page by page as it is first read; tokens are read with
+``pread`` and verified against the sequence's checksum. A damaged byte is an error that names the file; it
+never becomes a token.
+"""
+
+from __future__ import annotations
+
+import json
+import mmap
+import os
+from collections import OrderedDict
+from enum import IntEnum
+from functools import cached_property
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from emu3_megatron.data.format import (
+    CRC_HEADER,
+    CRC_MAGIC,
+    INDEX_HEADER,
+    INDEX_PAGE_BYTES,
+    SPAN_MODE,
+    TEXT_MODE,
+    TOKEN_DTYPE,
+    IndexLayout,
+    crc32c,
+    parse_index_header,
+)
+from emu3_megatron.data.manifest import Manifest, ShardRecord
+from emu3_megatron.errors import UserError
+from emu3_megatron.vocabulary import Vocabulary
+
+OPEN_FILES = 128
+"""Default bound on the files that one dataset keeps open."""
+
+
+class Kind(IntEnum):
+    """What a document is made of, as far as templates and packing care."""
+
+    TEXT = 0
+    """Text segments only; may be split over windows."""
+    PAIR = 1
+    """A caption, then one span: the template chooses their order and may drop the caption."""
+    OTHER = 2
+    """Any other order of segments with at least one span; kept as stored, never split."""
+
+
+class FileCache:
+    """Read-only files, opened when first read and closed again, least recently used first.
+
+    Safe to use from several threads; it does not travel to another process by pickling, and forked processes
+    may share the descriptors since nothing here seeks.
+    """
+
+    def __init__(self, limit: int = OPEN_FILES) -> None:
+        self._limit = limit
+        self._open: OrderedDict[str, int] = OrderedDict()
+        self._lock = Lock()
+        if limit < 1:
+            raise UserError(f"open files limit {limit} must be at least 1")
+
+    def read(self, path: str, size: int, offset: int) -> bytes:
+        """`size` bytes of `path` from `offset`.
+
+        Raises:
+            UserError: the file is missing or ends before.
+        """
+        parts: list[bytes] = []
+        # The lock covers the read too, so that no other thread closes the file meanwhile.
+        with self._lock:
+            descriptor = self._descriptor(path)
+            rest = size
+            while rest > 0:
+                part = os.pread(descriptor, rest, offset + size - rest)
+                if not part:
+                    raise UserError(
+                        f"{path}: has no byte {offset + size - rest}, {rest} bytes short of a read; the "
+                        "file was truncated after it was opened: restore it"
+                    )
+                parts.append(part)
+                rest -= len(part)
+        return parts[0] if len(parts) == 1 else b"".join(parts)
+
+    def _descriptor(self, path: str) -> int:
+        descriptor = self._open.pop(path, None)
+        if descriptor is None:
+            while len(self._open) >= self._limit:
+                os.close(self._open.popitem(last=False)[1])
+            try:
+                descriptor = os.open(path, os.O_RDONLY)
+            except FileNotFoundError as error:
+                raise UserError(f"{path}: missing; it was there when the dataset was written") from error
+        self._open[path] = descriptor
+        return descriptor
+
+    def close(self) -> None:
+        """Close every file; reading opens them again."""
+        with self._lock:
+            while self._open:
+                os.close(self._open.popitem()[1])
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def __del__(self) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[type[FileCache], tuple[int]]:
+        return FileCache, (self._limit,)
+
+
+class Shard:
+    """One shard. Its index is opened when first used.
+
+    Args:
+        stem: Path of the files without their suffixes.
+        record: The manifest's entry.
+        files: Shared by all shards of a dataset.
+    """
+
+    def __init__(self, stem: Path, record: ShardRecord, files: FileCache) -> None:
+        self.record = record
+        self._stem = stem
+        self._files = files
+        self._bin, self._crc = str(self.path(".bin")), str(self.path(".crc"))
+
+    def __len__(self) -> int:
+        return self.record.documents
+
+    def __reduce__(self) -> tuple[type[Shard], tuple[Path, ShardRecord, FileCache]]:
+        return Shard, (self._stem, self.record, self._files)
+
+    def path(self, suffix: str) -> Path:
+        """One of the shard's files."""
+        return self._stem.with_name(self._stem.name + suffix)
+
+    @cached_property
+    def _index(self) -> _Index:
+        return _Index(self.path(".idx"), self.path(".crc"), self.record)
+
+    def describe(self, documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
+        """Sizes of documents, without their tokens: ``(length, caption, kind)``, int64 ``[N]`` each.
+
+        `length` counts the tokens of all segments; `caption` those of the caption of a pair, else 0; `kind`
+        is a `Kind`.
+        """
+        index = self._index
+        first = index.borders(documents)
+        last = index.borders(documents + 1) - 1
+        first_length, last_length = index.lengths(first), index.lengths(last)
+        total = (index.pointers(last) - index.pointers(first)) // TOKEN_DTYPE.itemsize + last_length
+        first_mode, last_mode = index.modes(first), index.modes(last)
+        count = last - first + 1
+        pair = (count == 2) & (first_mode == TEXT_MODE) & (last_mode == SPAN_MODE)
+        spans = (first_mode == SPAN_MODE) | (last_mode == SPAN_MODE)
+        # Only documents of more than two segments can hide a span between their ends.
+        for place in np.flatnonzero((count > 2) & ~spans):
+            spans[place] = bool(index.modes(np.arange(first[place], last[place])).any())
+        kind = np.where(pair, Kind.PAIR, np.where(spans, Kind.OTHER, Kind.TEXT))
+        return total, np.where(pair, first_length, 0), kind.astype(np.int64)
+
+    def document(self, number: int) -> list[tuple[npt.NDArray[np.int32], int]]:
+        """The segments of a document: ``(ids int32 [N], mode)`` in order.
+
+        Raises:
+            UserError: bytes that differ from what was written; names the file.
+        """
+        index = self._index
+        first, start, lengths, modes = index.document(number)
+        sizes = [length * TOKEN_DTYPE.itemsize for length in lengths]
+        data = self._files.read(self._bin, sum(sizes), start)
+        stored = self._files.read(self._crc, 4 * len(sizes), index.checksums_offset + 4 * first)
+        segments = []
+        offset = 0
+        for place, size in enumerate(sizes):
+            part = data[offset : offset + size]
+            if crc32c(part) != int.from_bytes(stored[4 * place : 4 * place + 4], "little"):
+                raise UserError(
+                    f"{self._bin}: sequence {first + place} (document {number}, byte {start + offset}) does "
+                    f"not match its checksum in {self._crc}; one of them is damaged: restore it"
+                )
+            segments.append((np.frombuffer(part, dtype=TOKEN_DTYPE), modes[place]))
+            offset += size
+        return segments
+
+    @cached_property
+    def _names(self) -> list[dict[str, Any]]:
+        path = self.path(".jsonl")
+        try:
+            lines = [json.loads(line) for line in path.read_bytes().splitlines()]
+        except (ValueError, OSError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); restore it") from error
+        if len(lines) != self.record.documents:
+            raise UserError(f"{path}: {len(lines)} lines for {self.record.documents} documents; restore it")
+        return lines
+
+    def name(self, number: int) -> dict[str, Any]:
+        """``{"id": sample id, "task": label or None}`` of a document; reads the shard's names once."""
+        return self._names[number]
+
+
+class _Index:
+    """A shard's ``.idx``, mapped, verified page by page on first touch."""
+
+    def __init__(self, path: Path, crc_path: Path, record: ShardRecord) -> None:
+        self._path = path
+        with open(path, "rb") as stream:
+            size = os.fstat(stream.fileno()).st_size
+            layout = parse_index_header(stream.read(INDEX_HEADER.size), path, size)
+            self._map = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+        if (layout.num_sequences, layout.num_documents) != (record.sequences, record.documents):
+            raise UserError(
+                f"{path}: {layout.num_documents} documents of {layout.num_sequences} sequences, but the "
+                f"manifest says {record.documents} of {record.sequences}; it is another dataset's: restore it"
+            )
+        self._page_checksums = self._read_page_checksums(crc_path, layout, size)
+        self.checksums_offset = CRC_HEADER.size + self._page_checksums.nbytes
+        self._verified = np.zeros(len(self._page_checksums), dtype=bool)
+        self._unverified = len(self._page_checksums)
+        self._arrays = {
+            "lengths": (layout.lengths, self._array(np.int32, layout.num_sequences, layout.lengths)),
+            "pointers": (layout.pointers, self._array(np.int64, layout.num_sequences, layout.pointers)),
+            "borders": (layout.borders, self._array(np.int64, layout.num_documents + 1, layout.borders)),
+            "modes": (layout.modes, self._array(np.int8, layout.num_sequences, layout.modes)),
+        }
+        self._verify(np.zeros(1, dtype=np.int64))
+
+    def _array(self, dtype: Any, count: int, offset: int) -> npt.NDArray[Any]:
+        return np.frombuffer(self._map, dtype=np.dtype(dtype).newbyteorder("<"), count=count, offset=offset)
+
+    @staticmethod
+    def _read_page_checksums(path: Path, layout: IndexLayout, index_size: int) -> npt.NDArray[np.uint32]:
+        pages = -(-index_size // INDEX_PAGE_BYTES)
+        expected = (CRC_MAGIC, INDEX_PAGE_BYTES, pages, layout.num_sequences)
+        with open(path, "rb") as stream:
+            header = stream.read(CRC_HEADER.size)
+            checksums = stream.read(4 * pages)
+        if (
+            len(header) < CRC_HEADER.size
+            or CRC_HEADER.unpack(header) != expected
+            or len(checksums) < 4 * pages
+        ):
+            raise UserError(f"{path}: does not belong to the index beside it, or is damaged: restore it")
+        return np.frombuffer(checksums, dtype="<u4")
+
+    def lengths(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Tokens of each sequence."""
+        return self._take("lengths", sequences)
+
+    def pointers(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Byte offset of each sequence in the ``.bin``."""
+        return self._take("pointers", sequences)
+
+    def borders(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """First sequence of each document."""
+        return self._take("borders", documents)
+
+    def modes(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Mode of each sequence."""
+        return self._take("modes", sequences)
+
+    def document(self, number: int) -> tuple[int, int, list[int], list[int]]:
+        """A document's first sequence, its byte in the ``.bin``, and its sequences' lengths and modes."""
+        first, last = self.borders(np.array([number, number + 1])).tolist()
+        if self._unverified:
+            sequences = np.arange(first, last)
+            self.lengths(sequences), self.modes(sequences), self.pointers(sequences[:1])
+        lengths, pointers, modes = (self._arrays[name][1] for name in ("lengths", "pointers", "modes"))
+        return first, int(pointers[first]), lengths[first:last].tolist(), modes[first:last].tolist()
+
+    def _take(self, name: str, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        offset, array = self._arrays[name]
+        first = offset + numbers * array.itemsize
+        self._verify(first)
+        if array.itemsize > 1:  # an entry may reach into the next page
+            self._verify(first + (array.itemsize - 1))
+        return array[numbers].astype(np.int64)
+
+    def _verify(self, offsets: npt.NDArray[np.int64]) -> None:
+        if not self._unverified:
+            return
+        pages = offsets // INDEX_PAGE_BYTES
+        for page in np.unique(pages[~self._verified[pages]]):
+            data = self._map[int(page) * INDEX_PAGE_BYTES : (int(page) + 1) * INDEX_PAGE_BYTES]
+            if crc32c(data) != self._page_checksums[page]:
+                raise UserError(
+                    f"{self._path}: page {page} (from byte {int(page) * INDEX_PAGE_BYTES}) does not match "
+                    "its checksum in the .crc file; one of them is damaged: restore it"
+                )
+            self._verified[page] = True
+            self._unverified = int(np.count_nonzero(~self._verified))
+
+
+class MultimodalDataset:
+    """A dataset: the shards of a folder, as one sequence of documents.
+
+    Use `open`. Instances pickle (files are opened again) and may be read from several threads.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, *, open_files: int = OPEN_FILES) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._files = FileCache(open_files)
+        self.shards = [Shard(folder / record.shard, record, self._files) for record in manifest.shards]
+        self._starts = np.zeros(len(self.shards) + 1, dtype=np.int64)
+        np.cumsum([record.documents for record in manifest.shards], out=self._starts[1:])
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        vocabulary: Vocabulary | None = None,
+        open_files: int = OPEN_FILES,
+    ) -> MultimodalDataset:
+        """Open ``folder`` (the one with ``manifest.json``) and compare all files' sizes with the manifest.
+
+        Args:
+            folder: The dataset.
+            vocabulary: Where given, the dataset must have this vocabulary.
+            open_files: Bound on the files kept open.
+
+        Raises:
+            UserError: no manifest, a missing or truncated file, another vocabulary.
+        """
+        manifest = Manifest.load(folder)
+        if vocabulary is not None and manifest.vocabulary.fingerprint != vocabulary.fingerprint:
+            raise UserError(
+                f"{folder}: tokenized with vocabulary {manifest.vocabulary.name!r} "
+                f"({manifest.vocabulary.size} ids, fingerprint {manifest.vocabulary.fingerprint[:12]}), but "
+                f"{vocabulary.name!r} ({vocabulary.size} ids, {vocabulary.fingerprint[:12]}) is asked for: "
+                "tokenize it again or use its vocabulary"
+            )
+        for record in manifest.shards:
+            record.check_sizes(Path(folder))
+        return cls(Path(folder), manifest, open_files=open_files)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """Vocabulary of the tokens."""
+        return self.manifest.vocabulary
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 (hex) of everything that determines the tokens."""
+        return self.manifest.fingerprint
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def document(self, number: int) -> list[tuple[npt.NDArray[np.int32], int]]:
+        """Segments of document `number`: ``(ids int32 [N], mode)`` in order, checksums verified."""
+        shard, local = self._locate(number)
+        return shard.document(local)
+
+    def name(self, number: int) -> dict[str, Any]:
+        """``{"id": sample id, "task": label or None}`` of document `number`."""
+        shard, local = self._locate(number)
+        return shard.name(local)
+
+    def sample_id(self, number: int) -> str:
+        """Sample id of document `number`."""
+        return str(self.name(number)["id"])
+
+    def lengths(self, number: int) -> list[int]:
+        """Tokens of each segment of document `number`."""
+        return [len(ids) for ids, _ in self.document(number)]
+
+    def describe(self, documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
+        """``(length, caption, kind)`` of each document, as `Shard.describe`, from the indices alone."""
+        documents = np.asarray(documents, dtype=np.int64)
+        if documents.size and not 0 <= int(documents.min()) <= int(documents.max()) < len(self):
+            raise IndexError(f"documents must lie in [0, {len(self)})")
+        results = tuple(np.empty(documents.shape, dtype=np.int64) for _ in range(3))
+        owners = np.searchsorted(self._starts, documents, side="right") - 1
+        order = np.argsort(owners, kind="stable")
+        borders = np.searchsorted(owners[order], np.arange(len(self.shards) + 1))
+        for number in np.unique(owners):
+            places = order[borders[number] : borders[number + 1]]
+            described = self.shards[number].describe(documents[places] - self._starts[number])
+            for result, values in zip(results, described, strict=True):
+                result[places] = values
+        return results
+
+    def _locate(self, number: int) -> tuple[Shard, int]:
+        if not 0 <= number < len(self):
+            raise IndexError(f"document {number} of {self.folder}: must lie in [0, {len(self)})")
+        owner = int(np.searchsorted(self._starts, number, side="right")) - 1
+        return self.shards[owner], number - int(self._starts[owner])

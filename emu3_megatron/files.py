@@ -1,0 +1,80 @@
+"""Files that are either whole or absent: atomic publication, and checksums.
+
+Every file that another process may read is written under a temporary name beside its target, flushed to the
+disk, and renamed; then the folder is flushed too. A process killed at any moment leaves either the old file,
+or the new one, or a temporary file that no reader looks at.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+TEMPORARY_SUFFIX = ".tmp"
+"""Last part of the name of every unfinished file; safe to delete while no writer runs."""
+
+READ_BYTES = 1 << 20
+"""Bytes read at a time by `sha256_file`."""
+
+
+def temporary_path(path: Path) -> Path:
+    """A hidden name beside `path`, new at every call (nodes may share a disk): ``.NAME.RANDOM.tmp``."""
+    return path.parent / f".{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}"
+
+
+def fsync_directory(folder: Path) -> None:
+    """Make the names in `folder` durable, so that a rename survives a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish(temporary: Path, path: Path) -> None:
+    """Rename a finished, closed and flushed `temporary` to `path`, durably, replacing what was there."""
+    os.replace(temporary, path)
+    fsync_directory(path.parent)
+
+
+@contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+    """Open a binary file that appears at `path`, whole, when the block ends without an exception.
+
+    On an exception the temporary file is removed, what stood at `path` stays, and the exception passes on.
+    Parent folders are made. Two processes may write the same path: the last one to finish wins.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_path(target)
+    try:
+        with open(temporary, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        publish(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_json_atomic(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON with a final newline, atomically. Keys keep their order."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    with atomic_write(path) as stream:
+        stream.write(text.encode())
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """SHA-256 (hex) of a file's bytes, in bounded memory."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as stream:
+        while chunk := stream.read(READ_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()

@@ -1,0 +1,198 @@
+"""What a video file holds, found out before any frame is used: geometry, colour, and the time of every frame.
+
+The frame table comes from a pass over the packets (no decoding), so that a frame is named by its
+presentation time stamp and a seek can be checked against it. One frame is decoded, because only frames
+state their rotation.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+import av
+import numpy as np
+import numpy.typing as npt
+
+from emu3_megatron.media.color import matrix_name
+from emu3_megatron.media.errors import MediaError
+from emu3_megatron.media.files import Media, open_media
+
+MAX_FRAME_PIXELS = 1 << 26
+"""A frame larger than this (8192 x 8192) is refused before memory is taken for it."""
+
+TAG_TOLERANCE, HEADER_TOLERANCE = 0.75, 2.5
+"""Frames that a Matroska stream may lack before it counts as truncated: against the duration tag of the
+stream, which FFmpeg writes exactly, and against the file's own duration."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VideoInfo:
+    """One video stream: the first of its file."""
+
+    codec: str
+    """FFmpeg's name: ``h264``, ``vp9``, ``mjpeg``..."""
+    width: int
+    """Pixels across, as coded (before rotation)."""
+    height: int
+    """Pixels down, as coded (before rotation)."""
+    pixel_format: str
+    """FFmpeg's name, such as ``yuv420p``."""
+    rotation: int
+    """Quarter turns counter-clockwise, in degrees (0, 90, 180, 270), that make the picture upright."""
+    pixel_aspect: float
+    """Width of a pixel over its height, after rotation; 1.0 where the stream states none."""
+    matrix: str
+    """Colour matrix to RGB: ``bt601``, ``bt709``, ``bt2020``, ``smpte240m``, ``fcc``, or ``rgb`` for none."""
+    full_range: bool
+    """Whether luma spans 0..255 instead of 16..235."""
+    time_base: Fraction
+    """Seconds per tick of `pts`."""
+    pts: npt.NDArray[np.int64]
+    """Presentation time stamps in ticks of the frames that a player shows, ascending, int64 ``[N]``."""
+    ordinal: bool
+    """True where the container has no time stamps: `pts` then counts frames in decoding order."""
+
+    @property
+    def frame_count(self) -> int:
+        """Number of frames a player shows."""
+        return len(self.pts)
+
+    @property
+    def timestamps(self) -> npt.NDArray[np.float64]:
+        """Seconds from the first frame to each frame, float64 ``[N]``."""
+        return (self.pts - self.pts[0]) * float(self.time_base)
+
+    @property
+    def fps(self) -> float:
+        """Average frames per second; 1.0 for a single frame."""
+        if self.frame_count < 2:
+            return 1.0
+        return (self.frame_count - 1) / float((self.pts[-1] - self.pts[0]) * self.time_base)
+
+    @property
+    def seconds(self) -> float:
+        """Duration, the last frame shown for an average frame's time."""
+        return self.frame_count / self.fps
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """Height and width in pixels after rotation."""
+        turned = self.rotation in (90, 270)
+        return (self.width, self.height) if turned else (self.height, self.width)
+
+
+def probe_video(media: Media) -> VideoInfo:
+    """Read the packets of the first video stream of `media`, and decode one frame.
+
+    Raises:
+        MediaError: not a video, damaged, without frames, or with fewer frames than the container promises.
+        OSError: a fault of the file system that may pass.
+    """
+    with open_media(media) as stream:
+        try:
+            with av.open(stream, metadata_errors="replace") as container:
+                return _probe(container)
+        except av.FFmpegError as error:
+            raise MediaError(f"cannot be read as video: {_reason(error)}") from error
+
+
+def _reason(error: Any) -> str:
+    """FFmpeg's words alone, without its error number and the name of the stream object."""
+    return str(getattr(error, "strerror", None) or error).split(";")[0]
+
+
+def _probe(container: Any) -> VideoInfo:
+    """Probe an open container; see `probe_video`."""
+    if not container.streams.video:
+        raise MediaError("has no video stream")
+    video = container.streams.video[0]
+    context = video.codec_context
+    if context is None or not context.width or not context.height:
+        raise MediaError("has a video stream without a decoder or a picture size")
+    if context.width * context.height > MAX_FRAME_PIXELS:
+        raise MediaError(
+            f"claims frames of {context.width}x{context.height} pixels, more than {MAX_FRAME_PIXELS} in all"
+        )
+    packets = [p for p in container.demux(video) if p.size and _is_shown(p, context.codec.canonical_name)]
+    _check_complete(container, video, packets)
+    pts, time_base, ordinal = _frame_table(video, packets)
+    frame = _first_frame(container, video)
+    aspect = float(video.sample_aspect_ratio or 1) or 1.0
+    rotation = round(frame.rotation / 90) % 4 * 90
+    return VideoInfo(
+        codec=context.codec.canonical_name,
+        width=frame.width,
+        height=frame.height,
+        pixel_format=frame.format.name,
+        rotation=rotation,
+        pixel_aspect=1 / aspect if rotation in (90, 270) else aspect,
+        matrix=matrix_name(int(frame.colorspace), frame.format.name),
+        full_range=int(frame.color_range) == 2 or frame.format.name.startswith("yuvj"),
+        time_base=time_base,
+        pts=pts,
+        ordinal=ordinal,
+    )
+
+
+def _is_shown(packet: Any, codec: str) -> bool:
+    """Whether a packet yields a frame: VP8 has packets that only update a reference (RFC 6386, 9.1)."""
+    return codec != "vp8" or bool(bytes(packet)[0] & 0x10)
+
+
+def _check_complete(container: Any, video: Any, packets: list[Any]) -> None:
+    """Refuse a stream with damaged packets, or shorter than its container says."""
+    if not packets:
+        raise MediaError("has a video stream without frames")
+    if any(packet.is_corrupt for packet in packets):
+        raise MediaError("is damaged or truncated: the container marks packets as corrupt")
+    if video.frames and len(packets) < video.frames:
+        raise MediaError(
+            f"is truncated: the container promises {video.frames} frames, {len(packets)} are there"
+        )
+    promised, tolerance = _promised_seconds(container, video)
+    stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
+    if not promised or len(stamps) < 2:
+        return
+    start = min(stamps[0], video.start_time or 0)
+    frame = (stamps[-1] - stamps[0]) / (len(stamps) - 1) * float(video.time_base)
+    found = float((stamps[-1] - start) * video.time_base) + frame
+    if found < promised - tolerance * frame:
+        raise MediaError(f"is truncated: the container promises {promised:.2f} s, {found:.2f} s are there")
+
+
+def _promised_seconds(container: Any, video: Any) -> tuple[float | None, float]:
+    """Duration that a Matroska header states, and the tolerance in frames.
+
+    Other containers state a frame count, or nothing that FFmpeg does not estimate from what is there.
+    """
+    if "matroska" not in container.format.name:
+        return None, 0.0
+    tag = video.metadata.get("DURATION")
+    if tag:
+        hours, minutes, seconds = tag.split(":")
+        return int(hours) * 3600 + int(minutes) * 60 + float(seconds), TAG_TOLERANCE
+    if container.duration and len(container.streams) == 1:
+        return float(container.duration) / av.time_base, HEADER_TOLERANCE
+    return None, 0.0
+
+
+def _frame_table(video: Any, packets: list[Any]) -> tuple[npt.NDArray[np.int64], Fraction, bool]:
+    """Time stamps of the shown frames, seconds per tick, and whether they are only ordinals."""
+    kept = [packet for packet in packets if not packet.is_discard]  # an edit list cuts the others away
+    if not kept:
+        raise MediaError("has no frame that its edit list shows")
+    if any(packet.pts is None for packet in kept):
+        rate = video.average_rate or video.guessed_rate or Fraction(25)
+        return np.arange(len(packets), dtype=np.int64), 1 / Fraction(rate), True
+    stamps = np.array(sorted({packet.pts for packet in kept}), dtype=np.int64)
+    return stamps, Fraction(video.time_base), False
+
+
+def _first_frame(container: Any, video: Any) -> Any:
+    """Decode one frame from the start."""
+    container.seek(0)
+    for frame in container.decode(video):
+        return frame
+    raise MediaError("has no frame that can be decoded")

@@ -1,0 +1,144 @@
+"""One entry of a manifest: an image or a video with its caption, or a text document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from emu3_megatron.media import Media, MediaError
+
+CONTENT_KEYS = ("image", "video", "text")
+"""Keys of which an entry has exactly one."""
+
+
+@dataclass(frozen=True)
+class MediaPointer:
+    """A media file, or a part of a tar file."""
+
+    path: Path
+    """The file."""
+    member: str | None = None
+    """Name inside the tar file."""
+    offset: int = 0
+    """First byte of the member."""
+    size: int = 0
+    """Bytes of the member."""
+
+    def load(self) -> Media:
+        """The path of a plain file, or the bytes of a member.
+
+        Raises:
+            MediaError: the tar file ends inside the member.
+            OSError: a fault of the file system.
+        """
+        if self.member is None:
+            return str(self.path)
+        with open(self.path, "rb") as stream:
+            stream.seek(self.offset)
+            data = stream.read(self.size)
+        if len(data) < self.size:
+            raise MediaError(f"is truncated: the tar file ends after {len(data)} of its {self.size} bytes")
+        return data
+
+    def __str__(self) -> str:
+        """As shown in a quarantine list."""
+        return str(self.path) if self.member is None else f"{self.path}/{self.member}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """A usable entry."""
+
+    id: str
+    """Name of the sample."""
+    kind: str
+    """``image``, ``video`` or ``text``."""
+    text: str | None
+    """The caption, or the document; None for media without a caption."""
+    media: MediaPointer | None
+    """Where the picture is; None for text."""
+    split: str | None = None
+    """Value of the key ``split``."""
+    task: str | None = None
+    """Value of the key ``task``, kept beside the sample's name."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BadEntry:
+    """An entry that cannot be used, and why; a line of ``quarantine.jsonl``."""
+
+    id: str
+    """Name of the sample, or its place in the manifest."""
+    path: str | None
+    """The media file, where there is one."""
+    reason: str
+    """One line."""
+    error: str
+    """Class of the error: ``MediaError`` for files, ``EntryError`` for entries."""
+    split: str | None = None
+    """Value of the key ``split``, where it could be read."""
+
+
+class EntryError(ValueError):
+    """An entry of a manifest is malformed."""
+
+
+def parse_record(record: Any, *, place: str, folder: Path) -> Entry | BadEntry:
+    """Check one JSON value of a manifest.
+
+    Args:
+        record: the value.
+        place: names the entry where it has no id.
+        folder: paths are relative to it.
+    """
+    known: Mapping[str, Any] = record if isinstance(record, dict) else {}
+    name = known.get("id")
+    identifier = str(name) if isinstance(name, (str, int)) and str(name) else place
+    split = known.get("split") if isinstance(known.get("split"), str) else None
+    try:
+        if not isinstance(record, dict):
+            raise EntryError(f"is a JSON {type(record).__name__}; an entry is an object")
+        kind, text = _content(record)
+        media = None if kind == "text" else MediaPointer(folder / _string(record, kind))
+        task = record.get("task")
+        return Entry(
+            id=identifier,
+            kind=kind,
+            text=text,
+            media=media,
+            split=split,
+            task=task if isinstance(task, str) else None,
+        )
+    except EntryError as error:
+        return BadEntry(id=identifier, path=None, reason=str(error), error="EntryError", split=split)
+
+
+def _content(record: Mapping[str, Any]) -> tuple[str, str | None]:
+    """Kind of an entry, and its caption or document."""
+    kinds = [key for key in CONTENT_KEYS if record.get(key) is not None]
+    if not kinds and record.get("caption") is not None:
+        raise EntryError(
+            'has a caption but neither "image" nor "video"; plain text goes under the key "text"'
+        )
+    if len(kinds) != 1:
+        raise EntryError(f"must have exactly one of the keys image, video, text; it has {kinds or 'none'}")
+    kind = kinds[0]
+    if kind == "text":
+        return kind, _string(record, "text")
+    if record.get("caption") is None:
+        return kind, None
+    if not isinstance(record["caption"], str):
+        raise EntryError(f'has a "caption" of type {type(record["caption"]).__name__}; it must be a string')
+    return kind, record["caption"].strip() or None
+
+
+def _string(record: Mapping[str, Any], key: str) -> str:
+    """The value of `key`, a string that is not blank."""
+    value = record[key]
+    if not isinstance(value, str) or not value.strip():
+        raise EntryError(
+            f'has a "{key}" that is {"blank" if value == "" else repr(value)}; it must be a string'
+        )
+    return value

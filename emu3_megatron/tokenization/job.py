@@ -1,0 +1,225 @@
+"""A tokenization job: who makes which shard, what is done already, and when the dataset is complete."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+
+from tqdm import tqdm
+
+from emu3_megatron.data import ShardWriter, read_shard_record, write_manifest
+from emu3_megatron.errors import UserError
+from emu3_megatron.files import TEMPORARY_SUFFIX, atomic_write, write_json_atomic
+from emu3_megatron.tokenization.config import TokenizationConfig
+from emu3_megatron.tokenization.decode import SampleDecoder
+from emu3_megatron.tokenization.encode import BucketEncoder
+from emu3_megatron.tokenization.inputs import Inputs
+from emu3_megatron.tokenization.shard import ShardMaker, ShardReport
+from emu3_megatron.tokenization.toolkit import Toolkit
+
+JOB_FILE = "job.json"
+"""What the job was started with; a run with other settings is refused."""
+
+QUARANTINE_FILE = "quarantine.jsonl"
+"""Every entry that was set aside, in the manifest's order."""
+
+REPORTS = "reports"
+"""Folder of the shards' reports."""
+
+
+class TokenizationJob:
+    """One worker's view of a job. The folder is the only thing that workers share."""
+
+    def __init__(self, config: TokenizationConfig) -> None:
+        """Load the tokenizers, read the manifests, and check that the folder belongs to this job.
+
+        Raises:
+            UserError: something does not fit together; the message says what.
+        """
+        self.config = config
+        self.toolkit = Toolkit.load(config)
+        self.inputs = Inputs(config.manifest)
+        if not len(self.inputs):
+            raise UserError(f"{', '.join(map(str, config.manifest))}: no entries; nothing to tokenize")
+        self._claim_folder()
+
+    def _claim_folder(self) -> None:
+        """Write ``job.json``, or compare with the one that is there."""
+        identity = {
+            **self.config.identity(),
+            **self.toolkit.identity(),
+            "manifests": self.inputs.fingerprints,
+        }
+        identity = json.loads(json.dumps(identity))
+        path = self.config.output / JOB_FILE
+        if not path.exists():
+            write_json_atomic(path, identity)
+            return
+        try:
+            earlier = json.loads(path.read_text())
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON ({error}); remove the folder and start again") from error
+        different = sorted(k for k in {*identity, *earlier} if identity.get(k) != earlier.get(k))
+        if different:
+            changes = ", ".join(f"{k} ({earlier.get(k)!r} -> {identity.get(k)!r})" for k in different)
+            raise UserError(
+                f"{self.config.output} holds a job with other settings: {changes}; "
+                "use the earlier ones, another --output, or remove the folder"
+            )
+
+    def run(self) -> bool:
+        """Make this worker's missing shards, then the manifest if all shards are there.
+
+        Returns:
+            Whether the dataset is complete.
+
+        Raises:
+            UserError: more entries were set aside than the budget allows.
+            OSError: a fault of the file system that did not pass; shards that are done stay.
+        """
+        config = self.config
+        mine = range(config.worker, config.num_shards, config.num_workers)
+        missing = [shard for shard in mine if not self._is_done(shard)]
+        if missing:
+            self._make(missing)
+        return self.finalize()
+
+    def _make(self, shards: list[int]) -> None:
+        """Make shards, showing progress and, at the end, where the time went."""
+        config, toolkit = self.config, self.toolkit
+        ranges = {shard: self.inputs.shard_range(shard, config.num_shards) for shard in shards}
+        total = sum(stop - start for start, stop in ranges.values())
+        begin = time.perf_counter()
+        reports: list[ShardReport] = []
+        with (
+            tqdm(
+                total=total,
+                desc=f"tokenize {config.worker + 1}/{config.num_workers}",
+                unit="entry",
+                disable=not config.progress,
+            ) as bar,
+            SampleDecoder(config, toolkit.spatial_factor) as decoder,
+        ):
+            encoder = toolkit.encoder(config)
+            maker = ShardMaker(toolkit.dialect, decoder, encoder, split=config.split, on_entry=bar.update)
+            for shard, (start, stop) in ranges.items():
+                reports.append(self._make_shard(shard, start, stop, maker))
+                self._check_budget()
+        if config.progress:
+            seconds = time.perf_counter() - begin
+            print(_summary(reports, seconds, decoder, encoder), file=sys.stderr)
+
+    def _make_shard(self, shard: int, start: int, stop: int, maker: ShardMaker) -> ShardReport:
+        """Make one shard. Its report is written first, so that a published shard always has one."""
+        config = self.config
+        with ShardWriter(
+            config.output,
+            config.dataset_name,
+            vocabulary=self.toolkit.dialect.vocabulary,
+            shard=shard,
+            num_shards=config.num_shards,
+        ) as writer:
+            report = maker.make(self.inputs.entries(start, stop), writer)
+            write_json_atomic(self._report_path(shard), asdict(report))
+        return report
+
+    def finalize(self) -> bool:
+        """Write ``quarantine.jsonl`` and ``manifest.json`` if all shards are there; any worker may do it.
+
+        Returns:
+            Whether all shards are there.
+
+        Raises:
+            UserError: more entries were set aside than the budget allows, or a shard is missing although the
+                settings ask for ``finalize``.
+        """
+        config, toolkit = self.config, self.toolkit
+        missing = [shard for shard in range(config.num_shards) if not self._is_done(shard)]
+        if missing:
+            if config.finalize:
+                raise UserError(
+                    f"shards {missing} of {config.num_shards} are not finished; run their workers"
+                )
+            return False
+        self._check_budget()
+        reports = list(self._reports())
+        write_manifest(
+            config.output,
+            config.dataset_name,
+            config.num_shards,
+            vocabulary=toolkit.dialect.vocabulary,
+            dialect_name=toolkit.dialect.name,
+            dialect_fingerprint=toolkit.dialect.fingerprint,
+            text_tokenizer_fingerprint=toolkit.dialect.text_tokenizer.fingerprint,
+            vision_tokenizer_fingerprint=toolkit.vision_fingerprint,
+            provenance={
+                "job": json.loads((config.output / JOB_FILE).read_text()),
+                "manifests": [path.name for path in config.manifest],
+                **{
+                    key: sum(getattr(report, key) for report in reports)
+                    for key in ("entries", "other_splits", "images", "clips", "frames", "texts")
+                },
+                "quarantined": sum(len(report.quarantine) for report in reports),
+            },
+        )
+        # What killed workers left; nobody writes shards any more.
+        for leftover in config.output.glob(f".{config.dataset_name}-*{TEMPORARY_SUFFIX}"):
+            leftover.unlink(missing_ok=True)
+        return True
+
+    def _check_budget(self) -> None:
+        """Write the quarantine list of all shards so far, and fail where it is longer than the budget."""
+        bad = [entry for report in self._reports() for entry in report.quarantine]
+        path = self.config.output / QUARANTINE_FILE
+        with atomic_write(path) as stream:
+            stream.writelines(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in bad)
+        allowed = int(self.config.quarantine_budget * len(self.inputs))
+        if len(bad) > allowed:
+            example = f"{bad[0]['path'] or bad[0]['id']} {bad[0]['reason']}"
+            raise UserError(
+                f"{len(bad)} of {len(self.inputs)} entries cannot be used, more than the budget of {allowed} "
+                f"({self.config.quarantine_budget:.1%}); the first: {example}; see {path}, "
+                "repair the files, or raise --quarantine-budget and run again: finished shards are kept"
+            )
+
+    def _reports(self) -> Iterable[ShardReport]:
+        """Reports of the shards that are done, in order."""
+        for shard in range(self.config.num_shards):
+            if self._report_path(shard).is_file():
+                yield ShardReport(**json.loads(self._report_path(shard).read_text()))
+
+    def _report_path(self, shard: int) -> Path:
+        """File of a shard's report."""
+        config = self.config
+        return config.output / REPORTS / f"{config.dataset_name}-{shard:05d}-of-{config.num_shards:05d}.json"
+
+    def _is_done(self, shard: int) -> bool:
+        """Whether a shard is published."""
+        config = self.config
+        record = read_shard_record(config.output, config.dataset_name, shard, config.num_shards)
+        return record is not None and self._report_path(shard).is_file()
+
+
+def _summary(
+    reports: list[ShardReport], seconds: float, decoder: SampleDecoder, encoder: BucketEncoder | None
+) -> str:
+    """One line on what was done, how fast, and where the time went."""
+    kinds = ("images", "frames", "texts", "tokens")
+    counts = {kind: sum(getattr(report, kind) for report in reports) for kind in kinds}
+    rates = ", ".join(f"{count} {kind} ({count / seconds:.1f}/s)" for kind, count in counts.items() if count)
+    encode = encoder.seconds if encoder else 0.0
+    bad = sum(len(report.quarantine) for report in reports)
+    return (
+        f"{rates or 'nothing'} in {seconds:.1f} s: decoding {decoder.seconds:.1f} s in the background, "
+        f"encoding {encode:.1f} s, the rest {max(seconds - encode, 0):.1f} s; {bad} set aside"
+    )
+
+
+def tokenize(config: TokenizationConfig) -> bool:
+    """Run one worker of a job; see `TokenizationJob`. Returns whether the dataset is complete."""
+    job = TokenizationJob(config)
+    return job.finalize() if config.finalize else job.run()

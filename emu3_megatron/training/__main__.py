@@ -1,0 +1,51 @@
+"""Train a model.
+
+::
+
+    torchrun --nproc-per-node 2 -m emu3_megatron.training --config examples/configs/tiny.yaml --trainer.steps 50
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from emu3_megatron.errors import run_main
+from emu3_megatron.files import atomic_write
+from emu3_megatron.parallel import platform
+from emu3_megatron.parallel.groups import destroy_parallel, initialize_parallel
+from emu3_megatron.training import command_line, log
+from emu3_megatron.training.config import TrainingConfig
+from emu3_megatron.training.data import TrainingData
+from emu3_megatron.training.estimate import describe
+from emu3_megatron.training.modules import is_rank_zero
+from emu3_megatron.training.trainer import Trainer
+
+
+def main() -> None:
+    """Read the configuration; explain it, or train."""
+    asked = command_line.parse(sys.argv[1:])
+    if asked.dry_run:
+        vocabulary = TrainingData.vocabulary_if_ready(asked.config.data)
+        sizes = (vocabulary.size, vocabulary.padded_size) if vocabulary else (None, None)
+        print(command_line.to_yaml(asked.config))
+        print(describe(asked.config, asked.world_size, *sizes))
+        return
+    log.set_up()
+    train(asked.config)
+
+
+def train(config: TrainingConfig) -> None:
+    """One run on this rank, from its process groups to its last checkpoint."""
+    machine = platform.install(config.platform)
+    initialize_parallel(config.parallel, machine, config.seed)
+    if is_rank_zero():
+        with atomic_write(Path(config.run) / "config.yaml") as stream:
+            stream.write(command_line.to_yaml(config).encode())
+    data = TrainingData.open(config)
+    Trainer(config, machine, data).fit()
+    destroy_parallel()
+
+
+if __name__ == "__main__":
+    run_main(main)

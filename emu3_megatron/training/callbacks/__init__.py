@@ -1,0 +1,44 @@
+"""Everything that cuts across the training loop."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from emu3_megatron.training.callbacks.average import WeightAverage
+from emu3_megatron.training.callbacks.base import Callback
+from emu3_megatron.training.callbacks.checkpoint import SaveCheckpoints
+from emu3_megatron.training.callbacks.guard import SpikeGuard, UnstableRunError
+from emu3_megatron.training.callbacks.metrics import MetricsFile
+from emu3_megatron.training.callbacks.progress import ProgressBar
+from emu3_megatron.training.callbacks.stop import StopAfterMinutes, StopOnSignal
+from emu3_megatron.training.callbacks.tensorboard import TensorBoard
+from emu3_megatron.training.callbacks.validation import Validation
+
+if TYPE_CHECKING:
+    from emu3_megatron.training.trainer import Trainer
+
+__all__ = ["Callback", "UnstableRunError", "WeightAverage", "build_callbacks"]
+
+
+def build_callbacks(trainer: Trainer, average: WeightAverage | None) -> list[Callback]:
+    """The callbacks that a configuration asks for, in the order they are called.
+
+    What adds numbers to a report stands before what writes them; what saves and stops comes last.
+    """
+    config, run = trainer.config, Path(trainer.config.run)
+    callbacks: list[Callback] = [SpikeGuard(config.guard)]
+    if average is not None:
+        callbacks.append(average)
+    if config.data.validation:
+        callbacks.append(Validation(config.validation))
+    callbacks.append(MetricsFile(run / "metrics.jsonl"))
+    if config.logging.tensorboard:
+        callbacks.append(TensorBoard(run / "tensorboard"))
+    if config.logging.progress:
+        callbacks.append(ProgressBar())
+    callbacks.append(SaveCheckpoints(config.checkpoint.interval))
+    if config.trainer.max_minutes is not None:
+        callbacks.append(StopAfterMinutes(config.trainer.max_minutes))
+    callbacks.append(StopOnSignal())
+    return callbacks

@@ -1,0 +1,354 @@
+"""What a checkpoint holds, and how it is saved, resumed under any layout, and loaded for inference.
+
+Tensors are in megatron-core's torch_dist format and named by parameter: weights by their own name, Adam's moments
+as ``optimizer.state.exp_avg.NAME`` and ``.exp_avg_sq.NAME``, fp32 master weights of a bf16 run as
+``optimizer.state.fp32_param.NAME``, averaged weights as ``ema.NAME``. Nothing in them depends on the layout, nor
+on whether the optimizer was distributed. Everything else is in ``emu3.json``: see `Record`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from emu3_megatron.files import write_json_atomic
+from emu3_megatron.model import ModelConfig
+from emu3_megatron.parallel.config import ParallelConfig
+from emu3_megatron.training import checkpoint_files as files
+from emu3_megatron.training.checkpoint_files import CheckpointError
+from emu3_megatron.training.modules import is_rank_zero, unwrap
+from emu3_megatron.training.optimizer import Optimizer
+from emu3_megatron.vocabulary import Vocabulary
+
+FORMAT = 1
+"""Version of ``emu3.json``."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Progress:
+    """How far a run has come; with the plan, all that a resume needs besides tensors.
+
+    Random numbers need no state: dropout is seeded from (seed, step) at every step.
+    """
+
+    step: int = 0
+    """Steps taken, skipped ones included."""
+    windows: int = 0
+    """Windows consumed: the next window's number in the plan."""
+    updates: int = 0
+    """Optimizer updates made; Adam's bias correction counts these."""
+    skipped: int = 0
+    """Steps whose update was left out."""
+
+
+@dataclass(kw_only=True)
+class Record:
+    """Contents of ``emu3.json``."""
+
+    progress: Progress
+    vocabulary: dict[str, Any]
+    """`Vocabulary.to_dict()`."""
+    plan_fingerprint: str
+    """Identity of the order of windows."""
+    plan: dict[str, Any]
+    """What the fingerprint covers, in readable form, to name what changed."""
+    config: dict[str, Any]
+    """The resolved configuration."""
+    ema: bool = False
+    """Averaged weights are in the checkpoint."""
+    format: int = FORMAT
+
+    @classmethod
+    def read(cls, folder: Path) -> Record:
+        """The record of a checkpoint folder.
+
+        Raises:
+            CheckpointError: it is missing, unreadable, or of a newer format.
+        """
+        path = folder / files.RECORD
+        try:
+            fields = json.loads(path.read_text())
+            if fields["format"] > FORMAT:
+                raise CheckpointError(
+                    f"{path}: format {fields['format']} is newer than {FORMAT}, the newest this version reads; update"
+                )
+            return cls(**{**fields, "progress": Progress(**fields["progress"])})
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise CheckpointError(f"{path}: not a readable checkpoint record ({error})") from error
+
+
+class Checkpointer:
+    """Saves and restores one run.
+
+    Args:
+        folder: RUN/checkpoints.
+        keep: Committed checkpoints to keep.
+        chunks: Wrapped chunks of this rank.
+        optimizer: Its optimizer.
+        precision: Of the model's parameters.
+        averages: Averaged weights, one list of tensors for each chunk in the order of its parameters, or None.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        chunks: Sequence[torch.nn.Module],
+        optimizer: Optimizer,
+        *,
+        precision: str,
+        averages: Sequence[dict[str, torch.Tensor]] | None = None,
+    ) -> None:
+        self.folder = folder
+        self._keep = keep
+        self._chunks = [unwrap(chunk) for chunk in chunks]
+        self._optimizer = optimizer
+        self._precision = precision
+        self._averages = averages
+
+    def save(self, record: Record) -> Path:
+        """Write, commit, and prune; returns the committed folder. All ranks call it together."""
+        from megatron.core import dist_checkpointing
+
+        folder = files.step_folder(self.folder, record.progress.step)
+        if is_rank_zero():
+            files.remove(folder)  # what an interrupted save of the same step left
+            folder.mkdir(parents=True)
+        torch.distributed.barrier()
+        state, models = self._model_state()
+        if record.progress.updates:
+            state["optimizer"] = self._optimizer_state(models, is_loading=False)[0]
+        dist_checkpointing.save(state, str(folder), content_metadata=CONTENT_METADATA)
+        if is_rank_zero():
+            write_json_atomic(folder / files.RECORD, asdict(record))
+        torch.distributed.barrier()
+        _commit_together(folder, record.progress.step)
+        if is_rank_zero():
+            files.prune(self.folder, self._keep)
+        return folder
+
+    def restore(self, folder: Path, record: Record) -> None:
+        """Load weights, optimizer and averages of a checkpoint of this run, saved under any layout."""
+        from megatron.core import dist_checkpointing
+
+        state, models = self._model_state(averages=record.ema)
+        rest: dict[str, Any] = {}
+        if record.progress.updates:
+            state["optimizer"], rest = self._optimizer_state(models, is_loading=True)
+        # The fp32 master weights and the weights are one tensor in the file, read twice.
+        loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
+        for name, chunk in self._named_chunks():
+            chunk.load_state_dict(loaded[name])
+        if record.progress.updates:
+            self._load_optimizer(rest, loaded["optimizer"], record.progress.updates)
+        else:
+            self._optimizer.megatron.reload_model_params()
+        if self._averages is not None and record.ema:
+            for average, (name, _) in zip(self._averages, self._named_chunks(), strict=True):
+                for key, tensor in average.items():
+                    tensor.copy_(loaded[f"ema_{name}"][key])
+
+    def load_weights(self, folder: Path) -> None:
+        """Start from another checkpoint's weights; nothing else of it is taken."""
+        load_weights(self._chunks, folder)
+        self._optimizer.megatron.reload_model_params()
+
+    def _named_chunks(self) -> list[tuple[str, torch.nn.Module]]:
+        return name_chunks(self._chunks)
+
+    def _model_state(self, *, averages: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The sharded state of weights and averages, and of the weights alone."""
+        models = model_state(self._chunks)
+        state = dict(models)
+        if self._averages is not None and averages:
+            for average, (name, sharded) in zip(self._averages, models.items(), strict=True):
+                state[f"ema_{name}"] = {
+                    key: replace_data(sharded[key], f"ema.{sharded[key].key}", tensor)
+                    for key, tensor in average.items()
+                }
+        return state, models
+
+    def _optimizer_state(self, models: dict[str, Any], *, is_loading: bool) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The optimizer's sharded tensors under layout-free names, and its plain values, which are not saved."""
+        from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
+        from megatron.core.dist_checkpointing.mapping import ShardedBase
+
+        sharded_models = models["model"] if len(models) == 1 else models
+        state = self._optimizer.megatron.sharded_state_dict(
+            sharded_models, is_loading=is_loading, metadata=sharding_metadata()
+        )
+        sharded, rest = extract_matching_values(
+            state, lambda value: isinstance(value, ShardedBase), return_lists_as_dicts=True
+        )
+        return self._rename_masters(sharded, is_loading=is_loading), rest
+
+    def _rename_masters(self, sharded: dict[Any, Any], *, is_loading: bool) -> dict[Any, Any]:
+        """Give master weights one name for both kinds of optimizer.
+
+        In an fp32 run the master weights are the weights: they are not saved again, and loaded from the weights.
+        """
+        renamed: dict[Any, Any] = {}
+        for key, value in sharded.items():
+            if isinstance(value, dict):
+                renamed[key] = self._rename_masters(value, is_loading=is_loading)
+                continue
+            if value.key.startswith(_DISTRIBUTED_MASTER):
+                name = value.key.removeprefix(_DISTRIBUTED_MASTER)
+                if self._precision == "fp32":
+                    if not is_loading:
+                        continue
+                    value = replace(value, key=name)
+                else:
+                    value = replace(value, key=_PLAIN_MASTER + name)
+            renamed[key] = value
+        return renamed
+
+    def _load_optimizer(self, rest: dict[str, Any], tensors: dict[str, Any], updates: int) -> None:
+        from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
+        from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
+
+        dict_list_map_inplace(lambda v: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v, rest)
+        state = merge(rest, tensors)
+        for group in state.get("optimizer", state)["param_groups"]:
+            group["step"] = updates
+        with torch.no_grad():
+            self._optimizer.megatron.load_state_dict(state)
+
+
+_DISTRIBUTED_MASTER = "optimizer.state.param."
+_PLAIN_MASTER = "optimizer.state.fp32_param."
+
+CONTENT_METADATA = {
+    "distrib_optim_sharding_type": "fully_reshardable",
+    "singleton_local_shards": False,
+    "chained_optim_avoid_prefix": True,
+}
+"""The only combination of megatron-core 0.16 that loads under any TP, PP, CP and DP."""
+
+
+def sharding_metadata() -> dict[str, Any]:
+    """`CONTENT_METADATA` and the group whose replicas are equal."""
+    from megatron.core import parallel_state
+
+    return {**CONTENT_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+
+
+def name_chunks(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
+    """Chunks under the names that megatron-core's optimizer expects."""
+    if len(chunks) == 1:
+        return [("model", chunks[0])]
+    return [(f"model{index}", chunk) for index, chunk in enumerate(chunks)]
+
+
+def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+    """Sharded weights of every chunk."""
+    return {name: chunk.sharded_state_dict(metadata=sharding_metadata()) for name, chunk in name_chunks(chunks)}
+
+
+def load_weights(chunks: Sequence[torch.nn.Module], folder: Path, *, averaged: bool = False) -> None:
+    """Fill unwrapped `chunks` with a checkpoint's weights, or with its averaged weights."""
+    from megatron.core import dist_checkpointing
+
+    state = model_state(chunks)
+    if averaged:
+        for sharded in state.values():
+            for key, value in sharded.items():
+                if hasattr(value, "key") and torch.is_tensor(value.data):
+                    sharded[key] = replace_data(value, f"ema.{value.key}", value.data.float())
+    loaded = dist_checkpointing.load(state, str(folder))
+    for name, chunk in name_chunks(chunks):
+        chunk.load_state_dict(loaded[name])
+
+
+def replace_data(sharded: Any, key: str, data: torch.Tensor) -> Any:
+    """The same place in the global tensor, with another name and other values."""
+    changes: dict[str, Any] = {"key": key, "data": data}
+    if hasattr(sharded, "dtype"):
+        changes["dtype"] = data.dtype
+    return replace(sharded, **changes)
+
+
+def _commit_together(folder: Path, step: int) -> None:
+    """Seal the files, each rank its share, and commit on rank 0 once all are durable."""
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    sealed = files.seal(folder, files.payload(folder)[rank::world])
+    gathered: list[Any] = [None] * world
+    torch.distributed.all_gather_object(gathered, sealed)
+    if rank == 0:
+        files.commit(folder, dict(sorted(item for part in gathered for item in part.items())), step)
+    torch.distributed.barrier()
+
+
+def newest_valid(checkpoints: Path, *, checksums: bool) -> Path | None:
+    """The newest committed checkpoint without damage; damaged ones are reported and passed over.
+
+    All ranks call it together; each checks a share of the files.
+
+    Raises:
+        CheckpointError: there are committed checkpoints and every one is damaged.
+    """
+    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    listed: list[Any] = [files.committed_folders(checkpoints) if rank == 0 else None]
+    torch.distributed.broadcast_object_list(listed)
+    for folder in reversed(listed[0]):
+        found: list[Any] = [None] * world
+        torch.distributed.all_gather_object(
+            found, list(files.damage(folder, checksums=checksums, part=slice(rank, None, world)))
+        )
+        problems = [problem for part in found for problem in part]
+        if not problems:
+            return folder
+        if rank == 0:
+            logger.error("checkpoint %s is damaged and passed over: %s", folder.name, "; ".join(problems))
+    if listed[0]:
+        raise CheckpointError(f"every checkpoint in {checkpoints} is damaged; see above, and restore one from a copy")
+    return None
+
+
+def load_model_for_inference(
+    checkpoint: str | Path, parallel: ParallelConfig | None = None, *, averaged: bool | None = None
+) -> tuple[list[torch.nn.Module], ModelConfig, Vocabulary]:
+    """Build the model of a checkpoint under any layout, with its weights, in evaluation mode.
+
+    Call it after `emu3_megatron.parallel.initialize_parallel`.
+
+    Args:
+        checkpoint: A committed folder, or a run (its newest one is taken).
+        parallel: Layout to load into; a single process where not given.
+        averaged: Take the averaged weights; where not given, they are taken if the checkpoint has them.
+
+    Returns:
+        The chunks of this rank, the model's configuration, its vocabulary.
+
+    Raises:
+        CheckpointError: there is no checkpoint, or it has no averaged weights and they are asked for.
+    """
+    from emu3_megatron.model import build_model
+
+    folder = files.resolve(Path(checkpoint))
+    record = Record.read(folder)
+    if averaged and not record.ema:
+        raise CheckpointError(f"{folder} holds no averaged weights (ema.decay was 0); leave averaged out")
+    parallel = parallel or ParallelConfig()
+    model = ModelConfig(**record.config["model"])
+    vocabulary = Vocabulary(**record.vocabulary)
+    chunks = build_model(
+        model,
+        vocabulary_padded_size=vocabulary.padded_size,
+        vocabulary_size=vocabulary.size,
+        parallel=parallel,
+        seed=record.config["seed"],
+        precision=record.config["trainer"]["precision"],
+    )
+    load_weights([unwrap(chunk) for chunk in chunks], folder, averaged=record.ema if averaged is None else averaged)
+    for chunk in chunks:
+        chunk.eval()
+    return chunks, model, vocabulary

@@ -1,0 +1,135 @@
+"""The data of a run: datasets opened (or made), one vocabulary, the plan, the loaders."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from emu3_megatron.data import Manifest, Mixture, Plan, Source
+from emu3_megatron.data.loader import Batch, WindowLoader
+from emu3_megatron.errors import UserError
+from emu3_megatron.training.command_line import alignment_of
+from emu3_megatron.training.config import DataConfig, SourceConfig, TrainingConfig
+from emu3_megatron.training.modules import is_rank_zero
+from emu3_megatron.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
+
+MANIFEST = "manifest.json"
+VALIDATION_SEED_OFFSET = 1
+"""Keeps the order of held-out windows apart from the training order."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What the trainer needs to know of its data."""
+
+    vocabulary: Vocabulary
+    """The one that all datasets were made with."""
+    plan: Plan
+    """Order of the training windows."""
+    validation_plan: Plan | None
+    """Order of the held-out windows."""
+
+    @classmethod
+    def open(cls, config: TrainingConfig) -> TrainingData:
+        """Open every source; rank 0 makes missing ones first, if `data.prepare` says how.
+
+        Raises:
+            UserError: a dataset is missing, damaged, or has another vocabulary than the rest.
+        """
+        data = config.data
+        _prepare_missing(data, {**data.sources, **data.validation})
+        seed = config.seed if data.seed is None else data.seed
+        plan = _plan(config, data.sources, seed)
+        vocabulary = plan.mixture.vocabulary
+        held_out = _plan(config, data.validation, seed + VALIDATION_SEED_OFFSET, vocabulary) if data.validation else None
+        return cls(vocabulary=vocabulary, plan=plan, validation_plan=held_out)
+
+    @staticmethod
+    def vocabulary_if_ready(data: DataConfig) -> Vocabulary | None:
+        """The vocabulary, if the first training dataset exists."""
+        folder = Path(next(iter(data.sources.values())).path)
+        return Manifest.load(folder).vocabulary if (folder / MANIFEST).exists() else None
+
+    @property
+    def source_names(self) -> tuple[str, ...]:
+        """Training sources in the order of `Batch.source`."""
+        return tuple(self.plan.mixture.names)
+
+    @property
+    def validation_names(self) -> tuple[str, ...]:
+        """Held-out sources in the order of `Batch.source`."""
+        return tuple(self.validation_plan.mixture.names) if self.validation_plan else ()
+
+    def loader(self, config: TrainingConfig, *, start: int) -> Iterable[list[Batch]]:
+        """Global batches of this rank from window `start` on, read ahead."""
+        return _loader(config, self.plan, start=start, num_workers=config.data.num_workers)
+
+    def validation_loader(self, config: TrainingConfig) -> Iterable[list[Batch]]:
+        """Global batches of held-out windows from the first on."""
+        if self.validation_plan is None:
+            raise UserError("data.validation is empty; name a held-out dataset")
+        return _loader(config, self.validation_plan, start=0, num_workers=0)
+
+
+def _prepare_missing(data: DataConfig, sources: Mapping[str, SourceConfig]) -> None:
+    """Let rank 0 make datasets that have no manifest, while the others wait."""
+    missing = [source.path for source in sources.values() if not (Path(source.path) / MANIFEST).exists()]
+    if data.prepare is not None:
+        if missing and is_rank_zero():
+            prepare = _load_function(data.prepare)
+            for path in missing:
+                logger.info("making %s by %s", path, data.prepare)
+                prepare(Path(path))
+        torch.distributed.barrier()
+
+
+def _load_function(name: str) -> Callable[[Path], None]:
+    module, _, attribute = name.partition(":")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"data.prepare={name!r} is not an importable `module:function` ({error})") from error
+
+
+def _plan(
+    config: TrainingConfig, sources: Mapping[str, SourceConfig], seed: int, vocabulary: Vocabulary | None = None
+) -> Plan:
+    data = config.data
+    mixture = Mixture(
+        [
+            Source(name=name, path=source.path, weight=source.weight, template=source.template)
+            for name, source in sources.items()
+        ],
+        template=data.template,
+        vocabulary=vocabulary,
+    )
+    return Plan(
+        mixture,
+        seed=seed,
+        context_length=data.context_length,
+        alignment=alignment_of(config),
+        policy=data.policy,
+        fill=data.fill,
+        cache=Path(config.run) / "plan",
+    )
+
+
+def _loader(config: TrainingConfig, plan: Plan, *, start: int, num_workers: int) -> WindowLoader:
+    from megatron.core import parallel_state
+
+    return WindowLoader(
+        plan,
+        start=start,
+        global_batch_size=config.trainer.global_batch_size,
+        micro_batch_size=config.trainer.micro_batch_size,
+        data_parallel_rank=parallel_state.get_data_parallel_rank(),
+        data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        num_workers=num_workers,
+    )

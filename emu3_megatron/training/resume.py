@@ -1,0 +1,83 @@
+"""Whether a checkpoint belongs to this run: same model, same vocabulary, same order of data."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from emu3_megatron.training.checkpoint import Record
+from emu3_megatron.training.checkpoint_files import CheckpointError
+from emu3_megatron.training.modules import is_rank_zero
+
+logger = logging.getLogger(__name__)
+
+FREE_MODEL_FIELDS = (
+    "embedding_dropout",
+    "attention_dropout",
+    "hidden_dropout",
+    "init_method_std",
+    "scaled_output_init",
+    "attention_backend",
+    "recompute",
+    "max_position_embeddings",
+)
+"""Fields of the model that may change between a checkpoint and the run that loads it: no tensor depends on them."""
+
+
+def differences(old: Any, new: Any, name: str = "") -> list[str]:
+    """Leaves that differ between two nested values, as ``name: old -> new``; names are dotted."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        found = []
+        for key in sorted(old.keys() | new.keys(), key=str):
+            inner = f"{name}.{key}" if name else str(key)
+            found += differences(old.get(key), new.get(key), inner)
+        return found
+    return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
+
+
+def check_weights_fit(folder: Path, old: Record, new: Record) -> None:
+    """Refuse a checkpoint of another shape or vocabulary.
+
+    Raises:
+        CheckpointError: naming every field that differs.
+    """
+    if changed := differences(old.vocabulary, new.vocabulary, "vocabulary"):
+        raise CheckpointError(f"{folder} was trained with another vocabulary ({'; '.join(changed)}); use its datasets")
+    shapes = [
+        {key: value for key, value in record.config["model"].items() if key not in FREE_MODEL_FIELDS}
+        for record in (old, new)
+    ]
+    if changed := differences(*shapes, "model"):
+        raise CheckpointError(f"{folder} holds another model ({'; '.join(changed)}); set these back, or use a new `run`")
+
+
+def check_resumable(folder: Path, old: Record, new: Record, *, accept_changed_data: bool) -> None:
+    """Refuse to go on from a checkpoint whose run was a different one.
+
+    Args:
+        folder: The checkpoint, for messages.
+        old: Its record.
+        new: What this run would write.
+        accept_changed_data: Go on although the plan changed, with a warning.
+
+    Raises:
+        CheckpointError: another model, vocabulary, precision, or (unless accepted) another plan.
+    """
+    check_weights_fit(folder, old, new)
+    before, now = (record.config["trainer"]["precision"] for record in (old, new))
+    if before != now:
+        raise CheckpointError(
+            f"{folder} was trained with trainer.precision={before}, this run has {now}; set it back, or start a new "
+            f"`run` with checkpoint.load={folder}"
+        )
+    if old.plan_fingerprint == new.plan_fingerprint:
+        return
+    changed = "; ".join(differences(old.plan, new.plan, "data")) or "the planner itself, by another version"
+    if not accept_changed_data:
+        raise CheckpointError(
+            f"{folder}: the order of the data changed ({changed}); put it back, or go on with other data by "
+            f"checkpoint.accept_changed_data=true"
+        )
+    if is_rank_zero():
+        logger.warning("resuming with changed data from window %d on: %s", old.progress.windows, changed)

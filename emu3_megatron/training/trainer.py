@@ -1,0 +1,243 @@
+"""The trainer: builds the parts of a run, and turns windows into optimizer steps."""
+
+from __future__ import annotations
+
+import logging
+import resource
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from emu3_megatron.data.loader import Batch
+from emu3_megatron.parallel.platform import Platform
+from emu3_megatron.training import checkpoint_files
+from emu3_megatron.training.callbacks import Callback, WeightAverage, build_callbacks
+from emu3_megatron.training.checkpoint import Checkpointer, Progress, Record, newest_valid
+from emu3_megatron.training.config import TrainingConfig
+from emu3_megatron.training.data import TrainingData
+from emu3_megatron.training.metrics import MetricsLayout, StepReport, Totals
+from emu3_megatron.training.modules import is_rank_zero
+from emu3_megatron.training.optimizer import Optimizer, wrap_for_data_parallelism
+from emu3_megatron.training.randomness import seed_step
+from emu3_megatron.training.resume import check_resumable, check_weights_fit
+from emu3_megatron.training.schedules import learning_rate
+from emu3_megatron.training.step import ForwardBackward
+from emu3_megatron.training.throughput import device_peak_tflops, training_flops
+
+logger = logging.getLogger(__name__)
+
+MAXRSS_UNIT = 1024 if sys.platform.startswith("linux") else 1
+"""Bytes in a unit of `ru_maxrss`."""
+
+
+class Trainer:
+    """One run on this rank. Process groups must exist; `fit` does the rest.
+
+    Args:
+        config: The resolved configuration.
+        platform: Device and backend.
+        data: Vocabulary, plan and loaders.
+    """
+
+    def __init__(self, config: TrainingConfig, platform: Platform, data: TrainingData) -> None:
+        from emu3_megatron.model import build_model  # megatron-core, so after the platform
+
+        self.config = config
+        self.data = data
+        self.progress = Progress()
+        self._platform = platform
+        self._stopping = False
+        self._wishes: dict[str, float] = {}
+        self._weights = config.loss.by_class()
+        shape = config.model
+        self._has_dropout = any((shape.embedding_dropout, shape.attention_dropout, shape.hidden_dropout))
+        model = build_model(
+            config.model,
+            vocabulary_padded_size=data.vocabulary.padded_size,
+            vocabulary_size=data.vocabulary.size,
+            parallel=config.parallel,
+            seed=config.seed,
+            precision=config.trainer.precision,
+        )
+        self.chunks = wrap_for_data_parallelism(model, config.optimizer)
+        self.optimizer = Optimizer(self.chunks, config.optimizer, config.trainer.precision)
+        self._layout, self._forward_backward = self._measuring(data.source_names)
+        self._average = WeightAverage(self.chunks, config.ema.decay) if config.ema.decay else None
+        self._checkpointer = Checkpointer(
+            Path(config.run) / "checkpoints",
+            config.checkpoint.keep,
+            self.chunks,
+            self.optimizer,
+            precision=config.trainer.precision,
+            averages=self._average.averages if self._average else None,
+        )
+        self._callbacks: list[Callback] = build_callbacks(self, self._average)
+        self._peak_flops = self._peak_flops_of_all_devices()
+
+    # ---- the loop -----------------------------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train from where the run stands to its last step, or until something asks it to stop."""
+        try:
+            self._start()
+            for callback in self._callbacks:
+                callback.on_start(self)
+            batches = iter(self.data.loader(self.config, start=self.progress.windows))
+            while self.progress.step < self.config.trainer.steps and not self._stopping:
+                started = time.perf_counter()
+                batch = next(batches)
+                report = self._step(batch, waited=time.perf_counter() - started)
+                report.seconds = time.perf_counter() - started
+                report.values = self._named(report)
+                for callback in self._callbacks:
+                    callback.on_step(self, report)
+            for callback in self._callbacks:
+                callback.on_end(self)
+        finally:
+            for callback in self._callbacks:
+                callback.close()
+
+    def _step(self, batches: Sequence[Batch], *, waited: float) -> StepReport:
+        """One optimizer step: gradients, sums, and the update unless a callback forbids it."""
+        step = self.progress.step
+        if self._has_dropout:
+            seed_step(self.config.seed, step)
+        self.optimizer.zero_gradients()
+        sums, extras = self._forward_backward(batches)
+        totals = self._reduce(self._layout, sums, {**extras, "wait_seconds": waited, **self._wishes})
+        report = StepReport(
+            step=step + 1,
+            windows=self.progress.windows + self.config.trainer.global_batch_size,
+            totals=totals,
+            loss=totals.loss(self._weights),
+            grad_norm=self.optimizer.gradient_norm(),
+            learning_rate=learning_rate(self.config.optimizer, step, self.config.trainer.steps),
+        )
+        # A list, not a generator: every callback is asked, whatever another one answers.
+        report.skipped = not all([callback.allow_update(self, report) for callback in self._callbacks])
+        if report.skipped:
+            self.progress.skipped += 1
+        else:
+            self.optimizer.update(report.grad_norm, report.learning_rate)
+            self.progress.updates += 1
+        self.progress.step, self.progress.windows = report.step, report.windows
+        return report
+
+    # ---- what callbacks may ask for --------------------------------------------------------------------------------
+
+    def wish(self, name: str) -> None:
+        """Send one of `metrics.EXTRAS` to all ranks with the next step's sums. Safe in a signal handler."""
+        self._wishes[name] = 1.0
+
+    def stop(self) -> None:
+        """End the run after this step. Every rank must call it in the same step."""
+        self._stopping = True
+
+    def save(self) -> Path:
+        """Write a checkpoint of this moment; all ranks call it together."""
+        return self._checkpointer.save(self._record())
+
+    def evaluator(self, sources: tuple[str, ...]) -> tuple[ForwardBackward, MetricsLayout]:
+        """What measures windows of other sources with the same model; see `evaluate`."""
+        layout, run = self._measuring(sources)
+        return run, layout
+
+    def evaluate(self, run: ForwardBackward, layout: MetricsLayout, batches: Sequence[Batch]) -> Totals:
+        """Sums of one global batch over all ranks, without gradients and without dropout."""
+        for chunk in self.chunks:
+            chunk.eval()
+        with torch.no_grad():
+            sums, extras = run(batches, forward_only=True)
+        for chunk in self.chunks:
+            chunk.train()
+        return self._reduce(layout, sums, extras)
+
+    # ---- starting ----------------------------------------------------------------------------------------------------
+
+    def _start(self) -> None:
+        """Resume the run's newest valid checkpoint, or start from another one's weights, or from scratch."""
+        options = self.config.checkpoint
+        now = self._record()
+        folder = newest_valid(self._checkpointer.folder, checksums=options.verify)
+        if folder is not None:
+            record = Record.read(folder)
+            check_resumable(folder, record, now, accept_changed_data=options.accept_changed_data)
+            self._checkpointer.restore(folder, record)
+            self.progress = record.progress
+            self._announce(f"resumed {folder}: step {self.progress.step}, window {self.progress.windows}")
+        elif options.load is not None:
+            folder = checkpoint_files.resolve(Path(options.load))
+            check_weights_fit(folder, Record.read(folder), now)
+            self._checkpointer.load_weights(folder)
+            self._announce(f"started from the weights of {folder}")
+        if self._average is not None and not (folder and self.progress.updates and Record.read(folder).ema):
+            self._average.restart()
+
+    def _record(self) -> Record:
+        return Record(
+            progress=self.progress,
+            vocabulary=self.data.vocabulary.to_dict(),
+            plan_fingerprint=self.data.plan.fingerprint,
+            plan=self.data.plan.identity,
+            config=asdict(self.config),
+            ema=self._average is not None,
+        )
+
+    def _announce(self, message: str) -> None:
+        if is_rank_zero():
+            logger.info(message)
+
+    # ---- measuring -----------------------------------------------------------------------------------------------------
+
+    def _measuring(self, sources: tuple[str, ...]) -> tuple[MetricsLayout, ForwardBackward]:
+        layout = MetricsLayout(sources)
+        return layout, ForwardBackward(self.chunks, self.config.loss, layout, device=self._platform.device)
+
+    def _reduce(self, layout: MetricsLayout, sums: torch.Tensor, extras: dict[str, float]) -> Totals:
+        """Add up over all ranks; the one collective that a step spends on metrics."""
+        vector = layout.vector(sums, extras)
+        if torch.distributed.get_world_size() > 1:
+            torch.distributed.all_reduce(vector)
+        return layout.totals(vector)
+
+    def _named(self, report: StepReport) -> dict[str, float | int]:
+        """The report under the names of metrics.jsonl."""
+        extras, world = report.totals.extras, torch.distributed.get_world_size()
+        tokens = extras["window_tokens"] - extras["padding_tokens"]
+        values: dict[str, float | int] = {
+            "step": report.step,
+            "loss": report.loss,
+            "loss_text": float("nan"),
+            "loss_vision": float("nan"),
+            **report.totals.named(),
+            "grad_norm": report.grad_norm,
+            "learning_rate": report.learning_rate,
+            "tokens_per_second": tokens / report.seconds,
+            "windows": report.windows,
+            "padding_fraction": extras["padding_tokens"] / extras["window_tokens"],
+            "data_wait_fraction": extras["wait_seconds"] / world / report.seconds,
+            "seconds": report.seconds,
+            "skipped_steps": self.progress.skipped,
+            "memory_gib": self._peak_memory() / 2**30,
+        }
+        if self._peak_flops:
+            vocabulary = self.data.vocabulary.size
+            flops = training_flops(self.config.model, vocabulary, tokens, extras["attention_pairs"])
+            values["mfu"] = flops / report.seconds / self._peak_flops
+        return values
+
+    def _peak_memory(self) -> int:
+        """Bytes at most in use on this rank so far: of the GPU, or of the process."""
+        if self._platform.is_cuda:
+            return torch.cuda.max_memory_allocated()
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * MAXRSS_UNIT
+
+    def _peak_flops_of_all_devices(self) -> float | None:
+        peak = self.config.logging.peak_tflops
+        if peak is None and self._platform.is_cuda:
+            peak = device_peak_tflops(torch.cuda.get_device_name())
+        return peak * 1e12 * torch.distributed.get_world_size() if peak else None

@@ -1,0 +1,153 @@
+"""Whatever is wrong with a file becomes a MediaError with a reason; a passing fault does not."""
+
+from __future__ import annotations
+
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emu3_megatron.media import MediaError, decode_images, frame_source, probe_video
+from emu3_megatron.media import files as media_files
+from tests.media.clips import CLIPS, PHOTOGRAPHS, encode, encode_image, moving_picture
+
+
+def use_video(path: Path, indices: tuple[int, ...] | None = None) -> None:
+    info = probe_video(path)
+    frame_source("auto").frames(path, info, indices or range(info.frame_count))
+
+
+def test_bad_paths(tmp_path: Path) -> None:
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("this is no video\n" * 50)
+    (tmp_path / "picture.mp4").write_bytes(encode_image(moving_picture(1)[0], "PNG"))
+    expected = {
+        "missing.mp4": "no such file",
+        "folder.mp4": "is a folder",
+        "empty.mp4": "zero bytes",
+        "text.mp4": "cannot be read as video",
+    }
+    for name, reason in expected.items():
+        with pytest.raises(MediaError, match=reason):
+            probe_video(tmp_path / name)
+        (error,) = decode_images([tmp_path / name])
+        assert isinstance(error, MediaError)
+        assert str(error)
+    with pytest.raises(MediaError, match="no such file"):
+        use_video(tmp_path / ("n" * 10) / "x.mp4")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+def test_unreadable_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"x")
+    path.chmod(0)
+    (error,) = decode_images([path])
+    assert "permission denied" in str(error)
+
+
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9, 0.99])
+@pytest.mark.parametrize(
+    ("name", "encoder", "container_options"),
+    [
+        ("tail.mp4", "libx264", {}),
+        ("faststart.mp4", "libx264", {"movflags": "faststart"}),
+        ("a.mkv", "libx264", {}),
+        ("a.webm", "libvpx-vp9", {}),
+        ("a.avi", "mpeg4", {}),
+    ],
+)
+def test_truncated_video_is_refused(
+    tmp_path: Path, part: float, name: str, encoder: str, container_options: dict[str, str]
+) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (48, 96, 128, 3), dtype=np.uint8)
+    path = encode(tmp_path / name, noise, encoder=encoder, container_options=container_options)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * part)])
+    with pytest.raises(MediaError):
+        use_video(path)
+
+
+def test_truncated_real_clip_is_refused(tmp_path: Path) -> None:
+    data = (CLIPS / "bikes.mp4").read_bytes()
+    path = tmp_path / "bikes.mp4"
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(MediaError):
+        use_video(path, (0,))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_flipped_bits_in_a_real_clip_are_noticed(tmp_path: Path, seed: int) -> None:
+    """H.264's decoder marks what it conceals, and frames that refer to it are refused too."""
+    data = np.frombuffer((CLIPS / "bikes.mp4").read_bytes(), np.uint8).copy()
+    generator = np.random.default_rng(seed)
+    data[generator.integers(len(data) // 10, len(data) * 9 // 10, 3)] ^= np.uint8(1 << generator.integers(8))
+    (tmp_path / "a.mp4").write_bytes(data.tobytes())
+    with pytest.raises(MediaError, match="damaged"):
+        use_video(tmp_path / "a.mp4")
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
+@pytest.mark.parametrize("part", [0.5, 0.95])
+def test_truncated_image_is_refused(file_format: str, part: float) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    data = encode_image(noise, file_format)
+    (result,) = decode_images([data[: int(len(data) * part)]])
+    assert isinstance(result, MediaError)
+    assert str(result)
+
+
+def test_one_bad_image_harms_no_other(tmp_path: Path) -> None:
+    good = [PHOTOGRAPHS / name for name in ("astronaut.png", "rocket.jpg", "coffee.png")]
+    broken = (PHOTOGRAPHS / "astronaut.png").read_bytes()[:5000]
+    results = decode_images(
+        [good[0], broken, good[1], tmp_path / "none.png", b"", good[2], b"\x89PNG garbage"]
+    )
+    bad = [isinstance(result, MediaError) for result in results]
+    assert bad == [False, True, False, True, True, False, True]
+    alone = [decode_images([path])[0] for path in good]
+    for together, single in zip([results[0], results[2], results[5]], alone, strict=True):
+        assert isinstance(together, np.ndarray)
+        assert np.array_equal(together, single)
+
+
+def test_decompression_bomb_is_refused() -> None:
+    header = b"P6\n60000 60000\n255\n" + b"\0" * 100
+    (result,) = decode_images([header])
+    assert isinstance(result, MediaError)
+    assert "pixels" in str(result)
+
+
+def test_a_passing_fault_is_not_the_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(encode_image(moving_picture(1)[0], "PNG"))
+
+    def broken(*_: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(media_files, "open", broken, raising=False)
+    with pytest.raises(OSError, match="Input/output") as caught:
+        decode_images([path])
+    assert not isinstance(caught.value, MediaError)
+
+
+def test_a_passing_fault_during_video_is_not_the_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """FFmpeg reads through our stream, so a fault of the disk arrives as itself."""
+    path = encode(tmp_path / "a.mp4", moving_picture())
+
+    class Flaky(io.FileIO):
+        def readinto(self, buffer: object) -> int:
+            raise OSError(5, "Input/output error")
+
+        def read(self, size: int = -1) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(media_files, "open", lambda *_: Flaky(path), raising=False)
+    with pytest.raises(OSError, match="Input/output") as caught:
+        probe_video(path)
+    assert not isinstance(caught.value, MediaError)

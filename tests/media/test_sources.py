@@ -1,0 +1,166 @@
+"""Frames by index are the frames that sequential decoding gives, from either source."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emu3_megatron.media import MediaError, frame_source, probe_video
+from tests.media.clips import CLIPS, decode_in_order, encode, moving_picture
+
+INDICES = (0, 1, 5, 11, 17, 23)
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "options"),
+    [
+        ("h264.mp4", "libx264", {"bf": "2", "g": "8"}),
+        ("open_group.mp4", "libx264", {"x264-params": "open-gop=1:keyint=6:bframes=3", "bf": "3"}),
+        ("stream.ts", "libx264", {"bf": "2", "g": "8"}),
+        ("h264.mkv", "libx264", {"g": "8"}),
+        ("hevc.mp4", "libx265", {"x265-params": "log-level=none:keyint=8"}),
+        ("vp9.webm", "libvpx-vp9", {"g": "8"}),
+        ("vp8.webm", "libvpx", {"g": "8", "auto-alt-ref": "1", "lag-in-frames": "10"}),
+        ("mpeg4.mp4", "mpeg4", {"g": "8"}),
+        ("mpeg4.avi", "mpeg4", {"g": "8", "bf": "2"}),
+        ("mjpeg.avi", "mjpeg", {}),
+    ],
+)
+def test_selected_frames_are_those_of_sequential_decoding(
+    tmp_path: Path, name: str, encoder: str, options: dict[str, str]
+) -> None:
+    pixel_format = "yuvj420p" if encoder == "mjpeg" else "yuv420p"
+    path = encode(
+        tmp_path / name, moving_picture(), encoder=encoder, options=options, pixel_format=pixel_format
+    )
+    reference = decode_in_order(path)
+    info = probe_video(path)
+    assert info.frame_count == len(reference) == 24
+    for indices in ([0], [23], [13], INDICES, (4, 4, 5)):
+        frames = frame_source("pyav").frames(path, info, indices)
+        assert np.array_equal(frames, np.stack([reference[i] for i in indices]))
+
+
+def test_fragmented_mp4_is_exact(tmp_path: Path) -> None:
+    path = encode(
+        tmp_path / "f.mp4",
+        moving_picture(),
+        options={"g": "6"},
+        container_options={"movflags": "frag_keyframe+empty_moov"},
+    )
+    reference, info = decode_in_order(path), probe_video(path)
+    for i in INDICES:
+        assert np.array_equal(frame_source("pyav").frames(path, info, [i])[0], reference[i])
+
+
+def test_variable_frame_rate_keeps_every_time_stamp(tmp_path: Path) -> None:
+    ticks = [0, 40, 80, 120, 400, 440, 1000, 1040, 1080, 2000, 2040, 3000]
+    path = encode(tmp_path / "v.mkv", moving_picture(12), ticks=ticks)
+    info, reference = probe_video(path), decode_in_order(path)
+    assert np.allclose(info.timestamps * 1000, ticks, atol=1)
+    frames = frame_source("pyav").frames(path, info, (4, 9, 11))
+    assert np.array_equal(frames, np.stack([reference[i] for i in (4, 9, 11)]))
+
+
+@pytest.mark.parametrize(
+    ("name", "encoder", "pixel_format", "full_range", "size"),
+    [
+        ("a.webm", "libvpx-vp9", "yuv420p", False, (96, 128)),
+        ("b.mp4", "libvpx-vp9", "yuv420p", True, (96, 128)),
+        ("odd.webm", "libvpx-vp9", "yuv420p", False, (97, 129)),
+        ("c.webm", "libvpx", "yuv420p", False, (96, 128)),
+        ("d.avi", "mjpeg", "yuvj420p", True, (96, 128)),
+    ],
+)
+def test_dali_and_pyav_give_the_same_bytes(
+    tmp_path: Path, name: str, encoder: str, pixel_format: str, full_range: bool, size: tuple[int, int]
+) -> None:
+    path = encode(
+        tmp_path / name,
+        moving_picture(24, *size),
+        encoder=encoder,
+        pixel_format=pixel_format,
+        full_range=full_range,
+    )
+    info = probe_video(path)
+    dali, pyav = frame_source("dali"), frame_source("pyav")
+    assert dali.supports(info)
+    assert info.full_range == full_range
+    assert np.array_equal(dali.frames(path, info, INDICES), pyav.frames(path, info, INDICES))
+
+
+def test_bt709_from_dali_is_corrected(tmp_path: Path) -> None:
+    original = 64 + moving_picture() // 2  # no colour that BT.601 would clip
+    path = encode(tmp_path / "a.mp4", original, encoder="libvpx-vp9", matrix=1, options={"b": "4M"})
+    info = probe_video(path)
+    assert info.matrix == "bt709"
+    dali = frame_source("dali").frames(path, info, INDICES).astype(int)
+    pyav = frame_source("pyav").frames(path, info, INDICES).astype(int)
+    automatic = frame_source("auto").frames(path, info, INDICES)
+    assert np.abs(dali - pyav).mean() < 1.0
+    assert np.abs((dali - pyav).mean((0, 1, 2))).max() < 0.7  # no tint
+    assert np.abs(pyav - original[list(INDICES)]).mean() < 2.0
+    assert np.array_equal(automatic, pyav)
+
+
+@pytest.mark.parametrize("rotation", [90, 180, 270])
+@pytest.mark.parametrize(("encoder", "source"), [("libx264", "pyav"), ("libvpx-vp9", "dali")])
+def test_rotation_makes_pictures_upright(tmp_path: Path, rotation: int, encoder: str, source: str) -> None:
+    original = moving_picture(4)
+    path = encode(tmp_path / "r.mp4", original, rotation=rotation, encoder=encoder, options={"b": "4M"})
+    info = probe_video(path)
+    frames = frame_source(source).frames(path, info, (0, 3)).astype(int)
+    turned = np.rot90(original[[0, 3]], rotation // 90, axes=(1, 2))
+    assert info.upright_size == turned.shape[1:3]
+    assert frames.shape == turned.shape
+    assert np.abs(frames - turned).mean() < 3.0
+
+
+def test_pixel_aspect_follows_the_rotation(tmp_path: Path) -> None:
+    wide = encode(tmp_path / "w.mp4", moving_picture(4), pixel_aspect=Fraction(4, 3))
+    turned = encode(tmp_path / "t.mp4", moving_picture(4), pixel_aspect=Fraction(4, 3), rotation=90)
+    assert probe_video(wide).pixel_aspect == pytest.approx(4 / 3)
+    assert probe_video(turned).pixel_aspect == pytest.approx(3 / 4)
+
+
+@pytest.mark.parametrize("name", ["bikes.mp4", "carphone_pristine.mp4"])
+def test_real_clips_are_exact(name: str) -> None:
+    path = CLIPS / name
+    info, reference = probe_video(path), decode_in_order(path)
+    assert info.frame_count == len(reference)
+    indices = [0, 3, 50, info.frame_count - 1]
+    frames = frame_source("auto").frames(path, info, indices)
+    assert np.array_equal(frames, np.stack([reference[i] for i in indices]))
+
+
+def test_encoded_bytes_are_as_good_as_a_path(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.webm", moving_picture(), encoder="libvpx-vp9")
+    data, info = path.read_bytes(), probe_video(path)
+    assert np.array_equal(probe_video(data).pts, info.pts)
+    for source in (frame_source("dali"), frame_source("pyav")):
+        assert np.array_equal(source.frames(data, info, (3, 9)), source.frames(path, info, (3, 9)))
+
+
+def test_indices_outside_the_video_are_refused(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.webm", moving_picture(4), encoder="libvpx-vp9")
+    info = probe_video(path)
+    for source in (frame_source("dali"), frame_source("pyav")):
+        for indices in ((0, 4), (-1,), ()):
+            with pytest.raises(ValueError, match="must lie in"):
+                source.frames(path, info, indices)
+
+
+def test_dali_says_what_it_cannot_decode(tmp_path: Path) -> None:
+    path = encode(tmp_path / "a.mp4", moving_picture(4))
+    info = probe_video(path)
+    assert not frame_source("dali").supports(info)
+    with pytest.raises(MediaError, match="DALI"):
+        frame_source("dali").frames(path, info, (0,))
+
+
+def test_unknown_source_is_refused() -> None:
+    with pytest.raises(ValueError, match="choose auto, dali or pyav"):
+        frame_source("opencv")

@@ -1,0 +1,38 @@
+"""Train a SentencePiece model on the captions and texts of one or more manifests (JSON Lines)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from emu3_megatron.errors import UserError, run_main
+from emu3_megatron.text import train_sentencepiece
+
+
+def texts_of(manifests: list[Path]) -> Iterator[str]:
+    """The captions and texts, in the manifests' order."""
+    for path in manifests:
+        with path.open(encoding="utf-8") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    entry = json.loads(line)
+                except json.JSONDecodeError as error:
+                    raise UserError(f"{path}, line {number} is not JSON ({error.msg}); mend or remove it") from error
+                yield from (entry[key] for key in ("caption", "text") if entry.get(key))
+
+
+def main() -> None:
+    """Parse the command line and train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--manifest", type=Path, nargs="+", required=True, help="JSON Lines files")
+    parser.add_argument("--output", type=Path, required=True, help="the model file, such as text.model")
+    parser.add_argument("--vocab-size", type=int, default=512, help="upper bound of the number of ids (default: 512)")
+    arguments = parser.parse_args()
+    tokenizer = train_sentencepiece(texts_of(arguments.manifest), arguments.output, arguments.vocab_size)
+    print(f"{arguments.output}: {tokenizer.size} ids")
+
+
+if __name__ == "__main__":
+    run_main(main)
