@@ -149,7 +149,8 @@ class Emu3Model(GPTModel):
     def _refuse_split_sequence(self) -> None:
         if self.config.sequence_parallel or self.config.context_parallel_size > 1:
             raise ValueError(
-                f"generation needs whole sequences, but sequence_parallel={self.config.sequence_parallel} and "
+                "generation needs whole sequences, but "
+                f"sequence_parallel={self.config.sequence_parallel} and "
                 f"context_parallel_size={self.config.context_parallel_size}; build the model without them"
             )
 
