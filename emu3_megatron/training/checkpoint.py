@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -140,19 +140,18 @@ class Checkpointer:
         from megatron.core import dist_checkpointing
 
         state, models = self._model_state(averages=record.ema)
-        rest: dict[str, Any] = {}
+        plain: dict[str, Any] = {}
         if record.progress.updates:
-            state["optimizer"], rest = self._optimizer_state(models, is_loading=True)
-        # The fp32 master weights and the weights are one tensor in the file, read twice.
-        loaded = dist_checkpointing.load(state, str(folder), validate_access_integrity=False)
-        for name, chunk in self._named_chunks():
+            state["optimizer"], plain = self._optimizer_state(models, is_loading=True)
+        loaded = dist_checkpointing.load(state, str(folder))
+        for name, chunk in name_chunks(self._chunks):
             chunk.load_state_dict(loaded[name])
         if record.progress.updates:
-            self._load_optimizer(rest, loaded["optimizer"], record.progress.updates)
+            self._load_optimizer(plain, loaded["optimizer"], record.progress.updates)
         else:
             self._optimizer.megatron.reload_model_params()
         if self._averages is not None and record.ema:
-            for average, (name, _) in zip(self._averages, self._named_chunks(), strict=True):
+            for average, (name, _) in zip(self._averages, name_chunks(self._chunks), strict=True):
                 for key, tensor in average.items():
                     tensor.copy_(loaded[f"ema_{name}"][key])
 
@@ -160,9 +159,6 @@ class Checkpointer:
         """Start from another checkpoint's weights; nothing else of it is taken."""
         load_weights(self._chunks, folder)
         self._optimizer.megatron.reload_model_params()
-
-    def _named_chunks(self) -> list[tuple[str, torch.nn.Module]]:
-        return name_chunks(self._chunks)
 
     def _model_state(self, *, averages: bool = True) -> tuple[dict[str, Any], dict[str, Any]]:
         """The sharded state of weights and averages, and of the weights alone."""
@@ -176,48 +172,40 @@ class Checkpointer:
                 }
         return state, models
 
-    def _optimizer_state(self, models: dict[str, Any], *, is_loading: bool) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The optimizer's sharded tensors under layout-free names, and its plain values, which are not saved."""
+    def _optimizer_state(
+        self, models: dict[str, Any], *, is_loading: bool
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """The optimizer's sharded tensors under layout-free names, and its plain values, which are not saved.
+
+        Master weights get one name for both kinds of optimizer. In an fp32 run they are the weights: they are
+        not saved again, and when loading they are among the plain values, as the weights themselves.
+        """
         from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
         from megatron.core.dist_checkpointing.mapping import ShardedBase
 
-        sharded_models = models["model"] if len(models) == 1 else models
         state = self._optimizer.megatron.sharded_state_dict(
-            sharded_models, is_loading=is_loading, metadata=sharding_metadata()
+            models["model"] if len(models) == 1 else models, is_loading=is_loading, metadata=sharding_metadata()
         )
-        sharded, rest = extract_matching_values(
+        sharded, plain = extract_matching_values(
             state, lambda value: isinstance(value, ShardedBase), return_lists_as_dicts=True
         )
-        return self._rename_masters(sharded, is_loading=is_loading), rest
+        if self._precision == "fp32" and "param_state" in sharded:
+            for number, weight in enumerate(self._optimizer.buffered_parameters()):
+                del sharded["param_state"][number]["param"]
+                plain.setdefault("param_state", {})[number] = {"param": weight.data}
+        return _map_values(sharded, _with_common_name), plain
 
-    def _rename_masters(self, sharded: dict[Any, Any], *, is_loading: bool) -> dict[Any, Any]:
-        """Give master weights one name for both kinds of optimizer.
-
-        In an fp32 run the master weights are the weights: they are not saved again, and loaded from the weights.
-        """
-        renamed: dict[Any, Any] = {}
-        for key, value in sharded.items():
-            if isinstance(value, dict):
-                renamed[key] = self._rename_masters(value, is_loading=is_loading)
-                continue
-            if value.key.startswith(_DISTRIBUTED_MASTER):
-                name = value.key.removeprefix(_DISTRIBUTED_MASTER)
-                if self._precision == "fp32":
-                    if not is_loading:
-                        continue
-                    value = replace(value, key=name)
-                else:
-                    value = replace(value, key=_PLAIN_MASTER + name)
-            renamed[key] = value
-        return renamed
-
-    def _load_optimizer(self, rest: dict[str, Any], tensors: dict[str, Any], updates: int) -> None:
+    def _load_optimizer(self, plain: dict[str, Any], tensors: dict[str, Any], updates: int) -> None:
         from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
         from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
-        dict_list_map_inplace(lambda v: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v, rest)
-        state = merge(rest, tensors)
-        for group in state.get("optimizer", state)["param_groups"]:
+        dict_list_map_inplace(lambda v: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v, plain)
+        state = merge(plain, tensors)
+        inner = state.get("optimizer", state)
+        inner["param_groups"] = _as_list(inner["param_groups"])
+        if "fp32_from_fp16_params" in state:
+            state["fp32_from_fp16_params"] = [_as_list(group) for group in _as_list(state["fp32_from_fp16_params"])]
+        for group in inner["param_groups"]:
             group["step"] = updates
         with torch.no_grad():
             self._optimizer.megatron.load_state_dict(state)
@@ -225,6 +213,28 @@ class Checkpointer:
 
 _DISTRIBUTED_MASTER = "optimizer.state.param."
 _PLAIN_MASTER = "optimizer.state.fp32_param."
+
+
+
+def _with_common_name(value: Any) -> Any:
+    """A master weight of the distributed optimizer under the plain one's name; other tensors as they are."""
+    if not value.key.startswith(_DISTRIBUTED_MASTER):
+        return value
+    return replace(value, key=_PLAIN_MASTER + value.key.removeprefix(_DISTRIBUTED_MASTER))
+
+
+def _map_values(tree: dict[Any, Any], change: Callable[[Any], Any]) -> dict[Any, Any]:
+    """Nested dicts with every leaf changed."""
+    return {
+        key: _map_values(value, change) if isinstance(value, dict) else change(value)
+        for key, value in tree.items()
+    }
+
+
+def _as_list(numbered: Any) -> list[Any]:
+    """A list that was taken apart into a dict by position."""
+    return [numbered[index] for index in range(len(numbered))]
+
 
 CONTENT_METADATA = {
     "distrib_optim_sharding_type": "fully_reshardable",

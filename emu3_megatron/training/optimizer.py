@@ -102,6 +102,15 @@ class Optimizer:
         self._clip_to(gradient_norm)
         self.megatron.step_with_ready_grads()
 
+    def buffered_parameters(self) -> list[torch.nn.Parameter]:
+        """The model's parameters in the order in which the distributed optimizer numbers its states."""
+        return [
+            parameter
+            for part in self.megatron.chained_optimizers
+            for buffer in part.buffers
+            for parameter in buffer.param_index_map
+        ]
+
     def _clip_to(self, gradient_norm: float) -> None:
         from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 
