@@ -13,7 +13,7 @@ from emu3_megatron.files import fsync_directory, temporary_path
 
 
 @contextmanager
-def publish_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def publish_folder(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Fill a hidden folder beside `target`; it takes the target's name when the block ends well.
 
     Every file is flushed to the disk before the rename. On an exception the unfinished folder is removed and

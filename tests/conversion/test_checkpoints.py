@@ -144,6 +144,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_tensor_parallel_checkpoint_and_generation(run: Path, vision: Path, tmp_path: Path) -> None:
     """A checkpoint of two tensor-parallel ranks exports to the same bytes; they generate the same tokens."""
     from dataclasses import replace
@@ -178,6 +179,7 @@ def test_tensor_parallel_checkpoint_and_generation(run: Path, vision: Path, tmp_
         assert json.loads((tmp_path / "two" / f"ids-{rank}.json").read_text()) == expected
 
 
+@pytest.mark.slow
 def test_the_tool(run: Path, vision: Path, tmp_path: Path) -> None:
     def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
