@@ -103,6 +103,14 @@ class PyAVSource:
             if seek:
                 container.seek(min(wanted), stream=video, backward=True, any_frame=False)
             for ordinal, frame in enumerate(container.decode(video)):
+                if (
+                    frame.is_corrupt
+                ):  # so is all that refers to it; after a seek it may only lack its reference
+                    if seek:
+                        return {}
+                    raise MediaError(
+                        f"is damaged: the decoder marks the frame at tick {frame.pts} as corrupt"
+                    )
                 stamp = ordinal if info.ordinal else frame.pts
                 if stamp in wanted:
                     found[stamp] = _upright(_to_rgb(frame, info), info)
@@ -191,9 +199,7 @@ def _check_indices(info: VideoInfo, indices: Sequence[int]) -> None:
 
 
 def _to_rgb(frame: Any, info: VideoInfo) -> Frames:
-    """Convert one PyAV frame to RGB, uint8 ``[H, W, 3]``, refusing damage and a change of size."""
-    if frame.is_corrupt:
-        raise MediaError(f"is damaged: the decoder marks the frame at tick {frame.pts} as corrupt")
+    """Convert one PyAV frame to RGB, uint8 ``[H, W, 3]``, refusing a change of size."""
     if (frame.height, frame.width) != (info.height, info.width):
         raise MediaError(
             f"changes size midway, from {info.width}x{info.height} to {frame.width}x{frame.height}"

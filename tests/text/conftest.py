@@ -1,7 +1,12 @@
 import pytest
+from hypothesis import settings
 
 from emu3_megatron.text import QwenTokenizer
 from tests.text.qwen_file import qwen_ranks_file
+
+# on a busy machine one example may take long for no fault of the code
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 COLOURS = {"red": "红色", "green": "绿色", "blue": "蓝色", "yellow": "黄色"}
 SHAPES = {"circle": "圆形", "square": "方形", "star": "星形"}

@@ -1,0 +1,145 @@
+"""Runs of a small model, alone or many layouts in one launch.
+
+As a program, under torchrun: ``runs.py CONFIG.json`` with a list of jobs ``{"arguments": [...]}``; every job is one
+run with its own layout, one after another in the same processes (starting them is what takes long).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+STEPS = 20
+
+MODEL = {
+    "num_layers": 4,
+    "hidden_size": 64,
+    "ffn_hidden_size": 128,
+    "num_attention_heads": 8,
+    "num_query_groups": 4,
+    "max_position_embeddings": 256,
+    "embedding_dropout": 0.0,
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+}
+
+
+def configuration(data: Path) -> dict[str, Any]:
+    """The run that all tests vary: every document is aligned for context parallelism of up to 4."""
+    return {
+        "run": "overridden",
+        "platform": "cpu",
+        "seed": 5,
+        "model": MODEL,
+        "data": {
+            "sources": {
+                "stills": {"path": str(data / "stills"), "weight": 2.0},
+                "clips": {"path": str(data / "clips")},
+                "texts": {"path": str(data / "texts"), "weight": 0.5},
+            },
+            "context_length": 256,
+            "alignment": 8,
+            "num_workers": 0,
+        },
+        "optimizer": {"learning_rate": 3e-3, "warmup_steps": 5, "clip_grad": 1.0},
+        "trainer": {"steps": STEPS, "global_batch_size": 8, "precision": "fp32"},
+        "checkpoint": {"interval": 10},
+        "logging": {"tensorboard": False, "progress": False},
+    }
+
+
+def write_configuration(folder: Path, data: Path) -> Path:
+    """The configuration as a file; JSON is YAML."""
+    path = folder / "config.yaml"
+    path.write_text(json.dumps(configuration(data)))
+    return path
+
+
+def environment() -> dict[str, str]:
+    """One thread for each process, and this checkout first."""
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "EMU3_TRACEBACK": ""}
+
+
+def command(config: Path, run: Path, *arguments: str, processes: int = 1) -> list[str]:
+    """The real command line, under torchrun where there is more than one process."""
+    start = [sys.executable, "-m"]
+    if processes > 1:
+        launcher = ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m"]
+        start += launcher
+    return [*start, "emu3_megatron.training", "--config", str(config), "--run_folder", str(run), *arguments]
+
+
+def train(
+    config: Path, run: Path, *arguments: str, processes: int = 1, timeout: float = 300
+) -> subprocess.CompletedProcess[str]:
+    """Run the real command line to its end."""
+    return subprocess.run(
+        command(config, run, *arguments, processes=processes),
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def launch_layouts(folder: Path, config: Path, layouts: dict[str, list[str]], *, processes: int) -> None:
+    """Train every layout into ``folder/NAME``, in one launch."""
+    jobs = [["--config", str(config), "--run", str(folder / name), *rest] for name, rest in layouts.items()]
+    (folder / "jobs.json").write_text(json.dumps(jobs))
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+    done = subprocess.run(
+        [sys.executable, *launcher, __file__, str(folder / "jobs.json")],
+        env=environment(),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=500,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-4000:])
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def largest_difference(lines: list[dict[str, Any]], reference: list[dict[str, Any]], key: str = "loss") -> float:
+    """Largest relative difference of `key` over equal steps."""
+    by_step = {line["step"]: line[key] for line in reference}
+    return max(abs(line[key] - by_step[line["step"]]) / abs(by_step[line["step"]]) for line in lines)
+
+
+def _main() -> None:
+    from megatron.core import parallel_state
+
+    from emu3_megatron.parallel import platform
+    from emu3_megatron.parallel.groups import destroy_parallel, initialize_parallel
+    from emu3_megatron.training import command_line, log
+    from emu3_megatron.training.data import TrainingData
+    from emu3_megatron.training.trainer import Trainer
+
+    log.set_up()
+    for arguments in json.loads(Path(sys.argv[1]).read_text()):
+        config = command_line.parse(arguments).config
+        machine = platform.install(config.platform)
+        initialize_parallel(config.parallel, machine, config.seed)
+        Path(config.run).mkdir(parents=True, exist_ok=True)
+        Trainer(config, machine, TrainingData.open(config)).fit()
+        parallel_state.destroy_model_parallel()
+    destroy_parallel()
+
+
+if __name__ == "__main__":
+    from emu3_megatron.parallel import platform as _platform
+
+    _platform.install("cpu")  # before anything imports megatron-core
+    _main()
