@@ -18,7 +18,7 @@ from torch import Tensor
 
 from emu3_megatron.conversion.hugging_face import ExportedModel, export_hugging_face, open_hugging_face
 from emu3_megatron.conversion.maps import canonical_names
-from emu3_megatron.conversion.publish import publish_folder
+from emu3_megatron.conversion.publish import publish_folder, refuse_existing
 from emu3_megatron.errors import UserError
 from emu3_megatron.parallel.config import ParallelConfig
 
@@ -58,6 +58,7 @@ def export_checkpoint(
     from emu3_megatron.training.checkpoint import Record, load_model_for_inference
     from emu3_megatron.training.checkpoint_files import resolve
 
+    refuse_existing(folder, overwrite=overwrite)
     checkpoint = resolve(Path(source))
     (model,), config, vocabulary = load_model_for_inference(checkpoint, ParallelConfig(), averaged=averaged)
     dialect = dialect or dialect_of_run(Record.read(checkpoint).config)
@@ -93,6 +94,7 @@ def import_checkpoint(
     """
     from emu3_megatron.training.checkpoint_files import step_folder
 
+    refuse_existing(run, overwrite=overwrite)
     opened = open_hugging_face(source)
     weights = dict(opened.weights())
     if precision is None:
