@@ -27,7 +27,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--platform", choices=("auto", "cuda", "cpu"), default="cpu", help="default: cpu")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="training checkpoint to Hugging Face")
-    export.add_argument("--source", required=True, type=Path, help="run, or checkpoint folder in it")
+    export.add_argument(
+        "--source", "--checkpoint", required=True, type=Path, help="run, or checkpoint folder in it"
+    )
     export.add_argument("--output", required=True, type=Path, help="folder to write")
     export.add_argument(
         "--layout", choices=("transformers", "transformers-5", "emu3"), default="transformers"

@@ -6,6 +6,7 @@ or will read. The functions need process groups (`initialize_parallel`) of a sin
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from emu3_megatron.conversion.hugging_face import ExportedModel, export_hugging_face, open_hugging_face
 from emu3_megatron.conversion.maps import canonical_names
-from emu3_megatron.conversion.publish import publish_folder
+from emu3_megatron.conversion.publish import publish_folder, refuse_existing
 from emu3_megatron.errors import UserError
 from emu3_megatron.parallel.config import ParallelConfig
 
@@ -47,16 +48,20 @@ def export_checkpoint(
         layout: see `export_hugging_face`.
         dtype: of the language model's tensors; None keeps them.
         averaged: take the averaged weights; by default they are taken where there are some.
-        dialect: name to keep in the folder.
+        dialect: name to keep in the folder; by default that of the run's datasets.
         image_pixels: see `export_hugging_face`.
         overwrite: replace an existing folder.
 
     Raises:
         CheckpointError, ConversionError, UserError: see `load_model_for_inference` and `export_hugging_face`.
     """
-    from emu3_megatron.training.checkpoint import load_model_for_inference
+    from emu3_megatron.training.checkpoint import Record, load_model_for_inference
+    from emu3_megatron.training.checkpoint_files import resolve
 
-    (model,), config, vocabulary = load_model_for_inference(source, ParallelConfig(), averaged=averaged)
+    refuse_existing(folder, overwrite=overwrite)
+    checkpoint = resolve(Path(source))
+    (model,), config, vocabulary = load_model_for_inference(checkpoint, ParallelConfig(), averaged=averaged)
+    dialect = dialect or dialect_of_run(Record.read(checkpoint).config)
     return export_hugging_face(
         folder,
         model.state_dict(),
@@ -89,6 +94,7 @@ def import_checkpoint(
     """
     from emu3_megatron.training.checkpoint_files import step_folder
 
+    refuse_existing(run, overwrite=overwrite)
     opened = open_hugging_face(source)
     weights = dict(opened.weights())
     if precision is None:
@@ -114,7 +120,7 @@ def read_weights(source: StrPath, *, averaged: bool | None = None) -> dict[str, 
     else:
         from emu3_megatron.training.checkpoint import load_model_for_inference
 
-        (model,), _, vocabulary = load_model_for_inference(source, ParallelConfig(), averaged=averaged)
+        (model,), _, vocabulary = load_model_for_inference(Path(source), ParallelConfig(), averaged=averaged)
         weights = canonical_names(model.state_dict())
     rows = {"embedding.word_embeddings.weight", "output_layer.weight"}
     return {name: t[: vocabulary.size] if name in rows else t for name, t in weights.items()}
@@ -161,6 +167,22 @@ def logit_difference(model: torch.nn.Module, folder: StrPath, sequences: Sequenc
             expected = theirs(input_ids=ids).logits[0].float()
             largest = max(largest, (ours - expected).abs().max().item())
     return largest
+
+
+def dialect_of_run(config: Mapping[str, Any]) -> str | None:
+    """The dialect of the datasets a run was trained on; None where none of them is here any more.
+
+    Raises `UserError` where they disagree: nobody but the user can choose.
+    """
+    names: set[str] = set()
+    for source in (config.get("data") or {}).get("sources", {}).values():
+        manifest = Path(source["path"]) / "manifest.json"
+        if manifest.is_file():
+            name = json.loads(manifest.read_text(encoding="utf-8")).get("dialect_name")
+            names.update([name] if name else [])
+    if len(names) > 1:
+        raise UserError(f"the run's datasets use several dialects, {sorted(names)}; choose with --dialect")
+    return names.pop() if names else None
 
 
 def _build(config: Any, vocabulary: Any, precision: str) -> torch.nn.Module:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 
 from emu3_megatron.conversion import configuration
@@ -110,18 +111,7 @@ def export_hugging_face(
             )
             write_tensors(unfinished, _with_vision(tensors, vision, VISION_PREFIXES[layout]))
             _write_image_processor(unfinished, vision, image_pixels)
-        write_json_atomic(unfinished / "config.json", config)
-        write_json_atomic(
-            unfinished / "generation_config.json", configuration.generation_config(model.vocabulary)
-        )
-        if tokenizer is not None:
-            write_tokenizer(unfinished, tokenizer, model_max_length=model.config.max_position_embeddings)
-        own = {
-            "model": asdict(model.config),
-            "vocabulary": model.vocabulary.to_dict(),
-            "dialect": model.dialect,
-        }
-        write_json_atomic(unfinished / OWN_FILE, own)
+        _write_companions(unfinished, model, config, tokenizer)
     return Path(folder)
 
 
@@ -144,6 +134,18 @@ def open_hugging_face(folder: str | os.PathLike[str]) -> ImportedModel:
     return ImportedModel(
         config=config, vocabulary=_vocabulary(values), dialect="emu3", layout=layout, files=files
     )
+
+
+def _write_companions(
+    folder: Path, model: ExportedModel, config: dict[str, Any], tokenizer: Tokenizer | None
+) -> None:
+    """Everything small: configurations, tokenizer, and our own file."""
+    write_json_atomic(folder / "config.json", config)
+    write_json_atomic(folder / "generation_config.json", configuration.generation_config(model.vocabulary))
+    if tokenizer is not None:
+        write_tokenizer(folder, tokenizer, model_max_length=model.config.max_position_embeddings)
+    own = {"model": asdict(model.config), "vocabulary": model.vocabulary.to_dict(), "dialect": model.dialect}
+    write_json_atomic(folder / OWN_FILE, own)
 
 
 def _vocabulary(values: Mapping[str, Any]) -> Vocabulary:

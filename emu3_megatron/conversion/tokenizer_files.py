@@ -8,6 +8,7 @@ Unlike ours it reads the spelling of a control token as that token: prompts of t
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ SPACE = "▁"
 Description = dict[str, Any]
 
 
-def build_tokenizer(path: str | Path, vocabulary: Vocabulary) -> Tokenizer:
+def build_tokenizer(path: str | os.PathLike[str], vocabulary: Vocabulary) -> Tokenizer:
     """The text tokenizer of a file as one of the `tokenizers` library, control and vision tokens included.
 
     Raises `ConversionError` when the file's kind is unknown, when it has more ids than the vocabulary has for
@@ -196,7 +197,7 @@ def _hugging_face(path: Path) -> Description:
 
 def _description(**parts: Any) -> Description:
     """The frame of a tokenizer.json."""
-    frame = {
+    frame: Description = {
         "version": "1.0",
         "truncation": None,
         "padding": None,

@@ -7,15 +7,14 @@ holds both.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from emu3_megatron.conversion.checkpoints import dialect_of_run
 from emu3_megatron.conversion.hugging_face import open_hugging_face
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Dialect
@@ -139,20 +138,4 @@ def _open_run(
     chunks, config, vocabulary = load_model_for_inference(checkpoint, parallel, averaged=averaged)
     if len(chunks) != 1:
         raise UserError("generation needs pipeline_model_parallel_size=1")
-    return chunks[0], config, vocabulary, _dialect_of_run(Record.read(checkpoint).config)
-
-
-def _dialect_of_run(config: Mapping[str, Any]) -> str | None:
-    """The dialect of the datasets a run was trained on; None where none of them is here any more.
-
-    Raises `UserError` where they disagree: nobody but the user can choose.
-    """
-    names = set()
-    for source in (config.get("data") or {}).get("sources", {}).values():
-        manifest = Path(source["path"]) / "manifest.json"
-        if manifest.is_file():
-            names.add(json.loads(manifest.read_text(encoding="utf-8")).get("dialect_name") or None)
-    names.discard(None)
-    if len(names) > 1:
-        raise UserError(f"the run's datasets use several dialects, {sorted(names)}; choose with --dialect")
-    return names.pop() if names else None
+    return chunks[0], config, vocabulary, dialect_of_run(Record.read(checkpoint).config)

@@ -35,10 +35,6 @@ class CachedDecoder:
     """
 
     def __init__(self, model: torch.nn.Module, *, max_rows: int, max_length: int) -> None:
-        # late: it imports megatron-core, which must find the platform installed
-        from emu3_megatron.model.attention import rotary_table, rotate
-
-        self._rotate = rotate
         self._model = unwrap(model)
         config = self._model.config
         if not (self._model.pre_process and self._model.post_process):
@@ -65,10 +61,7 @@ class CachedDecoder:
             )
             for _ in self._layers
         ]
-        positions = torch.arange(max_length + MAX_RUN, device=self.device)
-        self._cos, self._sin = rotary_table(
-            positions, config.kv_channels, config.rotary_base, self._dtype, {}
-        )
+        self._cos, self._sin = self._rotary_table(max_length + MAX_RUN)
         self._group = attention.linear_proj.tp_group if hasattr(attention.linear_proj, "tp_group") else None
 
     @torch.no_grad()
@@ -151,8 +144,8 @@ class CachedDecoder:
     ) -> Tensor:
         """Self-attention of one layer over the cache, new tokens included: ``[N, B, H]``."""
         query, key, value = attention.get_query_key_value_tensors(normed_NBH, None)[:3]
-        query_BNQD = self._rotate(query.transpose(0, 1), cos, sin)
-        key_BNGD = self._rotate(key.transpose(0, 1), cos, sin)
+        query_BNQD = _rotate(query.transpose(0, 1), cos, sin)
+        key_BNGD = _rotate(key.transpose(0, 1), cos, sin)
         keys_BGSD, values_BGSD = write.into(cache, key_BNGD, value.transpose(0, 1))
         batch, width, heads, size = query_BNQD.shape
         repeat = heads // self._groups
@@ -163,6 +156,14 @@ class CachedDecoder:
         out = F.scaled_dot_product_attention(query, keys_BGSD, values_BGSD, attn_mask=mask, scale=self._scale)
         out = out.view(batch, self._groups, repeat, width, size).permute(3, 0, 1, 2, 4)
         return _output(attention.linear_proj(out.reshape(width, batch, heads * size)))
+
+    def _rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
+        """Cosine and sine of every position, ``[length, 1, D/2]``, computed in fp32 as in training."""
+        config = self._model.config
+        channels = torch.arange(0, config.kv_channels, 2, dtype=torch.float32, device=self.device)
+        frequencies = 1.0 / config.rotary_base ** (channels / config.kv_channels)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=self.device), frequencies)
+        return angles.cos()[:, None].to(self._dtype), angles.sin()[:, None].to(self._dtype)
 
     def _output_weight(self) -> Tensor:
         """Rows of the output layer on this rank."""
@@ -200,9 +201,16 @@ class _Write:
 
 def unwrap(model: torch.nn.Module) -> Any:
     """The GPTModel inside wrappers (data parallelism, half precision), which keep it as ``module``."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner
+
+
+def _rotate(x_BNHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, Llama's half rotation; `cos` and `sin` are ``[B, N, 1, D/2]``."""
+    first, second = x_BNHD.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def _output(result: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:

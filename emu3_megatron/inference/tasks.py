@@ -260,12 +260,13 @@ class Generator:
         """Clips from prompts, with or without first frames."""
         rows, columns = self._latent(height, "height"), self._latent(width, "width")
         steps = self._latent_frames(frames)
-        size = {"height": rows, "width": columns, "frames": steps, "fps": fps, "seconds": frames / fps}
         if given is None:
-            spans = [self._dialect.open_span(**size)] * len(prompts)
+            spans = [self._dialect.open_span(rows, columns, steps, fps, frames / fps)] * len(prompts)
         else:
-            spans = [self._dialect.open_span(**size, codes=codes) for codes in given]
-        length = self._dialect.span_length(**size)
+            spans = [
+                self._dialect.open_span(rows, columns, steps, fps, frames / fps, codes) for codes in given
+            ]
+        length = self._dialect.span_length(rows, columns, steps, fps, frames / fps)
         lengths = length - min((len(span) for span in spans), default=0)
         requests = self._span_requests(prompts, spans, lengths, sampling, seeds, negative_prompt)
         completions = self.engine.generate(requests, progress=progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -144,6 +145,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_tensor_parallel_checkpoint_and_generation(run: Path, vision: Path, tmp_path: Path) -> None:
     """A checkpoint of two tensor-parallel ranks exports to the same bytes; they generate the same tokens."""
     from dataclasses import replace
@@ -178,22 +180,24 @@ def test_tensor_parallel_checkpoint_and_generation(run: Path, vision: Path, tmp_
         assert json.loads((tmp_path / "two" / f"ids-{rank}.json").read_text()) == expected
 
 
-def test_the_tool(run: Path, vision: Path, tmp_path: Path) -> None:
-    def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, str(ROOT / "tools" / "convert_checkpoint.py"), *map(str, arguments)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+def test_the_tool(run: Path, vision: Path, tmp_path: Path, capsys, monkeypatch) -> None:
+    """The program's commands; process groups are the test's."""
+    specification = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "convert_checkpoint.py")
+    tool = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(tool)
+    monkeypatch.setattr(tool, "_start_single_process", lambda name: None)
 
-    done = tool("export", "--source", run, "--output", tmp_path / "hf", "--vision-tokenizer", vision)
-    assert done.returncode == 0, done.stderr
-    done = tool("verify", run, tmp_path / "hf")
-    assert (done.returncode, done.stdout.split()[0]) == (0, "equal:"), done.stderr
-    done = tool("export", "--source", run, "--output", tmp_path / "hf", "--vision-tokenizer", vision)
-    assert done.returncode == 2
-    (error,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert error.endswith("--overwrite")
+    def call(*arguments: object) -> str:
+        monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])
+        tool.main()
+        return capsys.readouterr().out
+
+    export = ["export", "--source", run, "--output", tmp_path / "hf", "--vision-tokenizer", vision]
+    call(*export)
+    call("import", "--source", tmp_path / "hf", "--output", tmp_path / "run")
+    assert call("verify", run, tmp_path / "run").startswith("equal: ")
+    with pytest.raises(UserError, match="--overwrite"):
+        call(*export)
+    call(*export, "--overwrite", "--dtype", "bf16")
+    with pytest.raises(UserError, match=r"is torch\.float32 in the first, torch\.bfloat16 in the second"):
+        call("verify", run, tmp_path / "hf")

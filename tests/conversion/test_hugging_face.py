@@ -287,3 +287,42 @@ def test_shards_have_an_index(tmp_path: Path) -> None:
     files = TensorFiles(tmp_path)
     assert all(torch.equal(files[name], tensor) for name, tensor in tensors.items())
     assert np.all([files.shape(name) == (10,) for name in files])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_transformers_prefers_our_greedy_tokens(
+    exported, text_tokenizer, vocabulary, guidance: float
+) -> None:
+    """Forced along an image of our engine, transformers gives every token of it the best (guided) logit."""
+    from emu3_megatron.grammar import Dialect
+    from emu3_megatron.inference import Engine, Request, Sampling
+    from emu3_megatron.text import load_text_tokenizer
+
+    folder, model = exported
+    dialect = Dialect.preset("emu3", vocabulary, load_text_tokenizer(text_tokenizer))
+    span = dialect.open_span(3, 4)
+    prompt, negative = (
+        np.concatenate([[vocabulary.bos], dialect.encode_text(text), span])
+        for text in ("a small red circle", "")
+    )
+    request = Request(
+        prompt=prompt,
+        negative_prompt=negative,
+        sampling=Sampling(temperature=0, guidance=guidance),
+        stop=frozenset([vocabulary.eoi]),
+    )
+    (completion,) = Engine(model, dialect).generate([request])
+    theirs = transformers.Emu3ForConditionalGeneration.from_pretrained(folder).eval()
+
+    def logits(start: np.ndarray) -> torch.Tensor:
+        ids = torch.from_numpy(np.concatenate([start, completion.ids]))[None]
+        with torch.no_grad():
+            return theirs(input_ids=ids).logits[0, len(start) - 1 : -1, vocabulary.vision_offset :]
+
+    one, other = logits(prompt), logits(negative)
+    guided = other + guidance * (one - other)
+    drawn = [index for index, token in enumerate(completion.ids) if token >= vocabulary.vision_offset]
+    assert len(drawn) == 12
+    for index in drawn:
+        chosen = guided[index, completion.ids[index] - vocabulary.vision_offset]
+        assert chosen >= guided[index].max() - 1e-4
