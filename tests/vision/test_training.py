@@ -216,5 +216,5 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
 def test_the_example_configurations_are_valid(path: Path) -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(VisionTrainingConfig)
-    values = parser.instantiate_classes(parser.parse_object(yaml.safe_load(path.read_text())))
+    values = parser.instantiate(parser.parse_object(yaml.safe_load(path.read_text())))
     VisionTrainingConfig(**values.as_dict()).check(processes=2)
