@@ -2,7 +2,8 @@
 
 ::
 
-    torchrun --nproc-per-node 2 -m emu3_megatron.training --config examples/configs/tiny.yaml --trainer.steps 50
+    torchrun --nproc-per-node 2 -m emu3_megatron.training --config examples/configs/tiny.yaml --trainer.steps
+    50
 """
 
 from __future__ import annotations

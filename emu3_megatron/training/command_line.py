@@ -17,7 +17,6 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from emu3_megatron.errors import UserError, one_line
 from emu3_megatron.training.config import TrainingConfig, require
 
-
 RUN_ALIAS = "--run_folder"
 """Means ``--run``, which torchrun takes for an abbreviation of its own ``--run-path`` and refuses."""
 
@@ -61,7 +60,9 @@ def build_parser() -> ArgumentParser:
         exit_on_error=False,
     )
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and its arithmetic")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and its arithmetic"
+    )
     parser.add_argument("--world-size", type=int, default=0, help="processes to assume in a dry run")
     parser.add_class_arguments(TrainingConfig)
     return parser
@@ -91,7 +92,8 @@ def check_layout(config: TrainingConfig, world_size: int) -> None:
     pieces = split * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     require(
         data.context_length % max(alignment, pieces) == 0,
-        f"data.context_length={data.context_length} is not divisible by {max(alignment, pieces)}, which context and "
+        f"data.context_length={data.context_length} is not divisible by "
+        f"{max(alignment, pieces)}, which context and "
         f"sequence parallelism and data.alignment ask for; change it",
     )
     require(
@@ -108,12 +110,14 @@ def _check_interleaving(config: TrainingConfig, ranks: int) -> None:
     micro_batches = trainer.global_batch_size // (ranks * trainer.micro_batch_size)
     require(
         parallel.virtual_pipeline_model_parallel_size is None or micro_batches % stages == 0,
-        f"an interleaved pipeline of {stages} stages needs a multiple of {stages} micro-batches, not {micro_batches}; "
+        f"an interleaved pipeline of {stages} stages needs a multiple of {stages} "
+        f"micro-batches, not {micro_batches}; "
         f"change trainer.global_batch_size or trainer.micro_batch_size",
     )
     require(
         not (config.ema.decay and config.optimizer.overlap_param_gather),
-        "ema.decay needs whole parameters after each step, which optimizer.overlap_param_gather gathers later; "
+        "ema.decay needs whole parameters after each step, which "
+        "optimizer.overlap_param_gather gathers later; "
         "switch one off",
     )
 
