@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from emu3_megatron.errors import UserError, one_line
+from emu3_megatron.errors import EXIT_USER_ERROR, UserError, one_line
 from emu3_megatron.training.config import TrainingConfig, require
 
 RUN_ALIAS = "--run_folder"
@@ -58,6 +58,7 @@ def build_parser() -> ArgumentParser:
         prog="python -m emu3_megatron.training",
         description="Train. Start it under torchrun for more than one process.",
         exit_on_error=False,
+        allow_abbrev=False,  # a mistyped key must not pass for the one it begins
     )
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_argument(
@@ -135,15 +136,14 @@ def to_yaml(config: TrainingConfig) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def is_launcher_rank_zero() -> bool:
-    """Whether this process speaks for all before process groups exist."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def quiet_other_ranks() -> None:
-    """Let one rank alone report a mistake that every rank finds at once."""
-    if not is_launcher_rank_zero():
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the process ends
+def parse_once(arguments: Sequence[str]) -> CommandLine:
+    """`parse`, where of many processes only the first reports a mistake that all of them find."""
+    try:
+        return parse(arguments)
+    except ValueError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        sys.exit(EXIT_USER_ERROR)
 
 
 def _without_alias(argument: str) -> str:

@@ -8,6 +8,7 @@ from emu3_megatron.training.config import TrainingConfig
 from emu3_megatron.training.throughput import layer_matrix_parameters, training_flops
 
 GIB = 2**30
+MIB = 2**20
 BYTES_FP32 = 4
 LOSS_CHUNK_BYTES = 3 * 16 * 2**20
 """Logits of a chunk in the compute type, in fp32, and their gradient, at the default chunk size."""
@@ -65,12 +66,16 @@ def describe(
             f"vocabulary        {vocabulary_size:,} ids in {padded_size:,} rows",
             f"parameters        {parameters:,}",
             f"operations        {flops / 1e12:,.3f} TFLOP a step, if every window is one document",
-            f"memory of a rank  {memory.total / GIB:.2f} GiB = weights "
-            f"{memory.weights / GIB:.2f} + gradients "
-            f"{memory.gradients / GIB:.2f} + optimizer {memory.optimizer / GIB:.2f} + activations about "
-            f"{memory.activations / GIB:.2f}; libraries and buffers of communication come on top",
+            f"memory of a rank  {readable(memory.total)} = weights {readable(memory.weights)} + gradients "
+            f"{readable(memory.gradients)} + optimizer {readable(memory.optimizer)} + activations, about "
+            f"{readable(memory.activations)}; libraries and communication buffers come on top",
         ]
     )
+
+
+def readable(size: float) -> str:
+    """Bytes in GiB, or in MiB below one."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
 
 
 def rank_memory(config: TrainingConfig, data_ranks: int, padded_size: int) -> Memory:

@@ -178,6 +178,9 @@ class Trainer:
         if self._average is not None and not (folder and self.progress.updates and Record.read(folder).ema):
             self._average.restart()
 
+        if self.progress.step >= self.config.trainer.steps:
+            self._announce(f"the run has all its {self.progress.step} steps; raise trainer.steps to go on")
+
     def _record(self) -> Record:
         return Record(
             progress=self.progress,
