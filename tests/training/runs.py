@@ -1,7 +1,7 @@
 """Runs of a small model, alone or many layouts in one launch.
 
-As a program, under torchrun: ``runs.py CONFIG.json`` with a list of jobs ``{"arguments": [...]}``; every job is one
-run with its own layout, one after another in the same processes (starting them is what takes long).
+As a program, under torchrun: ``runs.py CONFIG.json`` with a list of jobs ``{"arguments": [...]}``; every job
+is one run with its own layout, one after another in the same processes (starting them is what takes long).
 """
 
 from __future__ import annotations
@@ -112,7 +112,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def largest_difference(lines: list[dict[str, Any]], reference: list[dict[str, Any]], key: str = "loss") -> float:
+def largest_difference(
+    lines: list[dict[str, Any]], reference: list[dict[str, Any]], key: str = "loss"
+) -> float:
     """Largest relative difference of `key` over equal steps."""
     by_step = {line["step"]: line[key] for line in reference}
     return max(abs(line[key] - by_step[line["step"]]) / abs(by_step[line["step"]]) for line in lines)

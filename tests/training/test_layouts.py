@@ -23,29 +23,22 @@ PARALLEL = {
 }
 
 LAYOUTS: dict[str, dict[str, object]] = {
-    "dp4": {"do": "true"},
     "dp4-plain": {"do": "false"},
     "tp2": {"tp": 2, "do": "true"},
-    "tp2-plain": {"tp": 2, "do": "false"},
     "tp4-sp": {"tp": 4, "sp": "true", "do": "false"},
-    "pp2": {"pp": 2, "do": "true"},
-    "pp4-plain": {"pp": 4, "do": "false"},
+    "pp4": {"pp": 4, "do": "true"},
     "pp2-interleaved": {"pp": 2, "vpp": 2, "do": "true"},
-    "cp2": {"cp": 2, "do": "true"},
-    "cp2-plain-a2a": {"cp": 2, "comm": "a2a", "do": "false"},
+    "cp2-a2a": {"cp": 2, "comm": "a2a", "do": "false"},
     "cp4": {"cp": 4, "do": "true"},
     "tp2-pp2-sp": {"tp": 2, "pp": 2, "sp": "true", "do": "true"},
     "tp2-cp2-sp": {"tp": 2, "cp": 2, "sp": "true", "do": "true"},
-    "pp2-cp2": {"pp": 2, "cp": 2, "do": "false"},
 }
-"""Layouts of four processes; what is left is data parallel."""
+"""Layouts of four processes; what is left is data parallel. The reference has a distributed optimizer."""
 
 RESUMED = {
-    "tp2 -> dp4": ("tp2", "dp4"),
-    "dp4 -> one distributed, tp2-pp2": ("dp4", "tp2-pp2-sp"),
-    "pp2 interleaved -> cp4": ("pp2-interleaved", "cp4"),
-    "distributed optimizer -> plain": ("dp4", "pp4-plain"),
-    "plain -> distributed optimizer": ("tp4-sp", "cp2"),
+    "tp2 -> interleaved pipeline": ("tp2", "pp2-interleaved"),
+    "distributed optimizer -> plain": ("pp2-interleaved", "dp4-plain"),
+    "plain -> distributed optimizer": ("tp4-sp", "cp4"),
 }
 
 
