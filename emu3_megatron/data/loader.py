@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -158,9 +159,19 @@ class WindowLoader:
             prefetch_factor=self._prefetch_steps,
             worker_init_fn=_start_worker,
         )
-        for batches in loader:
-            self.windows_consumed += self._step_windows
-            yield batches
+        iterator = iter(loader)
+        # A worker ignores the signal by which multiprocessing would end it. Where an error holds this generator
+        # to the very end of the process, nothing but this hook keeps the process from waiting for ever.
+        atexit.register(iterator._shutdown_workers)
+        try:
+            for batches in iterator:
+                if isinstance(batches, UserError):
+                    raise batches
+                self.windows_consumed += self._step_windows
+                yield batches
+        finally:
+            atexit.unregister(iterator._shutdown_workers)
+            iterator._shutdown_workers()
 
 
 class _Steps:
@@ -184,14 +195,17 @@ def _build(plan: Plan, numbers: list[int]) -> Batch:
     return Batch.collate([plan.window(number) for number in numbers])
 
 
-class _PlanDataset(Dataset[list[Batch]]):
-    """What the workers hold: the windows of a step in, its micro-batches out."""
+class _PlanDataset(Dataset["list[Batch] | UserError"]):
+    """What the workers hold: the windows of a step in, its micro-batches (or what is wrong with them) out."""
 
     def __init__(self, plan: Plan) -> None:
         self._build = partial(_build, plan)
 
-    def __getitem__(self, micro_batches: Any) -> list[Batch]:
-        return [self._build(numbers) for numbers in micro_batches]
+    def __getitem__(self, micro_batches: Any) -> list[Batch] | UserError:
+        try:
+            return [self._build(numbers) for numbers in micro_batches]
+        except UserError as error:
+            return error  # as a value: the loader would put a worker's traceback into the message
 
 
 def _start_worker(_: int) -> None:

@@ -14,7 +14,7 @@ import pytest
 from emu3_megatron.data import MultimodalDataset
 from tests.end_to_end.conftest import TRAINING as SETTINGS
 from tests.end_to_end.conftest import Quickstart
-from tests.end_to_end.programs import TRAINING, Programs
+from tests.end_to_end.programs import TRAINING, Programs, start
 from tests.media.clips import CLIPS, PHOTOGRAPHS
 
 pytestmark = pytest.mark.slow
@@ -40,7 +40,9 @@ def write_manifest(folder: Path) -> tuple[Path, Path]:
     shutil.copy(PHOTOGRAPHS / "rocket.jpg", folder)
     good, mixed = [], []
     for number, (identifier, entry, _) in enumerate(BAD_ENTRIES):
-        good.append(json.dumps({"id": f"good {number}", "image": "rocket.jpg", "caption": f"a rocket {number}"}))
+        good.append(
+            json.dumps({"id": f"good {number}", "image": "rocket.jpg", "caption": f"a rocket {number}"})
+        )
         mixed += [good[-1], entry if isinstance(entry, str) else json.dumps({"id": identifier, **entry})]
     (folder / "manifest.jsonl").write_text("\n".join(mixed) + "\n")
     (folder / "good.jsonl").write_text("\n".join(good) + "\n")
@@ -105,12 +107,18 @@ def test_vision_training_names_the_bad_file(program: Programs, tmp_path: Path, e
     assert not (tmp_path / "vision").exists()
 
 
-@pytest.mark.parametrize(("entry", "part"), [('{"caption": ', "line 1"), ("[1]", "line 1"), (None, "manifest.jsonl")])
-def test_text_training_names_the_bad_line(program: Programs, tmp_path: Path, entry: str | None, part: str) -> None:
+@pytest.mark.parametrize(
+    ("entry", "part"), [('{"caption": ', "line 1"), ("[1]", "line 1"), (None, "manifest.jsonl")]
+)
+def test_text_training_names_the_bad_line(
+    program: Programs, tmp_path: Path, entry: str | None, part: str
+) -> None:
     manifest = tmp_path / "manifest.jsonl"
     if entry is not None:
         manifest.write_text(entry + "\n")
-    ended = program("tools/train_text_tokenizer.py", "--manifest", manifest, "--output", tmp_path / "text.model")
+    ended = program(
+        "tools/train_text_tokenizer.py", "--manifest", manifest, "--output", tmp_path / "text.model"
+    )
     assert part in ended.error
 
 
@@ -148,8 +156,7 @@ def with_sources(training: list[object], **folders: Path) -> list[object]:
 def test_a_layout_that_does_not_divide(program: Programs, training: list[object]) -> None:
     layout = ("--parallel.tensor_model_parallel_size", 3, "--dry-run", "--world-size", 3)
     line = program(*training, *layout).error
-    assert "num_attention_heads=4" in line
-    assert "3" in line
+    assert "model.num_query_groups=2 is not divisible by tensor_model_parallel_size=3" in line
 
 
 def test_a_folder_without_manifest(program: Programs, training: list[object], tmp_path: Path) -> None:
@@ -162,11 +169,15 @@ def test_sources_of_different_tokenizers(
 ) -> None:
     manifest = quickstart.run / "corpus" / "train-texts.jsonl"
     model = tmp_path / "other.model"
-    ended = program("tools/train_text_tokenizer.py", "--manifest", manifest, "--output", model, "--vocab-size", 300)
+    ended = program(
+        "tools/train_text_tokenizer.py", "--manifest", manifest, "--output", model, "--vocab-size", 300
+    )
     assert ended.code == 0, ended.err
     ended = program(*tokenize(quickstart, manifest, tmp_path / "other", "--text-tokenizer", model))
     assert ended.code == 0, ended.err
-    line = program(*with_sources(training, ours=quickstart.run / "data" / "texts", other=tmp_path / "other")).error
+    line = program(
+        *with_sources(training, ours=quickstart.run / "data" / "texts", other=tmp_path / "other")
+    ).error
     assert "vocabulary" in line
     assert str(tmp_path / "other") in line
 
@@ -183,11 +194,11 @@ def test_a_damaged_shard_is_named(
     shard.write_bytes(content if damage == "bit" else content[:-4])
     if damage == "gone":
         shard.unlink()
-    # read in the trainer's process, and in a worker of its loader
-    for workers in (0, 1):
-        line = program(*with_sources(training, texts=data), "--data.num_workers", workers).error
-        assert "texts-00001-of-00002" in line
-        assert len(line) < 500
+    line = program(*with_sources(training, texts=data)).error
+    assert "texts-00001-of-00002" in line
+    if damage == "bit":  # found by a worker of the loader; the process ends all the same, with one clean line
+        ended = start(*with_sources(training, texts=data), "--data.num_workers", 1, timeout=120)
+        assert ended.error == line
     verified = program("tools/dataset.py", "verify", data)
     assert verified.code
     assert "texts-00001-of-00002" in verified.out + verified.err
@@ -214,14 +225,10 @@ def test_a_checkpoint_of_another_model(
 def test_generation_refuses_what_does_not_belong_to_the_run(
     quickstart: Quickstart, program: Programs, tmp_path: Path
 ) -> None:
-    model = tmp_path / "large.model"
-    manifest = quickstart.run / "corpus" / "train-texts.jsonl"
-    program("tools/train_text_tokenizer.py", "--manifest", manifest, "--output", model, "--vocab-size", 300)
     command = ("tools/generate.py", "image", "--checkpoint", quickstart.run / "training", "--platform", "cpu")
     prompt = ("--prompt", "a red circle", "--height", 64, "--width", 64, "--output", tmp_path / "out.png")
     vision = ("--vision-tokenizer", quickstart.run / "vision-tokenizer")
     assert "tokenizer" in program(*command, *prompt).error
-    assert "tokenizer" in program(*command, *prompt, *vision, "--text-tokenizer", model).error
     assert "none" in program(*command, *prompt, *vision, "--text-tokenizer", tmp_path / "none.model").error
     assert not (tmp_path / "out.png").exists()
 
@@ -229,6 +236,8 @@ def test_generation_refuses_what_does_not_belong_to_the_run(
 def test_a_good_run_still_trains(program: Programs, training: list[object], tmp_path: Path) -> None:
     ended = program(*training)
     assert ended.code == 0, ended.err
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert len(losses) == 2
     assert np.isfinite(losses).all()
