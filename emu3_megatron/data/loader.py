@@ -159,9 +159,9 @@ class WindowLoader:
             prefetch_factor=self._prefetch_steps,
             worker_init_fn=_start_worker,
         )
-        iterator = iter(loader)
-        # A worker ignores the signal by which multiprocessing would end it. Where an error holds this generator
-        # to the very end of the process, nothing but this hook keeps the process from waiting for ever.
+        iterator: Any = iter(loader)
+        # A worker ignores the signal by which multiprocessing would end it. Where an error holds this
+        # generator to the very end of the process, only this hook keeps the process from waiting for ever.
         atexit.register(iterator._shutdown_workers)
         try:
             for batches in iterator:
