@@ -24,7 +24,8 @@ PARALLEL = {
 }
 
 ALL = bool(os.environ.get("EMU3_ALL_LAYOUTS"))
-"""Set it to run every layout with both kinds of optimizer, on four processes besides two (a quarter of an hour)."""
+"""Set it to run every layout with both kinds of optimizer,
+on four processes besides two (a quarter of an hour)."""
 
 TWO: dict[str, dict[str, object]] = {
     "dp2": {"do": "false"},
