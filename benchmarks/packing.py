@@ -1,9 +1,9 @@
 """Packer throughput and fill: ``python benchmarks/packing.py [--documents N] [--repeats 5]``.
 
-Lengths as pre-training data has them: 40% text (log-normal, mean about 700), 50% images (4,300 +- 400), 10% video
-(log-uniform, 4k to 60k). Prints, for each policy, the median over the repeats of CPU seconds per million
-documents given, from an int32 array of lengths to the arrays of the plan, and the fill of the same call.
-Figures and where they were measured are in docs/packing.md.
+Lengths as pre-training data has them: 40% text (log-normal, mean about 700), 50% images (4,300 +- 400),
+10% video (log-uniform, 4k to 60k). Prints, for each policy, the median over the repeats of CPU seconds per
+million documents given, from an int32 array of lengths to the arrays of the plan, and the fill of the same
+call. Figures and where they were measured are in docs/packing.md.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Tokenize images, videos and texts into the shards of a dataset.
 
-Reads JSON Lines manifests or WebDataset tar files. Run it once, or as several workers (--worker i --num-workers n)
-that share the output folder; run it again after any interruption: finished shards are kept. Entries that cannot be
-used are listed in OUTPUT/quarantine.jsonl.
+Reads JSON Lines manifests or WebDataset tar files. Run it once, or as several workers (--worker i
+--num-workers n) that share the output folder; run it again after any interruption: finished shards are
+kept. Entries that cannot be used are listed in OUTPUT/quarantine.jsonl.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ HELP = {
     "media_device": "where video is decoded and pictures are resized: cpu or gpu",
     "device": "where the vision tokenizer runs: cpu, cuda, cuda:1...",
     "precision": "arithmetic of the encoder: fp32 or bf16",
-    "encode_pixels": "pixels times frames in one batch of the encoder",
+    "encode_pixels": "pixels times frames in one batch of the encoder; by device where not given",
     "quarantine_budget": "share of entries that may be set aside before the job fails",
     "decode_threads": "threads that decode ahead while the encoder runs",
 }

@@ -18,7 +18,7 @@ def main() -> None:
     parser = ArgumentParser(description=__doc__)
     parser.add_argument("--config", action="config", help="YAML file with the same keys as the options")
     parser.add_class_arguments(VisionTrainingConfig)
-    values = parser.instantiate_classes(parser.parse_args())
+    values = parser.instantiate(parser.parse_args())
     values.pop("config", None)
     train(VisionTrainingConfig(**values.as_dict()))
 

@@ -14,7 +14,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
-    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
+    "{% for content in message['content'] | selectattr('type', 'equalto', 'image') %}"
+    "{{ '<image>' }}{% endfor %}"
     "{% for content in message['content'] | selectattr('type', 'equalto', 'text') %}"
     "{{ content['text'] }}{% endfor %}{% endif %}"
     "{{ ' ' }}{% endfor %}"
@@ -159,7 +160,9 @@ def read_model_config(values: Mapping[str, Any]) -> ModelConfig:
     }
     for name, allowed in refused.items():
         if text.get(name) not in allowed:
-            raise ConversionError(f"config.json: {name}={text[name]!r} is not supported; expected {allowed[0]!r}")
+            raise ConversionError(
+                f"config.json: {name}={text[name]!r} is not supported; expected {allowed[0]!r}"
+            )
     try:
         heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
         size = int(text.get("head_dim") or hidden // heads)
@@ -181,7 +184,9 @@ def read_model_config(values: Mapping[str, Any]) -> ModelConfig:
             init_method_std=float(text.get("initializer_range", 0.02)),
         )
     except KeyError as error:
-        raise ConversionError(f"config.json lacks {error.args[0]!r}; is this an Emu3 configuration?") from error
+        raise ConversionError(
+            f"config.json lacks {error.args[0]!r}; is this an Emu3 configuration?"
+        ) from error
     config.validate()
     return config
 
@@ -190,5 +195,7 @@ def _rotary_base(text: Mapping[str, Any]) -> float:
     """The rotary base from either version's field."""
     parameters = text.get("rope_parameters") or {}
     if parameters.get("rope_type", "default") != "default":
-        raise ConversionError(f"config.json: rope_parameters={parameters!r} is not supported; expected the default")
+        raise ConversionError(
+            f"config.json: rope_parameters={parameters!r} is not supported; expected the default"
+        )
     return float(parameters.get("rope_theta") or text["rope_theta"])

@@ -90,13 +90,12 @@ LAYOUTS: dict[str, Layout] = {
     "transformers": Layout(
         "transformers", (("model.", "text_model.model."), ("lm_head.", "text_model.lm_head."))
     ),
-    "transformers-5": Layout(
-        "transformers-5", (("model.", "model.text_model."), ("lm_head.", "lm_head."))
-    ),
+    "transformers-5": Layout("transformers-5", (("model.", "model.text_model."), ("lm_head.", "lm_head."))),
     "emu3": Layout("emu3", (("model.", "model."), ("lm_head.", "lm_head."))),
 }
 """``transformers``: what its conversion script writes and every version reads; ``transformers-5``: the names
-that its version 5 holds in memory and saves; ``emu3``: as released (also `Emu3ForCausalLM` of transformers)."""
+that its version 5 holds in memory and saves; ``emu3``: as released (also `Emu3ForCausalLM` of
+transformers)."""
 
 VISION_PREFIXES = {"transformers": "vqmodel.", "transformers-5": "model.vqmodel."}
 """Prefix of the vision tokenizer's tensors in the layouts that hold it."""

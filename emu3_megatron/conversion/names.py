@@ -43,8 +43,8 @@ def special_names(vocabulary: Vocabulary) -> dict[str, int]:
     )
     if vocabulary != expected:
         raise ConversionError(
-            f"vocabulary {vocabulary.name!r} does not have Emu3's block of {EMU3_CONTROL_COUNT} control ids after "
-            f"{vocabulary.text_size} text ids, which transformers needs; see Vocabulary.build"
+            f"vocabulary {vocabulary.name!r} does not have Emu3's block of {EMU3_CONTROL_COUNT} control ids "
+            f"after {vocabulary.text_size} text ids, which transformers needs; see Vocabulary.build"
         )
     names = {name: vocabulary.text_size + index for index, name in enumerate(CONTROL_NAMES)}
     offset = vocabulary.vision_offset
@@ -57,8 +57,8 @@ def vocabulary_map(vocabulary: Vocabulary, text_names: Mapping[str, int] | None 
 
     Args:
         vocabulary: with Emu3's control block.
-        text_names: spelling of the text ids; without one they are left out (transformers reads the control and
-            vision names only).
+        text_names: spelling of the text ids; without one they are left out (transformers reads the control
+            and vision names only).
     """
     names = dict(text_names or {})
     special = special_names(vocabulary)

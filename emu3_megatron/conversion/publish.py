@@ -13,7 +13,7 @@ from emu3_megatron.files import fsync_directory, temporary_path
 
 
 @contextmanager
-def publish_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
+def publish_folder(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Fill a hidden folder beside `target`; it takes the target's name when the block ends well.
 
     Every file is flushed to the disk before the rename. On an exception the unfinished folder is removed and
@@ -21,8 +21,7 @@ def publish_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[P
     not set.
     """
     final = Path(target)
-    if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
-        raise UserError(f"{final} exists; choose another folder or pass --overwrite")
+    refuse_existing(final, overwrite=overwrite)
     final.parent.mkdir(parents=True, exist_ok=True)
     unfinished = temporary_path(final.absolute())
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -34,6 +33,13 @@ def publish_folder(target: str | Path, *, overwrite: bool = False) -> Iterator[P
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
+
+
+def refuse_existing(target: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Raise `UserError` when `target` exists, is not empty and may not be replaced."""
+    final = Path(target)
+    if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
+        raise UserError(f"{final} exists; choose another folder or pass --overwrite")
 
 
 def _flush(folder: Path) -> None:

@@ -1,7 +1,8 @@
 """Safetensors folders: read tensor by tensor, written in shards with an index.
 
-The layout is that of the Hugging Face hub: ``model.safetensors``, or ``model-00001-of-00003.safetensors`` with
-``model.safetensors.index.json``. Pickled ``.bin`` files are refused: reading one runs code from the file.
+The layout is that of the Hugging Face hub: ``model.safetensors``, or ``model-00001-of-00003.safetensors``
+with ``model.safetensors.index.json``. Pickled ``.bin`` files are refused: reading one runs code from the
+file.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ SHARD_BYTES = 5_000_000_000
 class TensorFiles(Mapping[str, Tensor]):
     """The tensors of a folder of safetensors, read when asked for.
 
-    Raises `ConversionError` when the folder holds no safetensors, when its index names a file that is missing or
-    outside the folder, or when a file is damaged (the file is named).
+    Raises `ConversionError` when the folder holds no safetensors, when its index names a file that is missing
+    or outside the folder, or when a file is damaged (the file is named).
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -150,7 +151,8 @@ class TensorView(Mapping[str, Tensor]):
 def write_tensors(
     folder: Path, tensors: Iterable[tuple[str, Tensor]], *, shard_bytes: int = SHARD_BYTES
 ) -> int:
-    """Write tensors as safetensors shards of at most `shard_bytes` (a larger tensor has its own); return bytes.
+    """Write tensors as safetensors shards of at most `shard_bytes` (a larger tensor has its own); return
+    bytes.
 
     At most one shard is held in memory. `folder` must exist and is not published: see `publish_folder`.
     """

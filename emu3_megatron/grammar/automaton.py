@@ -93,8 +93,8 @@ class Allowed:
         """The only id that may come next; None where there is a choice, or none."""
         return self.extra[0] if self.kind == "forced" else None
 
-    def ids(self, vocabulary: Vocabulary | None = None) -> Ids:
-        """The allowed ids, int64, ascending (`vocabulary` may be given, and changes nothing)."""
+    def ids(self) -> Ids:
+        """The allowed ids, int64, ascending."""
         extra = np.array(self.extra, dtype=np.int64)
         return np.sort(np.concatenate([np.arange(self.start, self.stop), extra]))
 

@@ -1,9 +1,9 @@
 """A megatron-core GPT with a static key-value cache: the forward pass of generation.
 
-The cache is indexed by position: slot ``p`` of a row holds the key and value of that row's token ``p``. Rows of
-different lengths therefore need no padding on the left; a row's queries see the slots up to their own position,
-and what a shorter row wrote into its padding is overwritten before its queries can see it. One function serves
-prefill, decode and runs of forced tokens.
+The cache is indexed by position: slot ``p`` of a row holds the key and value of that row's token ``p``. Rows
+of different lengths therefore need no padding on the left; a row's queries see the slots up to their own
+position, and what a shorter row wrote into its padding is overwritten before its queries can see it. One
+function serves prefill, decode and runs of forced tokens.
 
 Projections, norms and MLP are megatron-core's own modules, called as in training (so tensor parallelism and
 Transformer Engine come with them); only rotary embedding, cache and attention are here.
@@ -20,8 +20,6 @@ import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
-
-from emu3_megatron.model.attention import rotary_table, rotate
 
 MAX_RUN = 64
 """Most tokens fed to a row in one decode step; also the slack of the cache, see `CachedDecoder`."""
@@ -44,8 +42,9 @@ class CachedDecoder:
                 "generation needs the whole model on every rank; load it with pipeline_model_parallel_size=1"
             )
         if config.sequence_parallel:
-            raise ValueError("generation needs a model without sequence parallelism; load it with "
-                             "sequence_parallel=False")
+            raise ValueError(
+                "generation needs a model without sequence parallelism; load it with sequence_parallel=False"
+            )
         self.max_rows = max_rows
         self.max_length = max_length
         weight = self._model.embedding.word_embeddings.weight
@@ -56,8 +55,10 @@ class CachedDecoder:
         self._scale = float(config.kv_channels) ** -0.5
         shape = (max_rows, self._groups, max_length + MAX_RUN, config.kv_channels)
         self._cache = [
-            (torch.zeros(shape, dtype=self._dtype, device=self.device),
-             torch.zeros(shape, dtype=self._dtype, device=self.device))
+            (
+                torch.zeros(shape, dtype=self._dtype, device=self.device),
+                torch.zeros(shape, dtype=self._dtype, device=self.device),
+            )
             for _ in self._layers
         ]
         self._cos, self._sin = self._rotary_table(max_length + MAX_RUN)
@@ -90,7 +91,9 @@ class CachedDecoder:
         hidden_NBH = self._model.embedding(input_ids=tokens_BN, position_ids=positions_BN)
         for layer, cache in zip(self._layers, self._cache, strict=True):
             normed = layer.input_layernorm(hidden_NBH)
-            hidden_NBH = hidden_NBH + self._attention(layer.self_attention, normed, cos, sin, cache, write, mask)
+            hidden_NBH = hidden_NBH + self._attention(
+                layer.self_attention, normed, cos, sin, cache, write, mask
+            )
             hidden_NBH = hidden_NBH + _output(layer.mlp(layer.pre_mlp_layernorm(hidden_NBH)))
         last_B = (counts_B - 1).clamp_min(0)
         hidden_BH = hidden_NBH[last_B, torch.arange(rows, device=self.device)]
@@ -141,8 +144,8 @@ class CachedDecoder:
     ) -> Tensor:
         """Self-attention of one layer over the cache, new tokens included: ``[N, B, H]``."""
         query, key, value = attention.get_query_key_value_tensors(normed_NBH, None)[:3]
-        query_BNQD = rotate(query.transpose(0, 1), cos, sin)
-        key_BNGD = rotate(key.transpose(0, 1), cos, sin)
+        query_BNQD = _rotate(query.transpose(0, 1), cos, sin)
+        key_BNGD = _rotate(key.transpose(0, 1), cos, sin)
         keys_BGSD, values_BGSD = write.into(cache, key_BNGD, value.transpose(0, 1))
         batch, width, heads, size = query_BNQD.shape
         repeat = heads // self._groups
@@ -155,10 +158,12 @@ class CachedDecoder:
         return _output(attention.linear_proj(out.reshape(width, batch, heads * size)))
 
     def _rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of every position, ``[length, 1, D/2]``, as in training."""
-        positions = torch.arange(length, device=self.device)
+        """Cosine and sine of every position, ``[length, 1, D/2]``, computed in fp32 as in training."""
         config = self._model.config
-        return rotary_table(positions, config.kv_channels, config.rotary_base, self._dtype, {})
+        channels = torch.arange(0, config.kv_channels, 2, dtype=torch.float32, device=self.device)
+        frequencies = 1.0 / config.rotary_base ** (channels / config.kv_channels)
+        angles = torch.outer(torch.arange(length, dtype=torch.float32, device=self.device), frequencies)
+        return angles.cos()[:, None].to(self._dtype), angles.sin()[:, None].to(self._dtype)
 
     def _output_weight(self) -> Tensor:
         """Rows of the output layer on this rank."""
@@ -196,9 +201,16 @@ class _Write:
 
 def unwrap(model: torch.nn.Module) -> Any:
     """The GPTModel inside wrappers (data parallelism, half precision), which keep it as ``module``."""
-    while hasattr(model, "module"):
-        model = model.module
-    return model
+    inner: Any = model
+    while hasattr(inner, "module"):
+        inner = inner.module
+    return inner
+
+
+def _rotate(x_BNHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding, Llama's half rotation; `cos` and `sin` are ``[B, N, 1, D/2]``."""
+    first, second = x_BNHD.chunk(2, dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
 
 
 def _output(result: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:

@@ -1,9 +1,9 @@
 """The generation engine: many requests through one model, under the document grammar.
 
-What a request may produce next is asked of the grammar's decoding automaton. Forced tokens (row ends, the end of
-a span) are never sampled: they are fed together with the token before them. For everything else, logits are
-computed for the allowed ids only. A guided request occupies two rows of the same batch, one with its prompt and
-one with its negative prompt. Rows that finish are reused for waiting requests.
+What a request may produce next is asked of the grammar's decoding automaton. Forced tokens (row ends, the end
+of a span) are never sampled: they are fed together with the token before them. For everything else, logits
+are computed for the allowed ids only. A guided request occupies two rows of the same batch, one with its
+prompt and one with its negative prompt. Rows that finish are reused for waiting requests.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Request:
     prompt: Ids
     """Token ids from BOS on; must be a prefix of the grammar."""
     negative_prompt: Ids | None = None
-    """Prefix of the unconditional stream; needed exactly when ``sampling.guidance`` is not 1. It must end in the
-    same place of the grammar as `prompt` (same span, same size)."""
+    """Prefix of the unconditional stream; needed exactly when ``sampling.guidance`` is not 1. It must end in
+    the same place of the grammar as `prompt` (same span, same size)."""
     sampling: Sampling = field(default_factory=Sampling)
     """How tokens are drawn."""
     seed: int = 0
@@ -55,7 +55,9 @@ class Request:
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if self.guided and self.negative_prompt is None:
-            raise ValueError(f"guidance={self.sampling.guidance} needs a negative_prompt; guidance=1 turns it off")
+            raise ValueError(
+                f"guidance={self.sampling.guidance} needs a negative_prompt; guidance=1 turns it off"
+            )
 
     @property
     def guided(self) -> bool:
@@ -135,7 +137,9 @@ def allowed_ranges(allowed: Allowed, forbidden: frozenset[int]) -> Ranges:
     ids = allowed.ids()
     ids = ids[~np.isin(ids, list(forbidden))]
     if not len(ids):
-        raise ValueError(f"the request forbids all of {sorted(forbidden)}, and the grammar allows nothing else")
+        raise ValueError(
+            f"the request forbids all of {sorted(forbidden)}, and the grammar allows nothing else"
+        )
     cuts = np.flatnonzero(np.diff(ids) != 1) + 1
     return tuple((int(run[0]), int(run[-1]) + 1) for run in np.split(ids, cuts))
 
@@ -217,7 +221,8 @@ class _Run:
             engine.model, max_rows=rows, max_length=max(request.length for request in requests)
         )
         self._rows: list[tuple[_Sequence, int]] = []
-        """What every cache row in use holds: a sequence, and 0 for its prompt or 1 for its negative prompt."""
+        """What every cache row in use holds: a sequence, and 0 for its prompt or 1 for its negative
+        prompt."""
 
     def complete(self) -> list[Completion]:
         """Work until every request has its result."""

@@ -1,7 +1,7 @@
 """Drawing a token from logits: temperature, top-k, top-p, min-p, with the randomness of each request its own.
 
-Every request has a stream of uniform numbers that depends on its seed alone, and a token is the point where the
-cumulative probability, over ids in their order, passes the next number. What else is in the batch changes
+Every request has a stream of uniform numbers that depends on its seed alone, and a token is the point where
+the cumulative probability, over ids in their order, passes the next number. What else is in the batch changes
 neither.
 """
 

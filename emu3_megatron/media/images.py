@@ -118,7 +118,7 @@ def _open(encoded: bytes) -> Any:
 
 
 def _bad_image(error: Exception) -> Exception:
-    """What PIL's `error` amounts to: it raises many types, and the bytes, all in memory, are the cause of each."""
+    """What PIL's `error` amounts to. It raises many types; the bytes in memory are to blame for each."""
     if isinstance(error, MemoryError):
         return error
     return MediaError(f"cannot be decoded as an image: {error or type(error).__name__}")

@@ -14,7 +14,6 @@ from typing import Any, Protocol
 import av
 import numpy as np
 import numpy.typing as npt
-from av.video.reformatter import Interpolation
 
 from emu3_megatron.media import dali
 from emu3_megatron.media.color import correct_matrix
@@ -25,12 +24,10 @@ from emu3_megatron.media.probe import VideoInfo
 Frames = npt.NDArray[np.uint8]
 """RGB frames, uint8 ``[T, H, W, 3]``, upright."""
 
-CONVERTER_FLAGS = (
-    Interpolation.BILINEAR
-    | Interpolation.FULL_CHR_H_INT
-    | Interpolation.FULL_CHR_H_INP
-    | Interpolation.ACCURATE_RND
-)
+BILINEAR, FULL_CHR_H_INT, FULL_CHR_H_INP, ACCURATE_RND = 0x2, 0x2000, 0x4000, 0x40000
+"""FFmpeg's SWS_* numbers; PyAV names the last three from version 18 on."""
+
+CONVERTER_FLAGS = BILINEAR | FULL_CHR_H_INT | FULL_CHR_H_INP | ACCURATE_RND
 """Flags of FFmpeg's colour converter, the same as in DALI; the default flags are up to twice as far off."""
 
 DALI_CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})
@@ -103,6 +100,14 @@ class PyAVSource:
             if seek:
                 container.seek(min(wanted), stream=video, backward=True, any_frame=False)
             for ordinal, frame in enumerate(container.decode(video)):
+                if (
+                    frame.is_corrupt
+                ):  # so is all that refers to it; after a seek it may only lack its reference
+                    if seek:
+                        return {}
+                    raise MediaError(
+                        f"is damaged: the decoder marks the frame at tick {frame.pts} as corrupt"
+                    )
                 stamp = ordinal if info.ordinal else frame.pts
                 if stamp in wanted:
                     found[stamp] = _upright(_to_rgb(frame, info), info)
@@ -191,9 +196,7 @@ def _check_indices(info: VideoInfo, indices: Sequence[int]) -> None:
 
 
 def _to_rgb(frame: Any, info: VideoInfo) -> Frames:
-    """Convert one PyAV frame to RGB, uint8 ``[H, W, 3]``, refusing damage and a change of size."""
-    if frame.is_corrupt:
-        raise MediaError(f"is damaged: the decoder marks the frame at tick {frame.pts} as corrupt")
+    """Convert one PyAV frame to RGB, uint8 ``[H, W, 3]``, refusing a change of size."""
     if (frame.height, frame.width) != (info.height, info.width):
         raise MediaError(
             f"changes size midway, from {info.width}x{info.height} to {frame.width}x{frame.height}"

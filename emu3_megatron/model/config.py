@@ -6,13 +6,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from emu3_megatron.errors import UserError
 from emu3_megatron.parallel.config import LayoutError, ParallelConfig
 
 AttentionBackend = Literal["auto", "torch", "transformer_engine"]
 Recompute = Literal["none", "selective", "full"]
 
 
-class ModelConfigError(ValueError):
+class ModelConfigError(UserError):
     """A model shape that cannot be built; one line with value, rule and remedy."""
 
 

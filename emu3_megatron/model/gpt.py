@@ -75,8 +75,11 @@ class Emu3Model(GPTModel):
             parallelism), or fp32 logits ``[B, S or 1, vocabulary_size]`` without padding ids.
 
         Raises:
-            ValueError: neither a packed window nor a cache is given.
+            ValueError: neither a packed window nor a cache is given, or generation is asked of a layout that
+                splits the sequence.
         """
+        if inference_context is not None or logits == "last":
+            self._refuse_split_sequence()
         hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
         rotary = None
         if inference_context is None:
@@ -142,6 +145,14 @@ class Emu3Model(GPTModel):
             device=parameter.device,
             left_padding=left_padding,
         )
+
+    def _refuse_split_sequence(self) -> None:
+        if self.config.sequence_parallel or self.config.context_parallel_size > 1:
+            raise ValueError(
+                "generation needs whole sequences, but "
+                f"sequence_parallel={self.config.sequence_parallel} and "
+                f"context_parallel_size={self.config.context_parallel_size}; build the model without them"
+            )
 
     def _with_layout(self, parameters: PackedSeqParams, device: torch.device) -> LayoutParameters:
         if isinstance(parameters, LayoutParameters):

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from emu3_megatron.errors import UserError
+
 ContextCommunication = Literal["all_gather", "a2a"]
 
 
-class LayoutError(ValueError):
+class LayoutError(UserError):
     """A layout that cannot work, or would work silently wrong; one line with value, rule and remedy."""
 
 

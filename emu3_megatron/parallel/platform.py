@@ -22,6 +22,7 @@ from typing import Any, Literal
 
 import torch
 
+from emu3_megatron.errors import UserError
 from emu3_megatron.parallel.fused_adam import FusedAdam
 
 PlatformName = Literal["auto", "cuda", "cpu"]
@@ -30,7 +31,7 @@ _CPU = torch.device("cpu")
 _MARK = "_emu3_megatron_cpu_platform"
 
 
-class PlatformError(RuntimeError):
+class PlatformError(UserError):
     """The wanted device cannot be used; the message is one line that says why and what to do."""
 
 
@@ -200,6 +201,11 @@ def _on_cpu(factory: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 def _redirect_factories() -> None:
+    # `with torch.device("meta")` knows factories by identity from a list made at first use: make it now, or
+    # it would list the replacements and miss the originals they call: transformers would load wrong buffers
+    from torch.utils._device import _device_constructors
+
+    _device_constructors()
     for name in ("empty", "zeros", "ones", "tensor", "full", "arange"):
         setattr(torch, name, _on_cpu(getattr(torch, name)))
 

@@ -5,6 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
+from emu3_megatron.grammar.protocol import TextTokenizer
+
+_ROUNDS = 8
+"""Encodings after which a text that still changes is taken as it is."""
+
 
 def replace_surrogates(text: str) -> str:
     """`text` with lone surrogates, which UTF-8 cannot hold, replaced by U+FFFD, and pairs joined."""
@@ -34,3 +39,16 @@ def fingerprint(*parts: bytes | str) -> str:
         digest.update(len(content).to_bytes(8, "little"))
         digest.update(content)
     return digest.hexdigest()
+
+
+def settle(tokenizer: TextTokenizer, text: str) -> str:
+    """`text` encoded and decoded until it no longer changes.
+
+    Once is enough but for models that spell unknown characters with a sign and spaces around it.
+    """
+    for _ in range(_ROUNDS):
+        settled = tokenizer.decode(tokenizer.encode(text))
+        if settled == text:
+            break
+        text = settled
+    return text

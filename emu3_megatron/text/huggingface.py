@@ -10,7 +10,7 @@ from typing import Any
 
 import tokenizers
 
-from emu3_megatron.text.common import check_ids, fingerprint, replace_surrogates
+from emu3_megatron.text.common import check_ids, fingerprint, replace_surrogates, settle
 
 _UNREACHABLE = "\ufdd0"
 """A noncharacter: a piece that begins with it is found in no text."""
@@ -44,7 +44,7 @@ class HuggingFaceTokenizer:
 
     def normalize(self, text: str) -> str:
         """What is left of `text` after encoding and decoding: the file's own rules decide."""
-        return self.decode(self.encode(text))
+        return settle(self, text)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text."""

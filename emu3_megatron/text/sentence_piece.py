@@ -12,7 +12,7 @@ import sentencepiece
 
 from emu3_megatron.files import atomic_write
 from emu3_megatron.grammar.meta import CHARACTERS
-from emu3_megatron.text.common import check_ids, fingerprint, replace_surrogates
+from emu3_megatron.text.common import check_ids, fingerprint, replace_surrogates, settle
 
 SPACE = "▁"
 """How SentencePiece writes a space."""
@@ -50,7 +50,7 @@ class SentencePieceTokenizer:
 
     def normalize(self, text: str) -> str:
         """What is left of `text` after encoding and decoding: the model's own rules decide."""
-        return self.decode(self.encode(text))
+        return settle(self, text)
 
     def encode(self, text: str) -> list[int]:
         """Ids of the text."""
@@ -72,7 +72,7 @@ def train_sentencepiece(
     unknown.
 
     Args:
-        texts: The corpus; one text may hold many lines.
+        texts: The corpus, kept in memory; one text may hold many lines.
         path: Where the model file goes.
         vocab_size: Upper bound of the number of ids, at least 272; a small corpus gives fewer. Where it has
             no room for all characters of the corpus, the rarest are spelled in bytes.
@@ -90,6 +90,9 @@ def train_sentencepiece(
     lines = [line for text in texts for line in replace_surrogates(text).splitlines() if line.strip()]
     if not lines:
         raise ValueError("no text to train a tokenizer on: every text is empty")
+    lines = _cut_rare_characters(lines, vocab_size - least, required)
+    if set("".join(lines)) <= set(required + " "):
+        lines.append("a")  # SentencePiece adds the required characters only to a corpus that has others
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -98,14 +101,14 @@ def train_sentencepiece(
             model_type="bpe",
             vocab_size=vocab_size,
             hard_vocab_limit=False,
-            character_coverage=_character_coverage(lines, vocab_size - least, required),
+            character_coverage=1.0,
             required_chars=required,
             byte_fallback=True,
             split_digits=True,
             normalization_rule_name="identity",
             add_dummy_prefix=False,
             remove_extra_whitespaces=False,
-            max_sentence_length=max(len(line.encode()) for line in lines) + 1,
+            max_sentence_length=max(4192, *(len(line.encode()) + 1 for line in lines)),
             unk_id=0,
             bos_id=-1,
             eos_id=-1,
@@ -121,11 +124,14 @@ def train_sentencepiece(
     return SentencePieceTokenizer(path)
 
 
-def _character_coverage(lines: list[str], room: int, required: str) -> float:
-    """The share of all characters that the `room` most frequent ones hold."""
-    counts = Counter(character for line in lines for character in line.replace(" ", SPACE))
-    optional = [count for character, count in counts.most_common() if character not in required]
-    if len(optional) <= room:
-        return 1.0
-    # SentencePiece adds characters by frequency until the share is reached, required ones among them
-    return max(0.0, sum(optional[:room]) / sum(counts.values()) - 1e-6)
+def _cut_rare_characters(lines: list[str], room: int, required: str) -> list[str]:
+    """`lines` cut at all but their `room` most frequent characters, so that those have pieces and others not.
+
+    SentencePiece can leave out rare characters itself, but no more than one in fifty.
+    """
+    counts = Counter("".join(lines).replace(" ", SPACE))
+    by_frequency = sorted(set(counts) - set(required), key=lambda character: (-counts[character], character))
+    if len(by_frequency) <= room:
+        return lines
+    cut = str.maketrans(dict.fromkeys(by_frequency[room:], "\n"))
+    return [part for line in lines for part in line.translate(cut).split("\n") if part.strip()]

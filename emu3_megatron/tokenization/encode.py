@@ -16,8 +16,8 @@ Codes = npt.NDArray[np.int64]
 class BucketEncoder:
     """Collects samples by shape and encodes a bucket when it is full.
 
-    Batches depend on nothing but the samples added since the last `finish`, in order: neither on timing nor on
-    other shards. So the same shard gives the same batches, and the same codes, whoever makes it.
+    Batches depend on nothing but the samples added since the last `finish`, in order: neither on timing nor
+    on other shards. So the same shard gives the same batches, and the same codes, whoever makes it.
 
     Args:
         tokenizer: the vision tokenizer, on its device, in evaluation mode.
@@ -52,7 +52,8 @@ class BucketEncoder:
         """Encode what is left.
 
         Returns:
-            Codes by key of all samples since the last call: int64 ``[h, w]`` of images, ``[t, h, w]`` of clips.
+            Codes by key of all samples since the last call, int64: ``[h, w]`` of images, ``[t, h, w]``
+            of clips.
         """
         while self._buckets:
             self._encode(self._buckets.pop(next(iter(self._buckets))))

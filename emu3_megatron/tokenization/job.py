@@ -8,13 +8,12 @@ import time
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
 from emu3_megatron.data import ShardWriter, read_shard_record, write_manifest
 from emu3_megatron.errors import UserError
-from emu3_megatron.files import atomic_write, write_json_atomic
+from emu3_megatron.files import TEMPORARY_SUFFIX, atomic_write, write_json_atomic
 from emu3_megatron.tokenization.config import TokenizationConfig
 from emu3_megatron.tokenization.decode import SampleDecoder
 from emu3_megatron.tokenization.encode import BucketEncoder
@@ -97,7 +96,12 @@ class TokenizationJob:
         begin = time.perf_counter()
         reports: list[ShardReport] = []
         with (
-            tqdm(total=total, desc="tokenize", unit="entry", disable=not config.progress) as bar,
+            tqdm(
+                total=total,
+                desc=f"tokenize {config.worker + 1}/{config.num_workers}",
+                unit="entry",
+                disable=not config.progress,
+            ) as bar,
             SampleDecoder(config, toolkit.spatial_factor) as decoder,
         ):
             encoder = toolkit.encoder(config)
@@ -162,6 +166,10 @@ class TokenizationJob:
                 "quarantined": sum(len(report.quarantine) for report in reports),
             },
         )
+        # What killed workers left; nobody writes shards any more.
+        for folder in (config.output, config.output / REPORTS):
+            for leftover in folder.glob(f".{config.dataset_name}-*{TEMPORARY_SUFFIX}"):
+                leftover.unlink(missing_ok=True)
         return True
 
     def _check_budget(self) -> None:
@@ -175,8 +183,8 @@ class TokenizationJob:
             example = f"{bad[0]['path'] or bad[0]['id']} {bad[0]['reason']}"
             raise UserError(
                 f"{len(bad)} of {len(self.inputs)} entries cannot be used, more than the budget of {allowed} "
-                f"({self.config.quarantine_budget:.1%}); the first: {example}; see {path}, repair the files, or "
-                "raise --quarantine-budget and run again: finished shards are kept"
+                f"({self.config.quarantine_budget:.1%}); the first: {example}; see {path}, "
+                "repair the files, or raise --quarantine-budget and run again: finished shards are kept"
             )
 
     def _reports(self) -> Iterable[ShardReport]:

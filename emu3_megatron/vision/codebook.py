@@ -14,6 +14,12 @@ from emu3_megatron.vision.model import nearest_codes
 DEAD_SHARE = 0.02
 """A code is dead when its average count falls below this share of a uniform code's count."""
 
+UNUSED_COUNT = 1e-3
+"""A code of a smaller average count keeps its place, and is unused when training ends."""
+
+OUT_OF_REACH = 1e4
+"""Where removed codes are put: no latent is near."""
+
 SPREAD_ROUNDS = 16
 """Rounds in which the first codes are drawn: more spread them better, as in k-means++."""
 
@@ -63,7 +69,7 @@ class EmaCodebook:
             counts_K, sums_KD = both[:, 0], both[:, 1:]
         self.counts_K.lerp_(counts_K, 1 - self.decay)
         self.sums_KD.lerp_(sums_KD, 1 - self.decay)
-        alive = self.counts_K > 1e-3
+        alive = self.counts_K > UNUSED_COUNT
         self.vectors_KD[alive] = self.sums_KD[alive] / self.counts_K[alive, None]
 
     @torch.no_grad()
@@ -86,6 +92,48 @@ class EmaCodebook:
         self.counts_K[places] = 10 * DEAD_SHARE * mean_count
         self.sums_KD[places] = self.vectors_KD[places] * self.counts_K[places, None]
         return len(chosen)
+
+    @torch.no_grad()
+    def merge(self, distance: float) -> int:
+        """Remove every code that lies close to one of more weight; the latents go to the next code.
+
+        Moving averages put many codes where there are many latents, however alike; a language model would
+        have to learn their noise. Removed codes are put out of reach until `compact`.
+
+        Args:
+            distance: what is close, in median distances of a code to its nearest neighbour.
+
+        Returns:
+            The number of codes that are left.
+        """
+        alive = (self.counts_K >= DEAD_SHARE * self.counts_K.mean()).nonzero()[:, 0]
+        between = torch.cdist(self.vectors_KD[alive], self.vectors_KD[alive])
+        nearest = between.clone().fill_diagonal_(torch.inf).amin(1)
+        close = between < distance * nearest.median()
+        left = torch.ones(len(alive), dtype=torch.bool, device=alive.device)
+        for index in self.counts_K[alive].argsort(descending=True).tolist():
+            if left[index]:
+                left &= ~close[index]
+                left[index] = True
+        removed = torch.ones_like(self.counts_K, dtype=torch.bool)
+        removed[alive[left]] = False
+        self.vectors_KD[removed] = OUT_OF_REACH
+        self.counts_K[removed] = 0
+        self.sums_KD[removed] = 0
+        return int(left.sum())
+
+    @torch.no_grad()
+    def compact(self) -> None:
+        """Order the codes by weight and make every unused one a copy of the first.
+
+        A copy is never encoded, since the first among equals wins, and is harmless to decode.
+        """
+        order = self.counts_K.argsort(descending=True, stable=True)
+        for tensor in (self.vectors_KD, self.counts_K, self.sums_KD):
+            tensor.copy_(tensor[order].clone())
+        unused = self.counts_K < UNUSED_COUNT
+        unused[0] = False
+        self.vectors_KD[unused] = self.vectors_KD[0].clone()
 
     def state_dict(self) -> dict[str, Tensor | bool]:
         """Everything but the vectors, which belong to the tokenizer."""

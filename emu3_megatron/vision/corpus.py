@@ -55,8 +55,8 @@ class InMemoryDataset:
         return self._clips[indices]
 
 
-def load_manifest(
-    manifest: str | Path,
+def load_manifests(
+    manifests: Sequence[str | Path],
     *,
     height: int,
     width: int,
@@ -64,36 +64,35 @@ def load_manifest(
     splits: Sequence[str] = (),
     limit: int | None = None,
 ) -> InMemoryDataset:
-    """Decode the media of a manifest (JSON Lines; ``image`` or ``video`` relative to the file) into memory.
+    """Decode the media of manifests (JSON Lines; ``image`` or ``video`` relative to the file) into memory.
 
     Pictures of another size are scaled to cover height x width and cut in the middle. Of a video, the first
     `frames` frames are taken; shorter videos and documents without media are passed over.
 
     Args:
-        manifest: the file; one object per line.
+        manifests: the files; one object per line.
         height: in pixels.
         width: in pixels.
-        frames: of a clip.
+        frames: of a clip; 0 leaves videos out.
         splits: keep rows whose ``split`` is one of these; empty keeps all. Rows without one are "train".
         limit: at most this many images, and as many clips.
 
     Raises:
-        ValueError: for a line that is not JSON, a file that cannot be decoded, or a manifest without media.
+        ValueError: for a line that is not JSON, a file that cannot be decoded, or nothing to train on.
     """
-    path = Path(manifest)
+    rows = [(Path(path).parent, row) for path in manifests for row in _rows(Path(path), splits)]
     images: list[np.ndarray] = []
     clips: list[np.ndarray] = []
-    for row in tqdm(_rows(path, splits), desc=f"decode {path.name}", unit="file", disable=None):
+    for folder, row in tqdm(rows, desc="decode media", unit="file", disable=None):
         if "image" in row and (limit is None or len(images) < limit):
-            images.append(_read_image(path.parent / row["image"], height, width))
+            images.append(_read_image(folder / row["image"], height, width))
         elif "video" in row and frames and (limit is None or len(clips) < limit):
-            clip = _read_video(path.parent / row["video"], height, width, frames)
+            clip = _read_video(folder / row["video"], height, width, frames)
             if clip is not None:
                 clips.append(clip)
     if not images and not clips:
-        raise ValueError(
-            f"{path}: no image or video in splits {list(splits) or 'of any name'}; nothing to train on"
-        )
+        names = ", ".join(str(path) for path in manifests) or "no manifest"
+        raise ValueError(f"{names}: no image or video in splits {list(splits) or 'of any name'}; name others")
     return InMemoryDataset(_stacked(images, (3, height, width)), _stacked(clips, (frames, 3, height, width)))
 
 

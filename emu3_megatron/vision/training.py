@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from emu3_megatron.files import atomic_write
 from emu3_megatron.vision.codebook import EmaCodebook, world_size
-from emu3_megatron.vision.corpus import Batch, VisionDataset, draw_batch, load_manifest
+from emu3_megatron.vision.corpus import Batch, VisionDataset, draw_batch, load_manifests
 from emu3_megatron.vision.initialization import initialise
 from emu3_megatron.vision.losses import (
     commitment_loss,
@@ -101,6 +101,8 @@ class VisionTrainer:
                 every = self.config.checkpoint_every
                 if every and (self.step % every == 0 or self.step == steps):
                     self.save_state()
+        if self.codebook.initialised:
+            self.codebook.compact()
         self.tokenizer.eval().requires_grad_(True)
         if self.rank == 0:
             self.tokenizer.save_pretrained(self.folder)
@@ -162,6 +164,8 @@ class VisionTrainer:
             and self.step < loss_config.revive_until * self.config.schedule.steps
         ):
             self.codebook.revive(rows_RD, codes_R, weights_R, self.step)
+        if loss_config.merge_distance and self.step == int(loss_config.merge_at * self.config.schedule.steps):
+            self.codebook.merge(loss_config.merge_distance)
         self.recent_codes.append(codes_R)
         commitment = commitment_loss(rows_RD, quantized_RD, 1 + (loss_config.plain_commitment - 1) * plain_R)
         return straight_through(latents_BDthw, quantized_BDthw), commitment
@@ -345,15 +349,15 @@ def set_up_processes() -> torch.device:
 
 
 def train(config: VisionTrainingConfig) -> VisionTokenizer:
-    """Train a tokenizer on a manifest, in this process or as one of torchrun's, into `config.output`.
+    """Train a tokenizer on manifests, in this process or as one of torchrun's, into `config.output`.
 
     Rerunning a finished run loads its result; rerunning a stopped one continues it.
     """
     device = set_up_processes()
     try:
         data = config.data
-        dataset = load_manifest(
-            data.manifest,
+        dataset = load_manifests(
+            data.manifests,
             height=data.height,
             width=data.width,
             frames=data.frames,

@@ -12,8 +12,8 @@ from emu3_megatron.vision.config import VisionTokenizerConfig
 class DataConfig:
     """What to train on."""
 
-    manifest: str = ""
-    """Manifest (JSON Lines) of the training media."""
+    manifests: list[str] = field(default_factory=list)
+    """Manifests (JSON Lines) of the training media, read as one."""
     height: int = 64
     """Pixels; pictures of another size are scaled and cut."""
     width: int = 64
@@ -78,8 +78,12 @@ class LossConfig:
     """Of the moving averages that the codebook follows."""
     revive_every: int = 20
     """Steps between revivals of dead codes; 0: never."""
-    revive_until: float = 0.6
-    """Share of the steps after which codes are left in peace."""
+    revive_until: float = 0.5
+    """Share of the steps after which no code is revived."""
+    merge_distance: float = 0.0
+    """Codes closer than this many median nearest distances are merged into one; 0: none."""
+    merge_at: float = 0.6
+    """Share of the steps after which codes are merged; the rest of the training gets used to it."""
 
 
 @dataclass(kw_only=True)

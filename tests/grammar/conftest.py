@@ -1,9 +1,14 @@
 import pytest
+from hypothesis import settings
 
 from emu3_megatron.grammar import Dialect
 from emu3_megatron.text import ByteTokenizer
 from emu3_megatron.vocabulary import Vocabulary
 from tests.grammar.reference import CODES
+
+# on a busy machine one example may take long for no fault of the code
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 NAMES = ("emu3", "emu3-frames", "emu3.5")
 

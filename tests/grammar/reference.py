@@ -1,6 +1,7 @@
-"""A slow recogniser of the dialects, written from the EBNF in docs/grammar.md; it shares no code with the package.
+"""A slow recogniser of the dialects, written from the EBNF in docs/grammar.md.
 
-Every rule of the EBNF is a generator: it yields the set of ids that may come next, and is sent the id that came.
+It shares no code with the package. Every rule of the EBNF is a generator: it yields the set of ids that may
+come next, and is sent the id that came.
 """
 
 TEXT_SIZE = 256

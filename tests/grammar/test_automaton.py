@@ -150,7 +150,7 @@ def test_errors_say_what_stands_where_and_what_was_expected(dialects):
         dialect.parse(ids[:8])
     with pytest.raises(GrammarError, match="expected nothing more"):
         dialect.parse([*ids, vocabulary.pad])
-    with pytest.raises(GrammarError, match="vision code 0 .* expected text, BOI or EOS"):
+    with pytest.raises(GrammarError, match=r"vision code 0 .* expected text, BOI or EOS"):
         dialect.parse([vocabulary.bos, vocabulary.vision_offset])
     error = pickle.loads(pickle.dumps(GrammarError("here", position=3, incomplete=True)))
     assert (str(error), error.position, error.incomplete) == ("here", 3, True)

@@ -110,12 +110,10 @@ def test_dialects_are_data(small_vocabulary):
 
 def test_ambiguous_dialects_are_refused():
     image = DIALECTS["emu3"].image
+    fields = (Field.FPS, Field.HEIGHT, Field.WIDTH)
+    as_many = SpanRule(fields=fields, row_break=RowBreak.NEVER, frame_break=False)
     with pytest.raises(ValueError, match="number of fields"):
-        fields = (Field.FPS, Field.HEIGHT, Field.WIDTH)
-        DialectRules(
-            image=SpanRule(fields=fields, row_break=RowBreak.NEVER, frame_break=False),
-            video=DIALECTS["emu3-frames"].video,
-        )
+        DialectRules(image=as_many, video=DIALECTS["emu3-frames"].video)
     with pytest.raises(ValueError, match="must state its number of frames"):
         DialectRules(image=image, video=image)
     with pytest.raises(ValueError, match="height and width"):

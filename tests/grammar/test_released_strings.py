@@ -1,7 +1,6 @@
 """Ids and strings of the released models, with Qwen's real tokenizer."""
 
 import itertools
-import time
 
 import numpy as np
 import pytest
@@ -41,9 +40,7 @@ def test_image_is_written_as_released(emu3):
     assert len(ids) == emu3.span_length(90, 90) == 7 + 90 * 91 + 2
 
 
-@pytest.mark.parametrize(
-    ("height", "width", "generated"), [(90, 90, 8193), (120, 68, 8283), (64, 64, 4163)]
-)
+@pytest.mark.parametrize(("height", "width", "generated"), [(90, 90, 8193), (120, 68, 8283), (64, 64, 4163)])
 def test_ids_after_img(emu3, height, width, generated):
     """(W+1)*H rows with their EOL, then EOF, EOI, EOS."""
     assert emu3.span_length(height, width) - len(emu3.open_span(height, width)) + 1 == generated
@@ -105,9 +102,10 @@ def test_video_of_frames_only(qwen):
     assert dialect.encode_span(Video(codes)).tolist() == expected
     assert dialect.encode_span(Video(codes, fps=24, seconds=0.3)).tolist() == expected
     image = Image(codes[0])
-    assert dialect.encode_span(image).tolist() == Dialect.preset(
-        "emu3", Vocabulary.preset("emu3"), qwen
-    ).encode_span(image).tolist()
+    assert (
+        dialect.encode_span(image).tolist()
+        == Dialect.preset("emu3", Vocabulary.preset("emu3"), qwen).encode_span(image).tolist()
+    )
 
 
 def test_video_of_the_paper(emu3, qwen):
@@ -150,17 +148,6 @@ def test_spelled_control_tokens_stay_text(emu3, spelling):
     encoded = emu3.encode(Document((Text(f"a {spelling} b"),)))
     assert set(encoded.modality[1:-1].tolist()) == {Modality.TEXT}
     assert emu3.parse(encoded.ids) == Document((Text(f"a {spelling} b"),))
-
-
-def test_encoding_does_no_work_per_code(emu3):
-    """About ten microseconds on a free core for 64x64 codes; the bound leaves room for a busy machine."""
-    image = Image(random_codes(64, 64))
-    times = []
-    for _ in range(200):
-        start = time.perf_counter()
-        emu3.encode_span(image)
-        times.append(time.perf_counter() - start)
-    assert min(times) < 100e-6
 
 
 def test_span_modality_counts(emu3):

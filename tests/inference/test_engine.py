@@ -90,7 +90,11 @@ def test_moved_rows_keep_their_cache(model) -> None:
     from emu3_megatron.inference.decoder import CachedDecoder
 
     decoder = CachedDecoder(model, max_rows=4, max_length=8)
-    tokens, zero, one = torch.arange(12).view(4, 3), torch.zeros(4, dtype=torch.long), torch.ones(4, dtype=torch.long)
+    tokens, zero, one = (
+        torch.arange(12).view(4, 3),
+        torch.zeros(4, dtype=torch.long),
+        torch.ones(4, dtype=torch.long),
+    )
     decoder.feed(tokens, zero, zero + 3)
     expected = decoder.feed(torch.full((4, 1), 5), zero + 3, one)[[1, 3]]
     decoder.keep_rows([1, 3])
@@ -108,8 +112,13 @@ def test_batched_equals_alone(engine, guidance: float, temperature: float) -> No
             height=1 + index % 3,
             width=2 + index % 2,
             seed=index,
-            sampling=Sampling(guidance=guidance, temperature=temperature, top_k=[None, 5, 20][index % 3],
-                              top_p=[1.0, 0.9][index % 2], min_p=[0.0, 0.01][index % 2]),
+            sampling=Sampling(
+                guidance=guidance,
+                temperature=temperature,
+                top_k=[None, 5, 20][index % 3],
+                top_p=[1.0, 0.9][index % 2],
+                min_p=[0.0, 0.01][index % 2],
+            ),
         )
         for index in range(7)
     ]
@@ -125,8 +134,12 @@ def test_few_rows_give_the_same_results(model) -> None:
     from emu3_megatron.inference.engine import Engine
 
     requests = [
-        image_request("x" * (1 + index % 5), height=1 + index % 4, seed=index,
-                      sampling=Sampling(guidance=[1.0, 2.0][index % 2]))
+        image_request(
+            "x" * (1 + index % 5),
+            height=1 + index % 4,
+            seed=index,
+            sampling=Sampling(guidance=[1.0, 2.0][index % 2]),
+        )
         for index in range(12)
     ]
     many = Engine(model, worlds.dialect(), max_rows=64).generate(requests)
@@ -175,7 +188,11 @@ def test_generated_sequences_parse(name: str) -> None:
             more = {"frames": frames, "fps": 12.0, "seconds": 1.5} if video else {}
             sizes.append((frames, height, width) if video else (height, width))
             prompt = np.concatenate(
-                [[dialect.vocabulary.bos], dialect.encode_text("go"), dialect.open_span(height, width, **more)]
+                [
+                    [dialect.vocabulary.bos],
+                    dialect.encode_text("go"),
+                    dialect.open_span(height, width, **more),
+                ]
             )
             requests.append(Request(prompt=prompt, seed=index, stop=frozenset([dialect.vocabulary.eoi])))
         for request, size, completion in zip(requests, sizes, engine.generate(requests), strict=True):
@@ -187,7 +204,8 @@ def test_generated_sequences_parse(name: str) -> None:
 
 
 def test_free_documents_parse(model) -> None:
-    """Without any prompt but BOS the model may write text and spans of its own size; it stays in the grammar."""
+    """Without any prompt but BOS the model may write text and spans of its own size; it stays in the
+    grammar."""
     from emu3_megatron.inference.engine import Engine, Request
 
     dialect = worlds.dialect()

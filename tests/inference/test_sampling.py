@@ -40,7 +40,12 @@ def test_frequencies_are_the_probabilities(settings: Sampling, expected: list[fl
 
 def test_rows_have_settings_of_their_own() -> None:
     logits = torch.randn(4, 50, generator=torch.Generator().manual_seed(0))
-    settings = [Sampling(temperature=0), Sampling(top_k=3), Sampling(top_k=None, top_p=0.5), Sampling(min_p=0.2)]
+    settings = [
+        Sampling(temperature=0),
+        Sampling(top_k=3),
+        Sampling(top_k=None, top_p=0.5),
+        Sampling(min_p=0.2),
+    ]
     uniforms = [0.3, 0.9, 0.99, 0.5]
     together = sample(logits, settings, uniforms)
     alone = [int(sample(logits[i : i + 1], [settings[i]], [uniforms[i]])) for i in range(4)]
@@ -68,7 +73,8 @@ def test_guidance_on_logits_and_on_log_probabilities_agree() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 1.0}, {"guidance": -1.0}]
+    "wrong",
+    [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 1.0}, {"guidance": -1.0}],
 )
 def test_settings_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     (name,) = wrong

@@ -38,8 +38,15 @@ def dialect(name: str = "emu3") -> Dialect:
 
 
 def model_config(**overrides: object) -> ModelConfig:
-    fields = {"num_layers": 2, "hidden_size": 32, "ffn_hidden_size": 48, "num_attention_heads": 4,
-              "num_query_groups": 2, "init_method_std": 0.3, "max_position_embeddings": 512}
+    fields = {
+        "num_layers": 2,
+        "hidden_size": 32,
+        "ffn_hidden_size": 48,
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "init_method_std": 0.3,
+        "max_position_embeddings": 512,
+    }
     return ModelConfig.preset("tiny", **{**fields, **overrides})
 
 

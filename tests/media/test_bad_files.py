@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
@@ -78,6 +79,17 @@ def test_truncated_real_clip_is_refused(tmp_path: Path) -> None:
         use_video(path, (0,))
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_flipped_bits_in_a_real_clip_are_noticed(tmp_path: Path, seed: int) -> None:
+    """H.264's decoder marks what it conceals, and frames that refer to it are refused too."""
+    data = np.frombuffer((CLIPS / "bikes.mp4").read_bytes(), np.uint8).copy()
+    generator = np.random.default_rng(seed)
+    data[generator.integers(len(data) // 10, len(data) * 9 // 10, 3)] ^= np.uint8(1 << generator.integers(8))
+    (tmp_path / "a.mp4").write_bytes(data.tobytes())
+    with pytest.raises(MediaError, match="damaged"):
+        use_video(tmp_path / "a.mp4")
+
+
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM"])
 @pytest.mark.parametrize("part", [0.5, 0.95])
 def test_truncated_image_is_refused(file_format: str, part: float) -> None:
@@ -119,4 +131,23 @@ def test_a_passing_fault_is_not_the_files(monkeypatch: pytest.MonkeyPatch, tmp_p
     monkeypatch.setattr(media_files, "open", broken, raising=False)
     with pytest.raises(OSError, match="Input/output") as caught:
         decode_images([path])
+    assert not isinstance(caught.value, MediaError)
+
+
+def test_a_passing_fault_during_video_is_not_the_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """FFmpeg reads through our stream, so a fault of the disk arrives as itself."""
+    path = encode(tmp_path / "a.mp4", moving_picture())
+
+    class Flaky(io.FileIO):
+        def readinto(self, buffer: object) -> int:
+            raise OSError(5, "Input/output error")
+
+        def read(self, size: int = -1) -> bytes:
+            raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(media_files, "open", lambda *_: Flaky(path), raising=False)
+    with pytest.raises(OSError, match="Input/output") as caught:
+        probe_video(path)
     assert not isinstance(caught.value, MediaError)

@@ -150,6 +150,14 @@ def test_a_forward_without_window_or_cache_is_refused(single_process: ParallelCo
         _build(single_process)(torch.zeros(1, 5, dtype=torch.int64))
 
 
+def test_generation_on_a_split_sequence_is_refused(single_process: ParallelConfig) -> None:
+    model = _build(single_process).eval()
+    cache = model.new_cache(batch=1, max_length=4)
+    model.config.sequence_parallel = True
+    with pytest.raises(ValueError, match="sequence_parallel=True"):
+        model(torch.zeros(1, 2, dtype=torch.int64), inference_context=cache)
+
+
 def test_initial_weights_depend_on_seed_and_name_alone(single_process: ParallelConfig) -> None:
     first, again, other = (_build(single_process, seed=seed) for seed in (1, 1, 2))
     torch.manual_seed(99)

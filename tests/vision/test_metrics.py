@@ -15,6 +15,7 @@ from emu3_megatron.vision.losses import (
     straight_through,
 )
 from emu3_megatron.vision.metrics import codebook_use, psnr, ssim
+from emu3_megatron.vision.model import nearest_codes
 
 
 def test_psnr_and_ssim_are_those_of_scikit_image() -> None:
@@ -91,3 +92,16 @@ def test_latents_of_little_weight_take_few_codes() -> None:
     codebook = EmaCodebook(torch.zeros(16, 2), decay=0.9, seed=0)
     codebook.initialise(rows, weights)
     assert (codebook.vectors_KD.norm(dim=1) > 5).sum() >= 14
+
+
+def test_close_codes_merge_into_the_heaviest_and_copies_are_never_encoded() -> None:
+    vectors = torch.tensor(
+        [[0.1, 0.0], [0.0, 0.0], [5.0, 0.0], [0.0, 0.1], [0.0, 5.0], [9.0, 9.0], [0.05, 0.0]]
+    )
+    codebook = EmaCodebook(vectors, decay=0.9, seed=0)
+    codebook.counts_K.copy_(torch.tensor([1.0, 9.0, 5.0, 2.0, 4.0, 3.0, 1.0]))
+    codebook.sums_KD.copy_(vectors * codebook.counts_K[:, None])
+    assert codebook.merge(4.0) == 4
+    codebook.compact()
+    assert torch.equal(vectors[:4], torch.tensor([[0.0, 0.0], [5.0, 0.0], [0.0, 5.0], [9.0, 9.0]]))
+    assert torch.equal(nearest_codes(vectors, vectors), torch.tensor([0, 1, 2, 3, 0, 0, 0]))

@@ -11,10 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from jsonargparse import ArgumentParser
 from PIL import Image
 
 from emu3_megatron.vision import VisionTokenizer, VisionTokenizerConfig
-from emu3_megatron.vision.corpus import InMemoryDataset, background_colours, draw_batch, load_manifest
+from emu3_megatron.vision.corpus import InMemoryDataset, background_colours, draw_batch, load_manifests
 from emu3_megatron.vision.metrics import psnr
 from emu3_megatron.vision.training import STATE_FILE, VisionTrainer
 from emu3_megatron.vision.training_config import (
@@ -26,6 +28,7 @@ from emu3_megatron.vision.training_config import (
 )
 
 ROOT = Path(__file__).parents[2]
+EXAMPLES = sorted((ROOT / "examples" / "configs").glob("*/vision.yaml"))
 
 MODEL = VisionTokenizerConfig(
     channels=32, channel_multiplier=(1, 1, 1), num_res_blocks=0, attention_resolutions=(), codebook_size=64
@@ -100,7 +103,7 @@ def test_two_processes_stay_together_and_write_one_result(tmp_path: Path) -> Non
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     options = {
         "output": tmp_path / "run",
-        "data.manifest": manifest,
+        "data.manifests": f"[{manifest}]",
         "data.height": 16,
         "data.width": 16,
         "data.frames": 0,
@@ -140,11 +143,11 @@ def write_manifest(folder: Path) -> Path:
 
 def test_a_manifest_is_decoded_scaled_and_cut(tmp_path: Path) -> None:
     path = write_manifest(tmp_path)
-    dataset = load_manifest(path, height=16, width=16, frames=0, splits=["train"])
+    dataset = load_manifests([path], height=16, width=16, frames=0, splits=["train"])
     assert torch.equal(dataset.images(torch.arange(11)), squares().images(torch.arange(11)))
     assert dataset.num_images == 11
     assert dataset.num_clips == 0
-    smaller = load_manifest(path, height=8, width=12, frames=0, limit=2)
+    smaller = load_manifests([path], height=8, width=12, frames=0, limit=2)
     assert smaller.images(torch.arange(2)).shape == (2, 3, 8, 12)
 
 
@@ -152,15 +155,15 @@ def test_a_bad_manifest_is_named(tmp_path: Path) -> None:
     path = tmp_path / "manifest.jsonl"
     path.write_text('{"id": "a", "text": "b"}\n')
     with pytest.raises(ValueError, match="no image or video"):
-        load_manifest(path, height=8, width=8, frames=4)
+        load_manifests([path], height=8, width=8, frames=4)
     path.write_text("not json\n")
     with pytest.raises(ValueError, match="line 1: not JSON"):
-        load_manifest(path, height=8, width=8, frames=4)
+        load_manifests([path], height=8, width=8, frames=4)
     for key, name in (("image", "a.png"), ("video", "a.mp4")):
         (tmp_path / name).write_text("no media")
         path.write_text(json.dumps({"id": "a", key: name}) + "\n")
         with pytest.raises(ValueError, match=f"{name}: cannot be decoded"):
-            load_manifest(path, height=8, width=8, frames=4)
+            load_manifests([path], height=8, width=8, frames=4)
 
 
 def test_background_and_crops() -> None:
@@ -205,3 +208,13 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
         VisionTrainer(config(tmp_path), empty)
     with pytest.raises(ValueError, match="float32"):
         InMemoryDataset(torch.zeros(1, 3, 16, 16), squares().clips(torch.arange(0)))
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "examples" / "configs").glob("*/vision.yaml")), ids=lambda p: p.parent.name
+)
+def test_the_example_configurations_are_valid(path: Path) -> None:
+    parser = ArgumentParser()
+    parser.add_class_arguments(VisionTrainingConfig)
+    values = parser.instantiate(parser.parse_object(yaml.safe_load(path.read_text())))
+    VisionTrainingConfig(**values.as_dict()).check(processes=2)

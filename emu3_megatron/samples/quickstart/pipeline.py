@@ -72,7 +72,7 @@ def tokenize(config: QuickstartConfig, paths: Paths, name: str) -> list[list[str
 
 def train(config: QuickstartConfig, paths: Paths) -> list[list[str]]:
     """Train the model on all sources."""
-    arguments = ["--config", config.training, "--run", str(paths.training)]
+    arguments = ["--config", config.training, "--run_folder", str(paths.training)]
     for name in SOURCES:
         arguments += [f"--data.sources.{name}.path", str(paths.data / name)]
     return [["torchrun", "--nproc-per-node", str(config.processes), "-m", "emu3_megatron.training", *arguments]]
@@ -80,7 +80,7 @@ def train(config: QuickstartConfig, paths: Paths) -> list[list[str]]:
 
 def export(paths: Paths) -> list[list[str]]:
     """Write the Hugging Face folder."""
-    arguments = ["--checkpoint", str(paths.training), "--output", str(paths.export)]
+    arguments = ["--source", str(paths.training), "--output", str(paths.export), "--overwrite"]
     arguments += ["--text-tokenizer", str(paths.text), "--vision-tokenizer", str(paths.vision)]
     return [["python", "tools/convert_checkpoint.py", "export", *arguments]]
 
@@ -120,8 +120,8 @@ def run_quickstart(config: QuickstartConfig) -> Path:
     for name in SOURCES:
         runner.run_commands(f"tokenize_{name}", tokenize(config, paths, name))
     runner.run_commands("training", train(config, paths), [Path(config.training)])
-    settings = json.dumps(asdict(config.evaluation))
-    evaluation = ["python", "-m", "emu3_megatron.samples.quickstart.evaluation", str(paths.run), settings]
+    settings = {**asdict(config.evaluation), "world": config.corpus.world, "threads": config.processes}
+    evaluation = ["python", "-m", "emu3_megatron.samples.quickstart.evaluation", str(paths.run), json.dumps(settings)]
     runner.run_commands("evaluation", [evaluation])
     runner.run_commands("export", export(paths))
     runner.run_commands("compare_export", [["python", "-m", "emu3_megatron.samples.quickstart.compare", str(paths.run)]])

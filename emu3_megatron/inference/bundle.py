@@ -1,0 +1,141 @@
+"""What generation needs, opened together: a model, its dialect and text tokenizer, and a vision tokenizer.
+
+The model comes from a training run (``RUN``, or one of its ``checkpoints/step-*``) or from a Hugging Face
+folder. A run holds neither tokenizer: they are given by path. A Hugging Face folder in transformers' layout
+holds both.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from emu3_megatron.conversion.checkpoints import dialect_of_run
+from emu3_megatron.conversion.hugging_face import open_hugging_face
+from emu3_megatron.errors import UserError
+from emu3_megatron.grammar import Dialect
+from emu3_megatron.model import ModelConfig
+from emu3_megatron.parallel.config import ParallelConfig
+from emu3_megatron.text import load_text_tokenizer
+from emu3_megatron.vision import VisionTokenizer
+from emu3_megatron.vocabulary import Vocabulary
+
+StrPath = str | os.PathLike[str]
+
+
+@dataclass(frozen=True)
+class ModelBundle:
+    """A model and the tokenizers it was trained with."""
+
+    model: torch.nn.Module
+    """The whole GPTModel (pipeline parallelism 1), in evaluation mode."""
+    config: ModelConfig
+    dialect: Dialect
+    """With the vocabulary and the text tokenizer."""
+    vision_tokenizer: VisionTokenizer
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """The ids."""
+        return self.dialect.vocabulary
+
+
+def open_bundle(
+    checkpoint: StrPath,
+    *,
+    text_tokenizer: StrPath | None = None,
+    vision_tokenizer: StrPath | None = None,
+    dialect: str | None = None,
+    parallel: ParallelConfig | None = None,
+    averaged: bool | None = None,
+) -> ModelBundle:
+    """Open everything for generation; process groups must exist (`initialize_parallel`).
+
+    Args:
+        checkpoint: a run, a committed checkpoint in it, or a Hugging Face folder.
+        text_tokenizer: file of the text tokenizer; by default the Hugging Face folder's ``tokenizer.json``.
+        vision_tokenizer: its folder; by default the Hugging Face folder.
+        dialect: its name; by default what the Hugging Face folder or the run's datasets state, else ``emu3``.
+        parallel: tensor parallelism to load into; one process by default.
+        averaged: take a run's averaged weights; by default they are taken where there are some.
+
+    Raises:
+        UserError: something is missing, or the parts do not belong together.
+        ValueError: a file is damaged; the part that reads it says how.
+    """
+    folder = Path(checkpoint)
+    if not folder.exists():
+        raise UserError(f"{folder} does not exist; give a run, a checkpoint or a Hugging Face folder")
+    hugging_face = (folder / "config.json").is_file()
+    if hugging_face:
+        model, config, vocabulary, named = _open_hugging_face(folder, parallel)
+        text_tokenizer = text_tokenizer or folder / "tokenizer.json"
+        vision_tokenizer = vision_tokenizer or folder
+    else:
+        model, config, vocabulary, named = _open_run(folder, parallel, averaged)
+    if text_tokenizer is None or vision_tokenizer is None:
+        missing = "--text-tokenizer" if text_tokenizer is None else "--vision-tokenizer"
+        raise UserError(f"{folder} is a training run, which holds no tokenizers; give {missing}")
+    language = Dialect.preset(dialect or named or "emu3", vocabulary, load_text_tokenizer(text_tokenizer))
+    vision = VisionTokenizer.from_pretrained(vision_tokenizer).to(next(model.parameters()).device)
+    if vision.config.codebook_size != vocabulary.codebook_size:
+        raise UserError(
+            f"{vision_tokenizer} has {vision.config.codebook_size} codes, the model's vocabulary "
+            f"{vocabulary.codebook_size}; give the vision tokenizer that the model was trained with"
+        )
+    return ModelBundle(model, config, language, vision.eval())
+
+
+def _open_hugging_face(
+    folder: Path, parallel: ParallelConfig | None
+) -> tuple[torch.nn.Module, ModelConfig, Vocabulary, str | None]:
+    """Build our model from a Hugging Face folder."""
+    from emu3_megatron.model import build_model
+
+    if parallel is not None and parallel.model_parallel_size > 1:
+        raise UserError(
+            "a Hugging Face folder loads on one process; import it with tools/convert_checkpoint.py to use "
+            "tensor parallelism"
+        )
+    opened = open_hugging_face(folder)
+    weights = dict(opened.weights())
+    bf16 = next(iter(weights.values())).dtype in (torch.bfloat16, torch.float16)
+    (model,) = build_model(
+        opened.config,
+        vocabulary_padded_size=opened.vocabulary.padded_size,
+        vocabulary_size=opened.vocabulary.size,
+        parallel=ParallelConfig(),
+        seed=0,
+        precision="bf16" if bf16 else "fp32",
+        initialize=False,
+    )
+    load_whole(model, weights)
+    return model.eval(), opened.config, opened.vocabulary, opened.dialect
+
+
+def load_whole(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> None:
+    """Fill an unsharded model from plain tensors; raises `UserError` when names differ."""
+    missing, unexpected = model.load_state_dict(dict(weights), strict=False)
+    missing = [name for name in missing if not name.endswith("_extra_state")]
+    if missing or unexpected:
+        raise UserError(
+            f"weights do not fit the model: missing {missing[:5]}, unexpected {list(unexpected)[:5]}"
+        )
+
+
+def _open_run(
+    folder: Path, parallel: ParallelConfig | None, averaged: bool | None
+) -> tuple[torch.nn.Module, ModelConfig, Vocabulary, str | None]:
+    """Load a run's checkpoint."""
+    from emu3_megatron.training.checkpoint import Record, load_model_for_inference
+    from emu3_megatron.training.checkpoint_files import resolve
+
+    checkpoint = resolve(folder)
+    chunks, config, vocabulary = load_model_for_inference(checkpoint, parallel, averaged=averaged)
+    if len(chunks) != 1:
+        raise UserError("generation needs pipeline_model_parallel_size=1")
+    return chunks[0], config, vocabulary, dialect_of_run(Record.read(checkpoint).config)

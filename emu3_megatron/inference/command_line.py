@@ -1,0 +1,287 @@
+"""The generation program: arguments to files and JSON lines. ``tools/generate.py`` is its main."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from emu3_megatron.errors import UserError
+from emu3_megatron.inference.bundle import open_bundle
+from emu3_megatron.inference.sampling import Sampling
+from emu3_megatron.inference.tasks import Caption, GeneratedImage, GeneratedVideo, Generator, image_size
+
+IMAGE_AREA = 518_400
+"""Pixels of a released image (720 x 720)."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Generate images, videos and captions.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="task", required=True)
+    image = commands.add_parser("image", help="text to image (PNG)", allow_abbrev=False)
+    video = commands.add_parser("video", help="text to video (MP4)", allow_abbrev=False)
+    caption = commands.add_parser("caption", help="image to text", allow_abbrev=False)
+    continued = commands.add_parser("continue", help="continue a real video (MP4)", allow_abbrev=False)
+    for command in (image, video, caption, continued):
+        _add_model(command)
+        _add_sampling(command, captions=command is caption)
+        _add_size(command)
+    for command in (image, video):
+        command.add_argument("--prompt", action="append", default=[], help="may be given several times")
+        command.add_argument("--prompts", type=Path, help="file with a prompt a line; - for standard input")
+        command.add_argument("--samples", type=int, default=1, help="results per prompt (default: 1)")
+    for command in (image, video, continued):
+        command.add_argument("--negative-prompt", default="", help="what guidance leads away from")
+        command.add_argument("--output", type=Path, required=True, help="file for one result, else a folder")
+    for command in (video, continued):
+        command.add_argument("--frames", type=int, help="frames of the whole clip")
+        command.add_argument("--seconds", type=float, help="its duration, instead of --frames")
+        command.add_argument("--fps", type=float, default=8.0, help="frames per second (default: 8)")
+    caption.add_argument("--image", type=Path, nargs="+", required=True, help="image files")
+    caption.add_argument("--prefix", default="", help="beginning of the caption")
+    caption.add_argument("--max-new-tokens", type=int, default=256, help="longest caption (default: 256)")
+    continued.add_argument("--video", type=Path, nargs="+", required=True, help="video files")
+    continued.add_argument("--given-frames", type=int, default=4, help="frames to continue from (default: 4)")
+    continued.add_argument("--prompt", default="", help="what the clips show")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--checkpoint", type=Path, required=True, help="run, checkpoint or Hugging Face folder"
+    )
+    parser.add_argument("--text-tokenizer", type=Path, help="its file; a Hugging Face folder has its own")
+    parser.add_argument("--vision-tokenizer", type=Path, help="its folder; a Hugging Face folder has its own")
+    parser.add_argument("--dialect", help="default: what the folder or the run's datasets state, else emu3")
+    parser.add_argument("--platform", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto")
+    parser.add_argument("--plain-weights", action="store_true", help="not a run's averaged weights")
+    parser.add_argument("--max-rows", type=int, default=128, help="sequences at a time (default: 128)")
+
+
+def _add_sampling(parser: argparse.ArgumentParser, *, captions: bool) -> None:
+    default = Sampling(temperature=0.0) if captions else Sampling(guidance=3.0)
+    parser.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy")
+    parser.add_argument("--top-k", type=int, default=default.top_k, help="0 keeps all (default: %(default)s)")
+    parser.add_argument("--top-p", type=float, default=default.top_p)
+    parser.add_argument("--min-p", type=float, default=default.min_p)
+    if not captions:
+        parser.add_argument("--guidance", type=float, default=default.guidance, help="1 is off (default: 3)")
+    parser.add_argument("--seed", type=int, default=0, help="of the first result; the next ones count up")
+
+
+def _add_size(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--height", type=int, help="pixels, with --width")
+    parser.add_argument("--width", type=int, help="pixels, with --height")
+    parser.add_argument("--ratio", default="1:1", help="WIDTH:HEIGHT, where no size is given (default: 1:1)")
+    parser.add_argument(
+        "--area", type=int, default=IMAGE_AREA, help="pixels, where no size is given (default: %(default)s)"
+    )
+
+
+def main() -> None:
+    """Parse the command line, start a single process and generate."""
+    arguments = build_parser().parse_args()
+    from emu3_megatron.parallel import platform
+    from emu3_megatron.parallel.config import ParallelConfig
+    from emu3_megatron.parallel.groups import initialize_parallel
+
+    initialize_parallel(ParallelConfig(), platform.install(arguments.platform), seed=0)
+    generate(arguments)
+
+
+def generate(arguments: argparse.Namespace) -> None:
+    """Run one command: write the files, and a JSON line per result to standard output.
+
+    Process groups must exist. Raises `UserError` for arguments, files or folders that cannot be used.
+    """
+    if arguments.seed < 0 or getattr(arguments, "samples", 1) < 1:
+        raise UserError(f"--seed={arguments.seed} must not be negative, and --samples at least 1")
+    bundle = open_bundle(
+        arguments.checkpoint,
+        text_tokenizer=arguments.text_tokenizer,
+        vision_tokenizer=arguments.vision_tokenizer,
+        dialect=arguments.dialect,
+        averaged=False if arguments.plain_weights else None,
+    )
+    task = {"image": _images, "video": _videos, "caption": _captions, "continue": _continuations}
+    generator = Generator(bundle, max_rows=arguments.max_rows)
+    began = time.perf_counter()
+    for record in task[arguments.task](generator, arguments):
+        record |= {"settings": asdict(_sampling(arguments)), "checkpoint": str(arguments.checkpoint)}
+        record["seconds"] = round(time.perf_counter() - began, 3)
+        print(json.dumps({"task": arguments.task, **record}, ensure_ascii=False), flush=True)
+
+
+def _images(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from emu3_megatron.media import write_png
+
+    prompts = _prompts(arguments)
+    height, width = _size(generator, arguments)
+    with _progress(len(prompts), "image") as bar:
+        images = generator.text_to_image(
+            prompts,
+            height=height,
+            width=width,
+            sampling=_sampling(arguments),
+            seeds=_seeds(arguments, len(prompts)),
+            negative_prompt=arguments.negative_prompt,
+            progress=bar.update,
+        )
+    for image, path in zip(images, _outputs(arguments, len(images), ".png"), strict=True):
+        write_png(path, image.pixels)
+        yield {**_about(image), "negative_prompt": arguments.negative_prompt, "output": str(path)}
+
+
+def _videos(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    prompts = _prompts(arguments)
+    height, width = _size(generator, arguments)
+    with _progress(len(prompts), "video") as bar:
+        videos = generator.text_to_video(
+            prompts,
+            height=height,
+            width=width,
+            frames=_frames(generator, arguments),
+            fps=arguments.fps,
+            sampling=_sampling(arguments),
+            seeds=_seeds(arguments, len(prompts)),
+            negative_prompt=arguments.negative_prompt,
+            progress=bar.update,
+        )
+    yield from _write_videos(videos, arguments)
+
+
+def _continuations(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from emu3_megatron.media import load_clip
+
+    size = _size(generator, arguments)
+    clips = [load_clip(path, arguments.given_frames, size, fps=arguments.fps) for path in arguments.video]
+    with _progress(len(clips), "video") as bar:
+        videos = generator.continue_video(
+            torch.stack(clips),
+            frames=_frames(generator, arguments),
+            fps=arguments.fps,
+            prompts=[arguments.prompt] * len(clips),
+            sampling=_sampling(arguments),
+            seeds=_seeds(arguments, len(clips)),
+            negative_prompt=arguments.negative_prompt,
+            progress=bar.update,
+        )
+    for path, record in zip(arguments.video, _write_videos(videos, arguments), strict=True):
+        yield {**record, "video": str(path)}
+
+
+def _captions(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from emu3_megatron.media import load_stills
+
+    images = load_stills(arguments.image, _size(generator, arguments))
+    with _progress(len(images), "caption") as bar:
+        captions = generator.image_to_text(
+            images,
+            prefix=arguments.prefix,
+            max_new_tokens=arguments.max_new_tokens,
+            sampling=_sampling(arguments),
+            seeds=_seeds(arguments, len(images)),
+            progress=bar.update,
+        )
+    for path, caption in zip(arguments.image, captions, strict=True):
+        yield {"image": str(path), **_about(caption)}
+
+
+def _write_videos(videos: list[GeneratedVideo], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from emu3_megatron.media import write_mp4
+
+    for video, path in zip(videos, _outputs(arguments, len(videos), ".mp4"), strict=True):
+        write_mp4(path, video.pixels, video.fps)
+        yield {**_about(video), "negative_prompt": arguments.negative_prompt, "output": str(path)}
+
+
+def _about(result: GeneratedImage | GeneratedVideo | Caption) -> dict[str, Any]:
+    """What a JSON line says of a result."""
+    if isinstance(result, Caption):
+        return {
+            "caption": result.text,
+            "seed": result.seed,
+            "tokens": result.tokens,
+            "whole": result.finished,
+        }
+    height, width = result.pixels.shape[-3:-1]
+    record = {"prompt": result.prompt, "seed": result.seed, "height": height, "width": width}
+    if isinstance(result, GeneratedVideo):
+        record |= {"frames": len(result.pixels), "fps": result.fps, "given_frames": result.given_frames}
+    return {**record, "tokens": result.tokens}
+
+
+def _sampling(arguments: argparse.Namespace) -> Sampling:
+    return Sampling(
+        temperature=arguments.temperature,
+        top_k=arguments.top_k or None,
+        top_p=arguments.top_p,
+        min_p=arguments.min_p,
+        guidance=getattr(arguments, "guidance", 1.0),
+    )
+
+
+def _prompts(arguments: argparse.Namespace) -> list[str]:
+    """All prompts, each as often as samples are wanted."""
+    prompts: list[str] = list(arguments.prompt)
+    if arguments.prompts is not None:
+        try:
+            text = sys.stdin.read() if str(arguments.prompts) == "-" else arguments.prompts.read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{arguments.prompts} is not UTF-8 text: {error}") from error
+        prompts += [line for line in text.splitlines() if line.strip()]
+    if not prompts:
+        raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
+    return [prompt for prompt in prompts for _ in range(arguments.samples)]
+
+
+def _seeds(arguments: argparse.Namespace, count: int) -> list[int]:
+    return [arguments.seed + index for index in range(count)]
+
+
+def _size(generator: Generator, arguments: argparse.Namespace) -> tuple[int, int]:
+    """Height and width in pixels."""
+    if (arguments.height is None) != (arguments.width is None):
+        raise UserError("give both --height and --width, or --ratio and --area")
+    if arguments.height is not None:
+        return arguments.height, arguments.width
+    return image_size(arguments.ratio, arguments.area, generator.bundle.vision_tokenizer.spatial_factor)
+
+
+def _frames(generator: Generator, arguments: argparse.Namespace) -> int:
+    """Frames of the whole clip; a duration is rounded up to whole latent frames."""
+    if (arguments.frames is None) == (arguments.seconds is None):
+        raise UserError("give either --frames or --seconds")
+    if arguments.frames is not None:
+        return int(arguments.frames)
+    factor = generator.bundle.vision_tokenizer.temporal_factor
+    return math.ceil(arguments.seconds * arguments.fps / factor) * factor
+
+
+def _outputs(arguments: argparse.Namespace, count: int, suffix: str) -> list[Path]:
+    """One path per result: the file named, or numbered files in the folder named."""
+    output: Path = arguments.output
+    if output.suffix == suffix:
+        if count > 1:
+            raise UserError(f"{count} results do not fit in one file {output}; name a folder")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        return [output]
+    if output.suffix:
+        raise UserError(f"{output}: results are {suffix} files; name one, or a folder")
+    output.mkdir(parents=True, exist_ok=True)
+    return [output / f"{index:05d}{suffix}" for index in range(count)]
+
+
+def _progress(count: int, unit: str) -> Any:
+    """A bar on standard error, where that is a terminal."""
+    return tqdm(total=count, unit=unit, disable=None, file=sys.stderr)

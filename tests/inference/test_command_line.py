@@ -1,0 +1,180 @@
+"""The generation program on a tiny run and on its export."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from emu3_megatron.conversion import ExportedModel, export_hugging_face
+from emu3_megatron.errors import UserError
+from emu3_megatron.inference.command_line import build_parser, generate
+from emu3_megatron.media import decode_image, load_clip, write_mp4, write_png
+from emu3_megatron.text import train_sentencepiece
+from emu3_megatron.vision import VisionTokenizer
+from emu3_megatron.vocabulary import Vocabulary
+from tests.inference import worlds
+from tests.inference.test_tasks import VISION
+
+VOCABULARY = Vocabulary.build("program", text_size=320, codebook_size=64)
+SIZE = ["--height", "8", "--width", "12"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world() -> Iterator[None]:
+    with worlds.one_process():
+        yield
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run, its tokenizers, its export, a picture and a clip."""
+    from dataclasses import asdict
+
+    from emu3_megatron.conversion.checkpoints import _save
+    from emu3_megatron.model import build_model
+    from emu3_megatron.parallel.config import ParallelConfig
+
+    root = tmp_path_factory.mktemp("program")
+    config = worlds.model_config()
+    (model,) = build_model(
+        config,
+        vocabulary_padded_size=VOCABULARY.padded_size,
+        vocabulary_size=VOCABULARY.size,
+        parallel=ParallelConfig(),
+        seed=0,
+    )
+    train_sentencepiece(["a red circle", "two blue squares"] * 4, root / "text.model", 310)
+    torch.manual_seed(0)
+    vision = VisionTokenizer(VISION).eval()
+    vision.save_pretrained(root / "vision")
+    record = {"model": asdict(config), "seed": 0, "trainer": {"precision": "fp32"}}
+    _save(model, root / "run" / "checkpoints" / "step-00000003", VOCABULARY.to_dict(), record)
+    export_hugging_face(
+        root / "hf",
+        model.state_dict(),
+        ExportedModel(config=config, vocabulary=VOCABULARY),
+        vision_tokenizer=vision,
+        text_tokenizer=root / "text.model",
+    )
+    pixels = np.random.default_rng(0).integers(0, 255, (12, 16, 16, 3), dtype=np.uint8)
+    write_png(root / "picture.png", pixels[0])
+    write_mp4(root / "clip.mp4", pixels, 8.0)
+    return root
+
+
+def run(capsys: pytest.CaptureFixture[str], folder: Path, *arguments: object, hf: bool = False) -> list[Any]:
+    """The JSON lines of one command."""
+    task, *rest = map(str, arguments)
+    own = ["--text-tokenizer", str(folder / "text.model"), "--vision-tokenizer", str(folder / "vision")]
+    model = ["--checkpoint", str(folder / "hf")] if hf else ["--checkpoint", str(folder / "run"), *own]
+    generate(build_parser().parse_args([task, *model, *rest]))
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_images(capsys, folder: Path, tmp_path: Path) -> None:
+    """Files and lines; a seed repeats its image; the exported folder gives the same."""
+    command = ["image", "--prompt", "a red circle", "--samples", 2, "--seed", 4, *SIZE]
+    lines = run(capsys, folder, *command, "--output", tmp_path / "run")
+    assert [line["seed"] for line in lines] == [4, 5]
+    pictures = [decode_image(Path(line["output"])) for line in lines]
+    assert pictures[0].shape == (8, 12, 3)
+    assert not np.array_equal(*pictures)
+    (line,) = run(
+        capsys,
+        folder,
+        "image",
+        "--prompt",
+        "a red circle",
+        "--seed",
+        5,
+        *SIZE,
+        "--output",
+        tmp_path / "one.png",
+    )
+    np.testing.assert_array_equal(decode_image(tmp_path / "one.png"), pictures[1])
+    assert line["settings"] == {
+        "temperature": 1.0,
+        "top_k": 2048,
+        "top_p": 1.0,
+        "min_p": 0.0,
+        "guidance": 3.0,
+    }
+    run(capsys, folder, *command, "--output", tmp_path / "hf", hf=True)
+    for left, right in zip(
+        sorted((tmp_path / "run").iterdir()), sorted((tmp_path / "hf").iterdir()), strict=True
+    ):
+        assert left.read_bytes() == right.read_bytes()
+
+
+def test_prompts_from_a_file(capsys, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text("a red circle\n\n两只狗\n", encoding="utf-8")
+    command = ["image", "--prompts", tmp_path / "prompts.txt", *SIZE, "--output", tmp_path / "out"]
+    assert [line["prompt"] for line in run(capsys, folder, *command)] == ["a red circle", "两只狗"]
+
+
+def test_video_and_continuation(capsys, folder: Path, tmp_path: Path) -> None:
+    (line,) = run(
+        capsys, folder, "video", "--prompt", "go", "--seconds", 0.9, *SIZE, "--output", tmp_path / "new.mp4"
+    )
+    assert (line["frames"], line["fps"]) == (8, 8.0)
+    assert load_clip(tmp_path / "new.mp4", 8, (8, 12)).shape == (8, 3, 8, 12)
+    (line,) = run(
+        capsys,
+        folder,
+        *["continue", "--video", folder / "clip.mp4", "--frames", 12, "--given-frames", 8],
+        *["--height", 16, "--width", 16, "--output", tmp_path / "longer.mp4"],
+        hf=True,
+    )
+    assert (line["frames"], line["given_frames"], line["tokens"]) == (12, 8, 4 * (4 + 1) + 2)
+    assert load_clip(tmp_path / "longer.mp4", 12, (16, 16)).shape == (12, 3, 16, 16)
+
+
+def test_captions(capsys, folder: Path) -> None:
+    command = ["caption", "--image", folder / "picture.png", *SIZE, "--max-new-tokens", 5]
+    first, second = (run(capsys, folder, *command, hf=hf) for hf in (False, True))
+    assert first[0]["tokens"] <= 5
+    # not the text: a random model writes bytes that are not UTF-8, which tokenizers show differently
+    assert first[0]["tokens"] == second[0]["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["image", "--output", "x.png"], "no prompt"),
+        (["image", "--prompt", "a", "--height", "8", "--output", "x.png"], "both --height and --width"),
+        (["image", "--prompt", "a", "--height", "7", "--width", "8", "--output", "x.png"], "multiple of 4"),
+        (["image", "--prompt", "a", "--samples", "2", *SIZE, "--output", "x.png"], "do not fit in one file"),
+        (["image", "--prompt", "a", *SIZE, "--output", "x.jpg"], ".png files"),
+        (["image", "--prompt", "a", *SIZE, "--top-p", "2", "--output", "x.png"], "top_p"),
+        (["image", "--prompt", "a", "--ratio", "wide", "--output", "x.png"], "WIDTH:HEIGHT"),
+        (["video", "--prompt", "a", *SIZE, "--output", "x.mp4"], "either --frames or --seconds"),
+        (["caption", "--image", "missing.png", *SIZE], "missing.png"),
+    ],
+)
+def test_bad_arguments(
+    capsys, folder: Path, tmp_path: Path, monkeypatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        run(capsys, folder, *arguments)
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_folders(folder: Path, tmp_path: Path) -> None:
+    from emu3_megatron.inference import open_bundle
+
+    with pytest.raises(UserError, match="does not exist"):
+        open_bundle(tmp_path / "gone")
+    with pytest.raises(UserError, match="no committed checkpoint"):
+        open_bundle(tmp_path)
+    with pytest.raises(UserError, match="give --text-tokenizer"):
+        open_bundle(folder / "run")
+    VisionTokenizer(type(VISION)(**{**vars(VISION), "codebook_size": 32})).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="32 codes"):
+        open_bundle(folder / "run", text_tokenizer=folder / "text.model", vision_tokenizer=tmp_path / "other")

@@ -1,0 +1,165 @@
+"""Manifests and tar files become entries; whatever is malformed becomes a bad entry with a reason."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from emu3_megatron.errors import UserError
+from emu3_megatron.media import MediaError
+from emu3_megatron.tokenization import BadEntry, Entry, Inputs
+from tests.media.clips import encode_image
+
+PICTURE = np.zeros((16, 16, 3), np.uint8)
+
+
+def read(*paths: Path) -> list[Entry | BadEntry]:
+    inputs = Inputs(paths)
+    return list(inputs.entries(0, len(inputs)))
+
+
+def write_tar(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def test_good_entries(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.jsonl"
+    lines = [
+        {"id": "a", "image": "x/a.png", "caption": " a cat ", "split": "train", "extra": [1]},
+        {"id": 7, "video": "b.mp4"},
+        {"text": "prose", "task": "t"},
+        {"id": "c", "image": "c.png", "caption": "  ", "text": None},
+    ]
+    manifest.write_text("\n\n".join(map(json.dumps, lines)))
+    image, video, text, blank = read(manifest)
+    assert isinstance(image, Entry)
+    assert (image.id, image.kind, image.text, image.split) == ("a", "image", "a cat", "train")
+    assert str(image.media) == str(tmp_path / "x/a.png")
+    assert isinstance(video, Entry)
+    assert (video.id, video.kind, video.text) == ("7", "video", None)
+    assert isinstance(text, Entry)
+    assert (text.id, text.kind, text.text, text.task, text.media) == ("m.jsonl:5", "text", "prose", "t", None)
+    assert isinstance(blank, Entry)
+    assert blank.text is None
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ('{"id": "a", "caption": "a cat"}', 'has a caption but neither "image" nor "video"'),
+        ('{"id": "a"}', "exactly one of the keys"),
+        ('{"id": "a", "image": "a.png", "video": "b.mp4"}', "exactly one of the keys"),
+        ('{"id": "a", "image": "a.png", "text": "b"}', "exactly one of the keys"),
+        ('{"id": "a", "image": ""}', "blank"),
+        ('{"id": "a", "image": 5}', "must be a string"),
+        ('{"id": "a", "text": ["b"]}', "must be a string"),
+        ('{"id": "a", "image": "a.png", "caption": 5}', "must be a string"),
+        ('["a"]', "an entry is an object"),
+        ('{"id": "a", ', "not valid JSON"),
+        ("\x00\x01", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+)
+def test_bad_entries_have_a_reason_and_harm_no_other(tmp_path: Path, line: str, reason: str) -> None:
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text('{"id": "first", "text": "x"}\n' + line + '\n{"id": "last", "text": "y"}\n')
+    first, bad, last = read(manifest)
+    assert isinstance(bad, BadEntry)
+    assert reason in bad.reason
+    assert bad.id in ("a", "m.jsonl:2")
+    assert isinstance(first, Entry)
+    assert isinstance(last, Entry)
+
+
+def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_bytes(b'{"id": "a", "text": "\xff\xfe"}\n')
+    (bad,) = read(manifest)
+    assert isinstance(bad, BadEntry)
+
+
+def test_webdataset(tmp_path: Path) -> None:
+    png = encode_image(PICTURE, "PNG")
+    path = write_tar(
+        tmp_path / "a.tar",
+        {
+            "d/0.png": png,
+            "d/0.txt": "一只猫".encode(),
+            "d/0.json": b'{"split": "train", "score": 1, "id": "ignored"}',
+            "d/1.mp4": b"video",
+            "d/1.json": b'{"caption": "the sea"}',
+            "d/2.json": b'{"text": "prose"}',
+            "d/3.txt": b"caption alone",
+            "d/4.png": png,
+            "d/4.json": b"{broken",
+            "d/5.jpg": png,
+            "d/5.json": b'{"text": "named text"}',
+            "d/6.txt": b"\xff\xfe",
+        },
+    )
+    image, video, text, alone, broken, named, undecodable = read(path)
+    assert isinstance(image, Entry)
+    assert (image.id, image.text, image.split) == ("d/0", "一只猫", "train")
+    assert image.media is not None
+    assert image.media.load() == png
+    assert isinstance(video, Entry)
+    assert (video.kind, video.text) == ("video", "the sea")
+    assert video.media is not None
+    assert video.media.load() == b"video"
+    assert isinstance(text, Entry)
+    assert (text.kind, text.text) == ("text", "prose")
+    assert isinstance(named, Entry)
+    assert named.text == "named text"
+    for bad in (alone, broken, undecodable):
+        assert isinstance(bad, BadEntry)
+        assert bad.reason
+
+
+def test_a_tar_file_cut_off_loses_only_its_last_sample(tmp_path: Path) -> None:
+    members = {f"{i}.png": bytes(2000) for i in range(4)}
+    path = write_tar(tmp_path / "a.tar", members)
+    path.write_bytes(path.read_bytes()[: 3 * 2560 + 512 + 100])
+    entries = read(path)
+    assert len(entries) == 4
+    pointers = [entry.media for entry in entries if isinstance(entry, Entry) and entry.media]
+    assert [len(pointer.load()) for pointer in pointers[:3]] == [2000] * 3
+    with pytest.raises(MediaError, match="truncated"):
+        pointers[3].load()
+
+
+def test_several_inputs_are_one_list(tmp_path: Path) -> None:
+    paths = []
+    for part, count in enumerate((3, 0, 5, 1)):
+        path = tmp_path / f"{part}.jsonl"
+        path.write_text("".join(json.dumps({"id": f"{part}-{i}", "text": "x"}) + "\n" for i in range(count)))
+        paths.append(path)
+    inputs = Inputs(paths)
+    everything = [entry.id for entry in inputs.entries(0, len(inputs))]
+    assert everything == ["0-0", "0-1", "0-2", "2-0", "2-1", "2-2", "2-3", "2-4", "3-0"]
+    for start in range(10):
+        for stop in range(start, 10):
+            assert [entry.id for entry in inputs.entries(start, stop)] == everything[start:stop]
+    for shards in (1, 2, 4, 20):
+        ranges = [inputs.shard_range(shard, shards) for shard in range(shards)]
+        assert [i for start, stop in ranges for i in range(start, stop)] == list(range(9))
+
+
+def test_inputs_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the manifest"):
+        Inputs([tmp_path / "none.jsonl"])
+    with pytest.raises(UserError, match="cannot read the manifest"):
+        Inputs([tmp_path])
+    (tmp_path / "a.tar").write_bytes(b"\x1f\x8b compressed")
+    for name in ("a.tar", "none.tar"):
+        with pytest.raises(UserError, match="tar file"):
+            Inputs([tmp_path / name])
