@@ -128,3 +128,32 @@ def test_changed_data_is_refused_by_name_unless_accepted(
     accepted = runs.train(config_file, run, *changed)
     assert accepted.returncode == 0, accepted.stderr
     assert [line["step"] for line in runs.metrics(run)] == [11, 12]
+
+
+@pytest.mark.slow
+def test_a_run_loads_for_inference(reference: Path) -> None:
+    import torch
+
+    from emu3_megatron.parallel import platform
+    from emu3_megatron.parallel.config import ParallelConfig
+    from emu3_megatron.parallel.groups import destroy_parallel, initialize_parallel
+    from emu3_megatron.training.checkpoint import load_model_for_inference
+    from emu3_megatron.training.checkpoint_files import CheckpointError
+
+    initialize_parallel(ParallelConfig(), platform.install("cpu"), seed=0)
+    try:
+        chunks, model, vocabulary = load_model_for_inference(reference)
+        before, _, _ = load_model_for_inference(reference / "checkpoints" / "step-00000010")
+        with pytest.raises(CheckpointError, match="no averaged weights"):
+            load_model_for_inference(reference, averaged=True)
+    finally:
+        destroy_parallel()
+    assert model.hidden_size == runs.MODEL["hidden_size"]
+    assert vocabulary.name == "tiny-samples"
+    assert not chunks[0].training
+    weights = [dict(each[0].named_parameters()) for each in (chunks, before)]
+    assert all(torch.isfinite(weight).all() for weight in weights[0].values())
+    # From step 10 to step 20 every matrix moved.
+    assert not any(
+        torch.equal(weight, weights[1][name]) for name, weight in weights[0].items() if weight.dim() > 1
+    )
