@@ -72,7 +72,7 @@ def tokenize(config: QuickstartConfig, paths: Paths, name: str) -> list[list[str
 
 def train(config: QuickstartConfig, paths: Paths) -> list[list[str]]:
     """Train the model on all sources."""
-    arguments = ["--config", config.training, "--run", str(paths.training)]
+    arguments = ["--config", config.training, "--run_folder", str(paths.training)]
     for name in SOURCES:
         arguments += [f"--data.sources.{name}.path", str(paths.data / name)]
     return [["torchrun", "--nproc-per-node", str(config.processes), "-m", "emu3_megatron.training", *arguments]]
