@@ -363,6 +363,7 @@ def train(config: VisionTrainingConfig) -> VisionTokenizer:
             frames=data.frames,
             splits=data.splits,
             limit=data.limit,
+            progress=not dist.is_initialized() or dist.get_rank() == 0,
         )
         return VisionTrainer(config, dataset, device).fit()
     finally:
