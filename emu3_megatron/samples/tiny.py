@@ -1,9 +1,9 @@
 """The smallest real dataset: made in seconds on a CPU, for `examples/configs/tiny.yaml` and for tests.
 
-It goes the way of every dataset, in memory: scenes of the sample world are drawn, encoded by a vision tokenizer,
-captioned, written as shards with a manifest. Its vision tokenizer is not trained: a seeded one whose codebook is
-taken from latents, so that codes follow the pictures, but nothing can be decoded into something to look at. The
-quickstart trains one.
+It goes the way of every dataset, in memory: scenes of the sample world are drawn, encoded by a vision
+tokenizer, captioned, written as shards with a manifest. Its vision tokenizer is not trained: a seeded one
+whose codebook is taken from latents, so that codes follow the pictures, but nothing can be decoded into
+something to look at. The quickstart trains one.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PARTS = {
 
 
 def prepare(folder: str | Path) -> None:
-    """Make the dataset that the last part of `folder` names: ``stills``, ``clips``, ``texts`` or ``held-out``.
+    """Make the dataset that `folder`'s last part names: ``stills``, ``clips``, ``texts`` or ``held-out``.
 
     The same bytes every time. All have one vocabulary of 512 text pieces and 512 codes.
 
@@ -60,7 +60,9 @@ def prepare(folder: str | Path) -> None:
     """
     folder = Path(folder)
     if folder.name not in PARTS:
-        raise UserError(f"{folder}: the tiny samples are called {', '.join(PARTS)}; name the folder one of them")
+        raise UserError(
+            f"{folder}: the tiny samples are called {', '.join(PARTS)}; name the folder one of them"
+        )
     part = PARTS[folder.name]
     world = World(WorldConfig.preset("quickstart"))
     text = _text_tokenizer(world, folder.parent / "tokenizer.model")
@@ -70,7 +72,9 @@ def prepare(folder: str | Path) -> None:
     with ShardWriter(folder, folder.name, vocabulary=vocabulary) as writer:
         for number, document in enumerate(_documents(part, world, vision)):
             segments = [
-                (dialect.encode_text(segment), 0) if isinstance(segment, Text) else (dialect.encode_span(segment), 1)
+                (dialect.encode_text(segment), 0)
+                if isinstance(segment, Text)
+                else (dialect.encode_span(segment), 1)
                 for segment in document.segments
             ]
             writer.add_document(segments, f"{folder.name}-{number:04d}")
@@ -139,7 +143,9 @@ def _documents(part: _Part, world: World, vision: VisionTokenizer) -> Iterator[D
     batch = ENCODE_BATCH if part.medium == "image" else ENCODE_BATCH // 8
     for first in range(0, len(scenes), batch):
         group = scenes[first : first + batch]
-        for scene, codes in zip(group, vision.encode(_pixels([draw(each) for each in group])).numpy(), strict=True):
+        for scene, codes in zip(
+            group, vision.encode(_pixels([draw(each) for each in group])).numpy(), strict=True
+        ):
             yield Document((Text(_caption(scene, rng)), _span(codes, world.config)))
 
 

@@ -48,7 +48,9 @@ def compare(run: Path) -> dict[str, Any]:
     theirs = exported.model.vqmodel.encode(pixels_NCHW, torch.tensor([pixels_NCHW.shape[-2:]] * len(rows)))
     equal = all(torch.equal(a, b) for a, b in zip(codes, theirs.image_tokens, strict=True))
     if not equal:
-        raise UserError(f"{run / 'hugging-face'}: its vision tokenizer gives other codes than the trained one")
+        raise UserError(
+            f"{run / 'hugging-face'}: its vision tokenizer gives other codes than the trained one"
+        )
     sequences = []
     for row, own in zip(rows, codes, strict=True):
         segments = (Text(str(row["caption"])), Image(own.numpy()))
