@@ -7,6 +7,7 @@ import sys
 
 from tqdm import tqdm
 
+
 class _BesideTheBar(logging.Handler):
     """Writes through tqdm, so that a message does not tear the bar."""
 

@@ -84,7 +84,12 @@ class Quickstart:
     @property
     def tokenizers(self) -> tuple[object, ...]:
         """Arguments of the programs that take both."""
-        return "--vision-tokenizer", self.run / "vision-tokenizer", "--text-tokenizer", self.run / "text.model"
+        return (
+            "--vision-tokenizer",
+            self.run / "vision-tokenizer",
+            "--text-tokenizer",
+            self.run / "text.model",
+        )
 
 
 @pytest.fixture(scope="session")

@@ -40,7 +40,9 @@ def write_manifest(folder: Path) -> tuple[Path, Path]:
     shutil.copy(PHOTOGRAPHS / "rocket.jpg", folder)
     good, mixed = [], []
     for number, (identifier, entry, _) in enumerate(BAD_ENTRIES):
-        good.append(json.dumps({"id": f"good {number}", "image": "rocket.jpg", "caption": f"a rocket {number}"}))
+        good.append(
+            json.dumps({"id": f"good {number}", "image": "rocket.jpg", "caption": f"a rocket {number}"})
+        )
         mixed += [good[-1], entry if isinstance(entry, str) else json.dumps({"id": identifier, **entry})]
     (folder / "manifest.jsonl").write_text("\n".join(mixed) + "\n")
     (folder / "good.jsonl").write_text("\n".join(good) + "\n")
@@ -105,12 +107,18 @@ def test_vision_training_names_the_bad_file(program: Programs, tmp_path: Path, e
     assert not (tmp_path / "vision").exists()
 
 
-@pytest.mark.parametrize(("entry", "part"), [('{"caption": ', "line 1"), ("[1]", "line 1"), (None, "manifest.jsonl")])
-def test_text_training_names_the_bad_line(program: Programs, tmp_path: Path, entry: str | None, part: str) -> None:
+@pytest.mark.parametrize(
+    ("entry", "part"), [('{"caption": ', "line 1"), ("[1]", "line 1"), (None, "manifest.jsonl")]
+)
+def test_text_training_names_the_bad_line(
+    program: Programs, tmp_path: Path, entry: str | None, part: str
+) -> None:
     manifest = tmp_path / "manifest.jsonl"
     if entry is not None:
         manifest.write_text(entry + "\n")
-    ended = program("tools/train_text_tokenizer.py", "--manifest", manifest, "--output", tmp_path / "text.model")
+    ended = program(
+        "tools/train_text_tokenizer.py", "--manifest", manifest, "--output", tmp_path / "text.model"
+    )
     assert part in ended.error
 
 
@@ -162,11 +170,15 @@ def test_sources_of_different_tokenizers(
 ) -> None:
     manifest = quickstart.run / "corpus" / "train-texts.jsonl"
     model = tmp_path / "other.model"
-    ended = program("tools/train_text_tokenizer.py", "--manifest", manifest, "--output", model, "--vocab-size", 300)
+    ended = program(
+        "tools/train_text_tokenizer.py", "--manifest", manifest, "--output", model, "--vocab-size", 300
+    )
     assert ended.code == 0, ended.err
     ended = program(*tokenize(quickstart, manifest, tmp_path / "other", "--text-tokenizer", model))
     assert ended.code == 0, ended.err
-    line = program(*with_sources(training, ours=quickstart.run / "data" / "texts", other=tmp_path / "other")).error
+    line = program(
+        *with_sources(training, ours=quickstart.run / "data" / "texts", other=tmp_path / "other")
+    ).error
     assert "vocabulary" in line
     assert str(tmp_path / "other") in line
 
@@ -229,6 +241,8 @@ def test_generation_refuses_what_does_not_belong_to_the_run(
 def test_a_good_run_still_trains(program: Programs, training: list[object], tmp_path: Path) -> None:
     ended = program(*training)
     assert ended.code == 0, ended.err
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    losses = [
+        json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert len(losses) == 2
     assert np.isfinite(losses).all()

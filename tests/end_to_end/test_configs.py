@@ -13,7 +13,11 @@ from emu3_megatron.vision.training_config import VisionTrainingConfig
 from tests.end_to_end.programs import ROOT, TRAINING, Programs
 
 CONFIGS = sorted((ROOT / "examples" / "configs").rglob("*.yaml"), key=str)
-KINDS = {"vision.yaml": VisionTrainingConfig, "quickstart.yaml": QuickstartConfig, "sample-world.yaml": QuickstartConfig}
+KINDS = {
+    "vision.yaml": VisionTrainingConfig,
+    "quickstart.yaml": QuickstartConfig,
+    "sample-world.yaml": QuickstartConfig,
+}
 """What a file configures, by its name; any other is a training."""
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 README = (ROOT / "README.md").read_text()

@@ -61,10 +61,14 @@ def test_the_report_has_its_sections_and_pictures(quickstart: Quickstart) -> Non
 
 def test_the_console_shows_no_noise(quickstart: Quickstart) -> None:
     shown = quickstart.ended.out + quickstart.ended.err
-    assert not [line for line in shown.splitlines() if re.search("warning|deprecat|traceback", line, re.IGNORECASE)]
+    assert not [
+        line for line in shown.splitlines() if re.search("warning|deprecat|traceback", line, re.IGNORECASE)
+    ]
 
 
-def test_a_rerun_skips_every_stage_and_a_changed_training_runs_with_what_follows(quickstart: Quickstart) -> None:
+def test_a_rerun_skips_every_stage_and_a_changed_training_runs_with_what_follows(
+    quickstart: Quickstart,
+) -> None:
     before = json.loads((quickstart.run / "summary.json").read_text())["seconds"]
     again = start("tools/quickstart.py", "--config", quickstart.config)
     assert again.code == 0, again.err

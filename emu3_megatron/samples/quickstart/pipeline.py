@@ -86,19 +86,14 @@ def tokenize(config: QuickstartConfig, paths: Paths, name: str) -> list[list[str
     common += ["--num-workers", str(config.processes)]
     # Bars of workers that share a terminal would overwrite each other; the first one's stands for all.
     return [
-<<<<<<< HEAD
-        ["python", "tools/tokenize_media.py", *common, "--worker", str(worker), *(["--no-progress"] if worker else [])]
-=======
         [
             "python",
             "tools/tokenize_media.py",
             *common,
             "--worker",
             str(worker),
-            "--num-workers",
-            str(config.processes),
+            *(["--no-progress"] if worker else []),
         ]
->>>>>>> cleanup
         for worker in range(config.processes)
     ]
 
@@ -150,18 +145,14 @@ def run_quickstart(config: QuickstartConfig) -> Path:
     threads = {"OMP_NUM_THREADS": "1"}
     runner = StageRunner(paths.run, threads)
     runner.run_commands("corpus", draw_corpus(config, paths), outputs=[paths.corpus])
-    runner.run_commands("vision_tokenizer", train_vision(config, paths), [Path(config.vision)], [paths.vision])
+    runner.run_commands(
+        "vision_tokenizer", train_vision(config, paths), [Path(config.vision)], [paths.vision]
+    )
     runner.run_commands("text_tokenizer", train_text(config, paths), outputs=[paths.text])
     for name in SOURCES:
         runner.run_commands(f"tokenize_{name}", tokenize(config, paths, name), outputs=[paths.data / name])
     runner.run_commands("training", train(config, paths), [Path(config.training)], [paths.training])
     settings = {**asdict(config.evaluation), "world": config.corpus.world, "threads": config.processes}
-<<<<<<< HEAD
-    evaluation = ["python", "-m", "emu3_megatron.samples.quickstart.evaluation", str(paths.run), json.dumps(settings)]
-    runner.run_commands("evaluation", [evaluation], outputs=[paths.evaluation])
-    runner.run_commands("export", export(paths), outputs=[paths.export])
-    runner.run_commands("compare_export", [["python", "-m", "emu3_megatron.samples.quickstart.compare", str(paths.run)]])
-=======
     evaluation = [
         "python",
         "-m",
@@ -169,12 +160,11 @@ def run_quickstart(config: QuickstartConfig) -> Path:
         str(paths.run),
         json.dumps(settings),
     ]
-    runner.run_commands("evaluation", [evaluation])
-    runner.run_commands("export", export(paths))
+    runner.run_commands("evaluation", [evaluation], outputs=[paths.evaluation])
+    runner.run_commands("export", export(paths), outputs=[paths.export])
     runner.run_commands(
         "compare_export", [["python", "-m", "emu3_megatron.samples.quickstart.compare", str(paths.run)]]
     )
->>>>>>> cleanup
     skipped = sum(runner.seconds.values()) - sum(runner.fresh.values())
     summary = write_summary(config, paths, runner.seconds, time.monotonic() - begin + skipped)
     report = write_report(paths.run, paths.training / "metrics.jsonl", config.title)

@@ -20,16 +20,10 @@ from emu3_megatron.files import write_json_atomic
 class StageRunner:
     """Runs named stages in order below one folder.
 
-<<<<<<< HEAD
     A stage's marker (``stages/NAME.json``) holds a fingerprint of its description chained with the fingerprint
     of the stage before it, and once it is done the seconds it took. The description is whatever determines the
     stage's result: its commands and the text of its config files. A stage that was interrupted goes on from what
     it left; one that changed starts from nothing, so that it resumes no run of other settings.
-=======
-    A stage's marker (``stages/NAME.json``) holds a fingerprint of its description chained with the
-    fingerprint of the stage before it, and the seconds it took; a marker that matches means the stage is done.
-    The description is whatever determines the stage's result: its commands and the text of its config files.
->>>>>>> cleanup
     """
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
@@ -42,7 +36,9 @@ class StageRunner:
         self._chain = ""
         (folder / "stages").mkdir(parents=True, exist_ok=True)
 
-    def run(self, name: str, description: str, action: Callable[[], None], outputs: Sequence[Path] = ()) -> None:
+    def run(
+        self, name: str, description: str, action: Callable[[], None], outputs: Sequence[Path] = ()
+    ) -> None:
         """Run `action` unless the stage is already done with this description.
 
         Args:
@@ -70,15 +66,11 @@ class StageRunner:
         print(f"== {name}: {self.seconds[name]:.0f} s", flush=True)
 
     def run_commands(
-<<<<<<< HEAD
         self,
         name: str,
         commands: Sequence[Sequence[str]],
         configs: Sequence[Path] = (),
         outputs: Sequence[Path] = (),
-=======
-        self, name: str, commands: Sequence[Sequence[str]], configs: Sequence[Path] = ()
->>>>>>> cleanup
     ) -> None:
         """Run a stage made of commands, side by side when there are several.
 
