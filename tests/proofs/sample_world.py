@@ -45,9 +45,13 @@ def judge(summary: dict[str, object]) -> list[str]:
         mark = "pass" if accuracy[name] >= bar else "FAIL"
         lines.append(f"{mark} {name}: {accuracy[name]:.1%}, at least {bar:.0%}")
     original: float = summary["original_accuracy"]  # type: ignore[assignment]
-    lines.append(f"{'pass' if original >= 0.99 else 'FAIL'} checker on original renderings: {original:.1%}, at least 99%")
+    lines.append(
+        f"{'pass' if original >= 0.99 else 'FAIL'} checker on original renderings: {original:.1%}, at least 99%"
+    )
     minutes = summary["seconds"]["total"] / 60  # type: ignore[index]
-    lines.append(f"{'pass' if minutes <= MINUTES else 'FAIL'} time: {minutes:.1f} minutes, at most {MINUTES:.0f}")
+    lines.append(
+        f"{'pass' if minutes <= MINUTES else 'FAIL'} time: {minutes:.1f} minutes, at most {MINUTES:.0f}"
+    )
     return lines
 
 
