@@ -20,8 +20,8 @@ class StageRunner:
     """Runs named stages in order below one folder.
 
     A stage's marker (``stages/NAME.json``) holds a fingerprint of its description chained with the
-    fingerprint of the stage before it, and the seconds it took; a marker that matches means the stage is done.
-    The description is whatever determines the stage's result: its commands and the text of its config files.
+    fingerprint of the stage before it, and the seconds it took; a marker that matches means the stage is
+    done. The description is whatever determines the stage's result: its commands and the text of its config files.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
