@@ -54,7 +54,7 @@ def compare(run: Path) -> dict[str, Any]:
     sequences = []
     for row, own in zip(rows, codes, strict=True):
         segments = (Text(str(row["caption"])), Image(own.numpy()))
-        sequences += [bundle.dialect.encode(Document(s)).ids for s in (segments, segments[::-1])]
+        sequences += [bundle.dialect.encode(Document(s)).ids.tolist() for s in (segments, segments[::-1])]
     largest = logit_difference(bundle.model, run / "hugging-face", sequences)
     return {"export_max_abs_logit_difference": largest, "export_equal_vision_codes": equal}
 

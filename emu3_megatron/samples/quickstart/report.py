@@ -119,6 +119,7 @@ def write_report(run: Path, metrics: Path, title: str) -> Path:
     results = json.loads((folder / "results.json").read_text())
     total = summary["seconds"]["total"] / 60
     stages = ", ".join(f"{escape(k)} {v:.0f} s" for k, v in summary["seconds"].items() if k != "total")
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     sections = [
         f"<h1>{escape(title)}</h1><p>{summary['prompts']} prompts of combinations that training never "
         f"showed. {total:.1f} minutes in all ({stages}).</p>",
@@ -133,7 +134,7 @@ def write_report(run: Path, metrics: Path, title: str) -> Path:
         "<h2>Captions of unseen images</h2>" + _grid(results["captions"][:48], folder, _captioned),
         f"<p>Text-only document written by the model: <q>{escape(results['text'])}</q></p>",
         "<p>Exported to Hugging Face: largest logit difference "
-        f"{summary['export_max_abs_logit_difference']:.2g}. Versions: {escape(', '.join(f'{k} {v}' for k, v in summary['versions'].items()))}.</p>",
+        f"{summary['export_max_abs_logit_difference']:.2g}. Versions: {escape(versions)}.</p>",
     ]
     page = "<!doctype html><html lang=en><meta charset=utf-8>"
     page += f"<title>{escape(title)}</title><style>{STYLE}</style>"
