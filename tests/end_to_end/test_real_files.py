@@ -65,7 +65,9 @@ def real(tmp_path_factory: pytest.TempPathFactory, program: Programs) -> RealRun
         for name, caption in captions.items():
             shutil.copy(source / name, folder)
             entries.append({"id": name, kind: name, "caption": caption})
-    run.manifest.write_text("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), "utf-8")
+    run.manifest.write_text(
+        "".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries), "utf-8"
+    )
 
     (folder / "vision.yaml").write_text(json.dumps(VISION))
     given = ("--data.manifests", json.dumps([str(run.manifest)]), "--output", run.vision)
