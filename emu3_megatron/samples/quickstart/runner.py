@@ -21,7 +21,8 @@ class StageRunner:
 
     A stage's marker (``stages/NAME.json``) holds a fingerprint of its description chained with the
     fingerprint of the stage before it, and the seconds it took; a marker that matches means the stage is
-    done. The description is whatever determines the stage's result: its commands and the text of its config files.
+    done. The description is whatever determines the stage's result: its commands and the text of its config
+    files.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
