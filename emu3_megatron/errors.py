@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from typing import NoReturn
 
@@ -12,6 +13,17 @@ EXIT_USER_ERROR = 2
 
 SHOW_TRACEBACK = "EMU3_TRACEBACK"
 """Environment variable: when set and not empty, `run_main` lets the exception pass with its traceback."""
+
+NOT_FOR_USERS: tuple[tuple[str, type[Warning], str], ...] = (
+    (".*Falling back to", UserWarning, r"megatron\.core"),
+    ("full scope is deprecated", UserWarning, r"megatron\.core"),
+    (r"The \.grad attribute of a Tensor that is not a leaf", UserWarning, r"megatron\.core"),
+    ("Creating a tensor from a list of numpy.ndarrays", UserWarning, r"megatron\.core"),
+    ("", FutureWarning, r"megatron\.core"),
+    ("", FutureWarning, r"torch\.distributed"),
+)
+"""Message, category, module: what megatron-core says of its own ways and of optional packages. `run_main`
+hides these in every program, and nothing else."""
 
 
 class UserError(ValueError):
@@ -30,6 +42,8 @@ def run_main(main: Callable[[], None]) -> None:
     anything else is a defect of ours and keeps its traceback, and so does every error where the environment
     variable ``EMU3_TRACEBACK`` is set. An interrupt exits with 130, as shells expect.
     """
+    for message, category, module in NOT_FOR_USERS:
+        warnings.filterwarnings("ignore", message, category, module)
     if os.environ.get(SHOW_TRACEBACK):
         main()
         return

@@ -22,6 +22,10 @@ def texts_of(manifests: list[Path]) -> Iterator[str]:
                     raise UserError(
                         f"{path}, line {number} is not JSON ({error.msg}); mend or remove it"
                     ) from error
+                if not isinstance(entry, dict):
+                    raise UserError(
+                        f"{path}, line {number} is a JSON {type(entry).__name__}; an entry is an object"
+                    )
                 yield from (entry[key] for key in ("caption", "text") if entry.get(key))
 
 

@@ -6,21 +6,15 @@ torchrun --nproc-per-node 2 tools/train_vision_tokenizer.py --config FILE.yaml
 
 from __future__ import annotations
 
-from jsonargparse import ArgumentParser
-
 from emu3_megatron.errors import run_main
+from emu3_megatron.settings import read_settings
 from emu3_megatron.vision.training import train
 from emu3_megatron.vision.training_config import VisionTrainingConfig
 
 
 def main() -> None:
     """Read the configuration from YAML and the command line, and train."""
-    parser = ArgumentParser(description=__doc__)
-    parser.add_argument("--config", action="config", help="YAML file with the same keys as the options")
-    parser.add_class_arguments(VisionTrainingConfig)
-    values = parser.instantiate(parser.parse_args())
-    values.pop("config", None)
-    train(VisionTrainingConfig(**values.as_dict()))
+    train(read_settings(VisionTrainingConfig, __doc__))
 
 
 if __name__ == "__main__":

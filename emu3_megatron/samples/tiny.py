@@ -51,7 +51,8 @@ PARTS = {
 
 
 def prepare(folder: str | Path) -> None:
-    """Make the dataset that `folder`'s last part names: ``stills``, ``clips``, ``texts`` or ``held-out``.
+    """Make the dataset that the last part of `folder` names: ``stills``, ``clips``, ``texts`` or
+    ``held-out``.
 
     The same bytes every time. All have one vocabulary of 512 text pieces and 512 codes.
 

@@ -2,7 +2,8 @@
 
 ::
 
-    torchrun --nproc-per-node 2 -m emu3_megatron.training --config examples/configs/tiny.yaml --trainer.steps 50
+    torchrun --nproc-per-node 2 -m emu3_megatron.training --config examples/configs/tiny.yaml --trainer.steps
+    50
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from emu3_megatron.errors import run_main
+from emu3_megatron.errors import UserError, run_main
 from emu3_megatron.files import atomic_write
 from emu3_megatron.parallel import platform
 from emu3_megatron.parallel.groups import destroy_parallel, initialize_parallel
@@ -24,7 +25,7 @@ from emu3_megatron.training.trainer import Trainer
 
 def main() -> None:
     """Read the configuration; explain it, or train."""
-    asked = command_line.parse(sys.argv[1:])
+    asked = command_line.parse_once(sys.argv[1:])
     if asked.dry_run:
         vocabulary = TrainingData.vocabulary_if_ready(asked.config.data)
         sizes = (vocabulary.size, vocabulary.padded_size) if vocabulary else (None, None)
@@ -37,7 +38,10 @@ def main() -> None:
 
 def train(config: TrainingConfig) -> None:
     """One run on this rank, from its process groups to its last checkpoint."""
-    machine = platform.install(config.platform)
+    try:
+        machine = platform.install(config.platform)
+    except platform.PlatformError as error:
+        raise UserError(str(error)) from error
     initialize_parallel(config.parallel, machine, config.seed)
     if is_rank_zero():
         with atomic_write(Path(config.run) / "config.yaml") as stream:

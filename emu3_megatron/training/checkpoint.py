@@ -1,9 +1,9 @@
 """What a checkpoint holds, and how it is saved, resumed under any layout, and loaded for inference.
 
-Tensors are in megatron-core's torch_dist format and named by parameter: weights by their own name, Adam's moments
-as ``optimizer.state.exp_avg.NAME`` and ``.exp_avg_sq.NAME``, fp32 master weights of a bf16 run as
-``optimizer.state.fp32_param.NAME``, averaged weights as ``ema.NAME``. Nothing in them depends on the layout, nor
-on whether the optimizer was distributed. Everything else is in ``emu3.json``: see `Record`.
+Tensors are in megatron-core's torch_dist format and named by parameter: weights by their own name, Adam's
+moments as ``optimizer.state.exp_avg.NAME`` and ``.exp_avg_sq.NAME``, fp32 master weights of a bf16 run as
+``optimizer.state.fp32_param.NAME``, averaged weights as ``ema.NAME``. Nothing in them depends on the layout,
+nor on whether the optimizer was distributed. Everything else is in ``emu3.json``: see `Record`.
 """
 
 from __future__ import annotations
@@ -78,7 +78,8 @@ class Record:
             fields = json.loads(path.read_text())
             if fields["format"] > FORMAT:
                 raise CheckpointError(
-                    f"{path}: format {fields['format']} is newer than {FORMAT}, the newest this version reads; update"
+                    f"{path}: format {fields['format']} is newer than {FORMAT}, the newest "
+                    f"this version reads; update"
                 )
             return cls(**{**fields, "progress": Progress(**fields["progress"])})
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
@@ -94,14 +95,15 @@ class Checkpointer:
         chunks: Wrapped chunks of this rank.
         optimizer: Its optimizer.
         precision: Of the model's parameters.
-        averages: Averaged weights, one list of tensors for each chunk in the order of its parameters, or None.
+        averages: Averaged weights, one list of tensors for each chunk in the order of its parameters, or
+            None.
     """
 
     def __init__(
         self,
         folder: Path,
         keep: int,
-        chunks: Sequence[torch.nn.Module],
+        chunks: Sequence[Any],
         optimizer: Optimizer,
         *,
         precision: str,
@@ -184,7 +186,9 @@ class Checkpointer:
         from megatron.core.dist_checkpointing.mapping import ShardedBase
 
         state = self._optimizer.megatron.sharded_state_dict(
-            models["model"] if len(models) == 1 else models, is_loading=is_loading, metadata=sharding_metadata()
+            models["model"] if len(models) == 1 else models,
+            is_loading=is_loading,
+            metadata=sharding_metadata(),
         )
         sharded, plain = extract_matching_values(
             state, lambda value: isinstance(value, ShardedBase), return_lists_as_dicts=True
@@ -204,7 +208,9 @@ class Checkpointer:
         inner = state.get("optimizer", state)
         inner["param_groups"] = _as_list(inner["param_groups"])
         if "fp32_from_fp16_params" in state:
-            state["fp32_from_fp16_params"] = [_as_list(group) for group in _as_list(state["fp32_from_fp16_params"])]
+            state["fp32_from_fp16_params"] = [
+                _as_list(group) for group in _as_list(state["fp32_from_fp16_params"])
+            ]
         for group in inner["param_groups"]:
             group["step"] = updates
         with torch.no_grad():
@@ -213,7 +219,6 @@ class Checkpointer:
 
 _DISTRIBUTED_MASTER = "optimizer.state.param."
 _PLAIN_MASTER = "optimizer.state.fp32_param."
-
 
 
 def _with_common_name(value: Any) -> Any:
@@ -248,22 +253,27 @@ def sharding_metadata() -> dict[str, Any]:
     """`CONTENT_METADATA` and the group whose replicas are equal."""
     from megatron.core import parallel_state
 
-    return {**CONTENT_METADATA, "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True)}
+    return {
+        **CONTENT_METADATA,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
 
 
-def name_chunks(chunks: Sequence[torch.nn.Module]) -> list[tuple[str, torch.nn.Module]]:
+def name_chunks(chunks: Sequence[Any]) -> list[tuple[str, Any]]:
     """Chunks under the names that megatron-core's optimizer expects."""
     if len(chunks) == 1:
         return [("model", chunks[0])]
     return [(f"model{index}", chunk) for index, chunk in enumerate(chunks)]
 
 
-def model_state(chunks: Sequence[torch.nn.Module]) -> dict[str, Any]:
+def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
     """Sharded weights of every chunk."""
-    return {name: chunk.sharded_state_dict(metadata=sharding_metadata()) for name, chunk in name_chunks(chunks)}
+    return {
+        name: chunk.sharded_state_dict(metadata=sharding_metadata()) for name, chunk in name_chunks(chunks)
+    }
 
 
-def load_weights(chunks: Sequence[torch.nn.Module], folder: Path, *, averaged: bool = False) -> None:
+def load_weights(chunks: Sequence[Any], folder: Path, *, averaged: bool = False) -> None:
     """Fill unwrapped `chunks` with a checkpoint's weights, or with its averaged weights."""
     from megatron.core import dist_checkpointing
 
@@ -319,13 +329,15 @@ def newest_valid(checkpoints: Path, *, checksums: bool) -> Path | None:
         if rank == 0:
             logger.error("checkpoint %s is damaged and passed over: %s", folder.name, "; ".join(problems))
     if listed[0]:
-        raise CheckpointError(f"every checkpoint in {checkpoints} is damaged; see above, and restore one from a copy")
+        raise CheckpointError(
+            f"every checkpoint in {checkpoints} is damaged; see above, and restore one from a copy"
+        )
     return None
 
 
 def load_model_for_inference(
     checkpoint: str | Path, parallel: ParallelConfig | None = None, *, averaged: bool | None = None
-) -> tuple[list[torch.nn.Module], ModelConfig, Vocabulary]:
+) -> tuple[list[Any], ModelConfig, Vocabulary]:
     """Build the model of a checkpoint under any layout, with its weights, in evaluation mode.
 
     Call it after `emu3_megatron.parallel.initialize_parallel`.
@@ -358,7 +370,9 @@ def load_model_for_inference(
         seed=record.config["seed"],
         precision=record.config["trainer"]["precision"],
     )
-    load_weights([unwrap(chunk) for chunk in chunks], folder, averaged=record.ema if averaged is None else averaged)
+    load_weights(
+        [unwrap(chunk) for chunk in chunks], folder, averaged=record.ema if averaged is None else averaged
+    )
     for chunk in chunks:
         chunk.eval()
     return chunks, model, vocabulary

@@ -7,7 +7,8 @@
                       COMMIT          written last: size and CRC-32C of every other file
     RUN/checkpoints/latest            name of the newest committed folder, written after its COMMIT
 
-A folder without COMMIT is the rest of a save that was interrupted; it is never read, and the next save removes it.
+A folder without COMMIT is the rest of a save that was interrupted; it is never read, and the next save
+removes it.
 """
 
 from __future__ import annotations
@@ -49,12 +50,17 @@ def committed_folders(checkpoints: Path) -> list[Path]:
 def _step_folders(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
-    steps = [(int(match[1]), path) for path in checkpoints.iterdir() if (match := _STEP_FOLDER.fullmatch(path.name))]
+    steps = [
+        (int(match[1]), path)
+        for path in checkpoints.iterdir()
+        if (match := _STEP_FOLDER.fullmatch(path.name))
+    ]
     return [path for _, path in sorted(steps)]
 
 
 def resolve(path: Path) -> Path:
-    """The committed checkpoint that `path` means: itself, or the newest of a run or of its `checkpoints` folder.
+    """The committed checkpoint that `path` means: itself, or the newest of a run or of its `checkpoints`
+    folder.
 
     Raises:
         CheckpointError: there is none.
@@ -65,7 +71,8 @@ def resolve(path: Path) -> Path:
         if committed := committed_folders(folder):
             return committed[-1]
     raise CheckpointError(
-        f"{path} holds no committed checkpoint: expected a file {COMMIT} in it, or step-* folders that have one"
+        f"{path} holds no committed checkpoint: expected a file {COMMIT} in it, or step-* "
+        f"folders that have one"
     )
 
 

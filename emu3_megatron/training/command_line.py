@@ -14,9 +14,8 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from emu3_megatron.errors import UserError, one_line
+from emu3_megatron.errors import EXIT_USER_ERROR, UserError, one_line
 from emu3_megatron.training.config import TrainingConfig, require
-
 
 RUN_ALIAS = "--run_folder"
 """Means ``--run``, which torchrun takes for an abbreviation of its own ``--run-path`` and refuses."""
@@ -59,9 +58,12 @@ def build_parser() -> ArgumentParser:
         prog="python -m emu3_megatron.training",
         description="Train. Start it under torchrun for more than one process.",
         exit_on_error=False,
+        allow_abbrev=False,  # a mistyped key must not pass for the one it begins
     )
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved configuration and its arithmetic")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print the resolved configuration and its arithmetic"
+    )
     parser.add_argument("--world-size", type=int, default=0, help="processes to assume in a dry run")
     parser.add_class_arguments(TrainingConfig)
     return parser
@@ -91,7 +93,8 @@ def check_layout(config: TrainingConfig, world_size: int) -> None:
     pieces = split * (parallel.tensor_model_parallel_size if parallel.sequence_parallel else 1)
     require(
         data.context_length % max(alignment, pieces) == 0,
-        f"data.context_length={data.context_length} is not divisible by {max(alignment, pieces)}, which context and "
+        f"data.context_length={data.context_length} is not divisible by "
+        f"{max(alignment, pieces)}, which context and "
         f"sequence parallelism and data.alignment ask for; change it",
     )
     require(
@@ -108,12 +111,14 @@ def _check_interleaving(config: TrainingConfig, ranks: int) -> None:
     micro_batches = trainer.global_batch_size // (ranks * trainer.micro_batch_size)
     require(
         parallel.virtual_pipeline_model_parallel_size is None or micro_batches % stages == 0,
-        f"an interleaved pipeline of {stages} stages needs a multiple of {stages} micro-batches, not {micro_batches}; "
+        f"an interleaved pipeline of {stages} stages needs a multiple of {stages} "
+        f"micro-batches, not {micro_batches}; "
         f"change trainer.global_batch_size or trainer.micro_batch_size",
     )
     require(
         not (config.ema.decay and config.optimizer.overlap_param_gather),
-        "ema.decay needs whole parameters after each step, which optimizer.overlap_param_gather gathers later; "
+        "ema.decay needs whole parameters after each step, which "
+        "optimizer.overlap_param_gather gathers later; "
         "switch one off",
     )
 
@@ -131,15 +136,14 @@ def to_yaml(config: TrainingConfig) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def is_launcher_rank_zero() -> bool:
-    """Whether this process speaks for all before process groups exist."""
-    return os.environ.get("RANK", "0") == "0"
-
-
-def quiet_other_ranks() -> None:
-    """Let one rank alone report a mistake that every rank finds at once."""
-    if not is_launcher_rank_zero():
-        sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - the process ends
+def parse_once(arguments: Sequence[str]) -> CommandLine:
+    """`parse`, where of many processes only the first reports a mistake that all of them find."""
+    try:
+        return parse(arguments)
+    except ValueError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        sys.exit(EXIT_USER_ERROR)
 
 
 def _without_alias(argument: str) -> str:

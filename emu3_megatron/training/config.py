@@ -1,8 +1,9 @@
 """What one training run is made of: every knob, its unit, and where its default comes from.
 
-The sections of a configuration file are the fields of `TrainingConfig`. Sources of defaults: *paper* is the Emu3
-paper; *Emu3.5* is its successor's report, which states what the first left unsaid; *ours* is a choice of this
-project. This module imports neither torch nor megatron-core, so that a mistake in a file is reported at once.
+The sections of a configuration file are the fields of `TrainingConfig`. Sources of defaults: *paper* is the
+Emu3 paper; *Emu3.5* is its successor's report, which states what the first left unsaid; *ours* is a choice of
+this project. This module imports neither torch nor megatron-core, so that a mistake in a file is reported at
+once.
 """
 
 from __future__ import annotations
@@ -38,7 +39,10 @@ class SourceConfig:
 
     def __post_init__(self) -> None:
         """Check the weight."""
-        require(self.weight > 0, f"source {self.path}: weight={self.weight} must be positive; leave it out instead")
+        require(
+            self.weight > 0,
+            f"source {self.path}: weight={self.weight} must be positive; leave it out instead",
+        )
 
 
 @dataclass(kw_only=True)
@@ -58,8 +62,9 @@ class DataConfig:
     fill: bool = True
     """Pour splittable text into the holes that spans leave (ours)."""
     alignment: int | None = None
-    """Tokens that every document is padded to a multiple of; 2 x context_parallel_size where not set. It is part
-    of the plan: set it to the largest you will need, to change context parallelism in the middle of a run."""
+    """Tokens that every document is padded to a multiple of; 2 x context_parallel_size where not set. It is
+    part of the plan: set it to the largest you will need, to change context parallelism in the middle of a
+    run."""
     seed: int | None = None
     """Seed of the plan's order; the run's `seed` where not set."""
     num_workers: int = 1
@@ -70,10 +75,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         """Check sizes."""
         require(bool(self.sources), "data.sources is empty; name at least one dataset folder")
-        require(self.context_length >= 2, f"data.context_length={self.context_length} must be at least 2 tokens")
+        require(
+            self.context_length >= 2, f"data.context_length={self.context_length} must be at least 2 tokens"
+        )
         require(self.num_workers >= 0, f"data.num_workers={self.num_workers} must not be negative")
         twice = set(self.sources) & set(self.validation)
-        require(not twice, f"source names {sorted(twice)} stand in data.sources and data.validation; rename one")
+        require(
+            not twice, f"source names {sorted(twice)} stand in data.sources and data.validation; rename one"
+        )
 
 
 @dataclass(kw_only=True)
@@ -113,7 +122,8 @@ class OptimizerConfig:
         require(self.learning_rate > 0, f"optimizer.learning_rate={self.learning_rate} must be positive")
         require(
             0 <= self.min_learning_rate <= self.learning_rate,
-            f"optimizer.min_learning_rate={self.min_learning_rate} must lie in [0, learning_rate={self.learning_rate}]",
+            f"optimizer.min_learning_rate={self.min_learning_rate} must lie in [0, "
+            f"learning_rate={self.learning_rate}]",
         )
         require(self.warmup_steps >= 0, f"optimizer.warmup_steps={self.warmup_steps} must not be negative")
         require(
@@ -151,7 +161,8 @@ class LossConfig:
         require(min(weights) >= 0, f"loss weights {weights} must not be negative")
         require(max(weights) > 0, "every loss weight is zero; nothing would be trained")
         require(
-            self.chunk_size is None or self.chunk_size > 0, f"loss.chunk_size={self.chunk_size} must be positive"
+            self.chunk_size is None or self.chunk_size > 0,
+            f"loss.chunk_size={self.chunk_size} must be positive",
         )
 
     def by_class(self) -> list[float]:
@@ -198,8 +209,8 @@ class CheckpointConfig:
     keep: int = 2
     """Committed checkpoints to keep; at least 2, so that one damaged folder never ends a run."""
     load: str | None = None
-    """Checkpoint folder whose weights start this run (the hand-over from stage 1 to stage 2): step, windows and
-    optimizer start afresh. A run that has checkpoints of its own goes on from those."""
+    """Checkpoint folder whose weights start this run (the hand-over from stage 1 to stage 2): step, windows
+    and optimizer start afresh. A run that has checkpoints of its own goes on from those."""
     verify: bool = True
     """Check the checksum of every file before it is loaded."""
     accept_changed_data: bool = False
@@ -208,7 +219,9 @@ class CheckpointConfig:
     def __post_init__(self) -> None:
         """Check counts."""
         require(self.interval > 0, f"checkpoint.interval={self.interval} must be positive")
-        require(self.keep >= 2, f"checkpoint.keep={self.keep} must be at least 2: a crash may damage the newest")
+        require(
+            self.keep >= 2, f"checkpoint.keep={self.keep} must be at least 2: a crash may damage the newest"
+        )
 
 
 @dataclass(kw_only=True)
@@ -231,8 +244,8 @@ class GuardConfig:
     """What to do about steps that would harm the model."""
 
     spike_factor: float = 0.0
-    """Skip a step whose loss or gradient norm exceeds this many times its running mean; 0 is off (ours). A step
-    with a NaN or an infinity is always skipped."""
+    """Skip a step whose loss or gradient norm exceeds this many times its running mean; 0 is off (ours). A
+    step with a NaN or an infinity is always skipped."""
     warmup_steps: int = 100
     """Steps before spikes are judged."""
     max_consecutive: int = 10
@@ -274,8 +287,8 @@ class TrainingConfig:
     """One run, from raw windows to a checkpoint."""
 
     run: str
-    """Folder of the run: metrics, TensorBoard, checkpoints. A run that exists is resumed. On a command line under
-    torchrun, which has options that begin with `--run`, write `--run_folder`."""
+    """Folder of the run: metrics, TensorBoard, checkpoints. A run that exists is resumed. On a command line
+    under torchrun, which has options that begin with `--run`, write `--run_folder`."""
     platform: Literal["auto", "cuda", "cpu"] = "auto"
     """`auto` takes the CPU only where there is no NVIDIA driver."""
     seed: int = 1234

@@ -48,7 +48,11 @@ class TrainingData:
         seed = config.seed if data.seed is None else data.seed
         plan = _plan(config, data.sources, seed)
         vocabulary = plan.mixture.vocabulary
-        held_out = _plan(config, data.validation, seed + VALIDATION_SEED_OFFSET, vocabulary) if data.validation else None
+        held_out = (
+            _plan(config, data.validation, seed + VALIDATION_SEED_OFFSET, vocabulary)
+            if data.validation
+            else None
+        )
         return cls(vocabulary=vocabulary, plan=plan, validation_plan=held_out)
 
     @staticmethod
@@ -99,7 +103,10 @@ def _load_function(name: str) -> Callable[[Path], None]:
 
 
 def _plan(
-    config: TrainingConfig, sources: Mapping[str, SourceConfig], seed: int, vocabulary: Vocabulary | None = None
+    config: TrainingConfig,
+    sources: Mapping[str, SourceConfig],
+    seed: int,
+    vocabulary: Vocabulary | None = None,
 ) -> Plan:
     data = config.data
     mixture = Mixture(

@@ -8,6 +8,7 @@ from emu3_megatron.training.config import TrainingConfig
 from emu3_megatron.training.throughput import layer_matrix_parameters, training_flops
 
 GIB = 2**30
+MIB = 2**20
 BYTES_FP32 = 4
 LOSS_CHUNK_BYTES = 3 * 16 * 2**20
 """Logits of a chunk in the compute type, in fp32, and their gradient, at the default chunk size."""
@@ -28,7 +29,9 @@ class Memory:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def describe(config: TrainingConfig, world_size: int, vocabulary_size: int | None, padded_size: int | None) -> str:
+def describe(
+    config: TrainingConfig, world_size: int, vocabulary_size: int | None, padded_size: int | None
+) -> str:
     """Readable lines: layout, tokens a step, parameters, operations, memory.
 
     Args:
@@ -43,12 +46,15 @@ def describe(config: TrainingConfig, world_size: int, vocabulary_size: int | Non
     lines = [
         f"layout            {world_size} processes = tensor {parallel.tensor_model_parallel_size} x pipeline "
         f"{parallel.pipeline_model_parallel_size} x context {parallel.context_parallel_size} x data {ranks}",
-        f"a step            {trainer.global_batch_size} windows x {data.context_length} tokens = {tokens:,} tokens, "
+        f"a step            {trainer.global_batch_size} windows x {data.context_length} "
+        f"tokens = {tokens:,} tokens, "
         f"in {trainer.global_batch_size // (ranks * trainer.micro_batch_size)} micro-batches a rank",
         f"the run           {trainer.steps:,} steps = {trainer.steps * tokens:,} tokens",
     ]
     if vocabulary_size is None or padded_size is None:
-        return "\n".join([*lines, "vocabulary        unknown until the datasets exist; parameters and memory too"])
+        return "\n".join(
+            [*lines, "vocabulary        unknown until the datasets exist; parameters and memory too"]
+        )
     parameters = config.model.parameter_count(padded_size)
     memory = rank_memory(config, ranks, padded_size)
     # An upper bound: every window one document.
@@ -60,11 +66,16 @@ def describe(config: TrainingConfig, world_size: int, vocabulary_size: int | Non
             f"vocabulary        {vocabulary_size:,} ids in {padded_size:,} rows",
             f"parameters        {parameters:,}",
             f"operations        {flops / 1e12:,.3f} TFLOP a step, if every window is one document",
-            f"memory of a rank  {memory.total / GIB:.2f} GiB = weights {memory.weights / GIB:.2f} + gradients "
-            f"{memory.gradients / GIB:.2f} + optimizer {memory.optimizer / GIB:.2f} + activations about "
-            f"{memory.activations / GIB:.2f}; libraries and buffers of communication come on top",
+            f"memory of a rank  {readable(memory.total)} = weights {readable(memory.weights)} + gradients "
+            f"{readable(memory.gradients)} + optimizer {readable(memory.optimizer)} + activations, about "
+            f"{readable(memory.activations)}; libraries and communication buffers come on top",
         ]
     )
+
+
+def readable(size: float) -> str:
+    """Bytes in GiB, or in MiB below one."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
 
 
 def rank_memory(config: TrainingConfig, data_ranks: int, padded_size: int) -> Memory:
@@ -76,7 +87,8 @@ def rank_memory(config: TrainingConfig, data_ranks: int, padded_size: int) -> Me
     held = (vocabulary + body) / parallel.tensor_model_parallel_size
     half = config.trainer.precision == "bf16"
     shards = data_ranks * parallel.context_parallel_size if config.optimizer.use_distributed_optimizer else 1
-    # Two moments; a bf16 run has fp32 master weights besides, and so has an fp32 run with a distributed optimizer.
+    # Two moments; a bf16 run has fp32 master weights besides, and so has an fp32 run with a distributed
+    # optimizer.
     states = 3 if half or config.optimizer.use_distributed_optimizer else 2
     average = held * BYTES_FP32 if config.ema.decay else 0.0
     return Memory(
@@ -90,9 +102,9 @@ def rank_memory(config: TrainingConfig, data_ranks: int, padded_size: int) -> Me
 def activation_bytes(config: TrainingConfig) -> float:
     """What forward keeps for backward on the first stage, and the loss's chunk of logits.
 
-    Counted per token and layer: what the norms, projections, attention and the gated feed-forward layer save. With
-    full recomputation a layer keeps its input, and one layer is expanded at a time. The first of P pipeline stages
-    holds P micro-batches.
+    Counted per token and layer: what the norms, projections, attention and the gated feed-forward layer save.
+    With full recomputation a layer keeps its input, and one layer is expanded at a time. The first of P
+    pipeline stages holds P micro-batches.
     """
     model, parallel = config.model, config.parallel
     width = 2 if config.trainer.precision == "bf16" else BYTES_FP32

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import warnings
+import sys
 
 from tqdm import tqdm
 
@@ -12,13 +12,11 @@ class _BesideTheBar(logging.Handler):
     """Writes through tqdm, so that a message does not tear the bar."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=None)
+        tqdm.write(self.format(record), file=sys.stderr)
 
 
 def set_up() -> None:
-    """Show the package's messages; keep megatron-core's notes on what is not installed out of the way."""
-    warnings.filterwarnings("ignore", message=".*Falling back to.*")
-    warnings.filterwarnings("ignore", category=FutureWarning)
+    """Show the package's messages, each on a line of its own."""
     handler = _BesideTheBar()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
     package = logging.getLogger("emu3_megatron")

@@ -18,7 +18,8 @@ QUANTITIES = ("cross_entropy", "correct", "tokens")
 """Sums kept for every source and class: nats, arg-max hits, targets."""
 
 EXTRAS = ("padding_tokens", "window_tokens", "attention_pairs", "wait_seconds", "signals", "time_is_up")
-"""Further sums of a step over all ranks. `attention_pairs` counts (query, key) pairs under the document mask."""
+"""Further sums of a step over all ranks. `attention_pairs` counts (query, key) pairs under the document
+mask."""
 
 CLASSES = tuple(Modality)
 
@@ -73,7 +74,8 @@ class Totals:
         return _weighted_mean(self.sums[source], weights)
 
     def named(self) -> dict[str, float]:
-        """Loss, accuracy and count of every class, and loss of every source's classes, where there are targets.
+        """Loss, accuracy and count of every class, and loss of every source's classes, where there are
+        targets.
 
         Keys: ``loss_text``, ``accuracy_text``, ``tokens_text``, and so on for every class; with more than one
         source also ``loss_SOURCE_text`` and so on.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from emu3_megatron.training.config import OptimizerConfig, Precision
 
 
-def wrap_for_data_parallelism(chunks: Sequence[torch.nn.Module], config: OptimizerConfig) -> list[torch.nn.Module]:
+def wrap_for_data_parallelism(chunks: Sequence[Any], config: OptimizerConfig) -> list[Any]:
     """Give every chunk megatron-core's gradient buffers (fp32) and its data-parallel reduction.
 
     Gradients are summed over ranks, not averaged: the loss is already divided by the global sum of weights.
@@ -30,7 +31,7 @@ def wrap_for_data_parallelism(chunks: Sequence[torch.nn.Module], config: Optimiz
     return wrapped
 
 
-def _connect_schedule(wrapped: Sequence[torch.nn.Module], config: OptimizerConfig) -> None:
+def _connect_schedule(wrapped: Sequence[Any], config: OptimizerConfig) -> None:
     """Tell megatron-core's schedules how to finish gradients, and when not to reduce them."""
     from megatron.core.distributed import finalize_model_grads
 
@@ -38,7 +39,7 @@ def _connect_schedule(wrapped: Sequence[torch.nn.Module], config: OptimizerConfi
         # The count would divide gradients once more; ours are already divided by the sum of weights.
         finalize_model_grads(model, None, **groups)
 
-    settings = {"finalize_model_grads_func": finalize}
+    settings: dict[str, Any] = {"finalize_model_grads_func": finalize}
     if config.overlap_grad_reduce:
         no_sync = [chunk.no_sync for chunk in wrapped]
         settings["no_sync_func"] = no_sync if len(no_sync) > 1 else no_sync[0]
@@ -56,7 +57,7 @@ class Optimizer:
         precision: Precision of the model's parameters.
     """
 
-    def __init__(self, chunks: Sequence[torch.nn.Module], config: OptimizerConfig, precision: Precision) -> None:
+    def __init__(self, chunks: Sequence[Any], config: OptimizerConfig, precision: Precision) -> None:
         from megatron.core.optimizer import OptimizerConfig as MegatronOptimizerConfig
         from megatron.core.optimizer import get_megatron_optimizer
 

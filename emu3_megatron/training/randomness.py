@@ -10,8 +10,8 @@ import torch
 def seed_step(seed: int, step: int) -> None:
     """Seed every generator that dropout draws from, for one step.
 
-    Ranks that hold other tokens or other layers draw other numbers; tensor-parallel ranks draw the same for what they
-    hold in common and others for what they split (megatron-core's tracker keeps both).
+    Ranks that hold other tokens or other layers draw other numbers; tensor-parallel ranks draw the same for
+    what they hold in common and others for what they split (megatron-core's tracker keeps both).
 
     Args:
         seed: Seed of the run.

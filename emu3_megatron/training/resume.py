@@ -22,7 +22,8 @@ FREE_MODEL_FIELDS = (
     "recompute",
     "max_position_embeddings",
 )
-"""Fields of the model that may change between a checkpoint and the run that loads it: no tensor depends on them."""
+"""Fields of the model that may change between a checkpoint and the run that loads it: no tensor depends on
+them."""
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
@@ -43,13 +44,17 @@ def check_weights_fit(folder: Path, old: Record, new: Record) -> None:
         CheckpointError: naming every field that differs.
     """
     if changed := differences(old.vocabulary, new.vocabulary, "vocabulary"):
-        raise CheckpointError(f"{folder} was trained with another vocabulary ({'; '.join(changed)}); use its datasets")
-    shapes = [
-        {key: value for key, value in record.config["model"].items() if key not in FREE_MODEL_FIELDS}
-        for record in (old, new)
-    ]
-    if changed := differences(*shapes, "model"):
-        raise CheckpointError(f"{folder} holds another model ({'; '.join(changed)}); set these back, or use a new `run`")
+        raise CheckpointError(
+            f"{folder} was trained with another vocabulary ({'; '.join(changed)}); use its datasets"
+        )
+    if changed := differences(_shape(old), _shape(new), "model"):
+        raise CheckpointError(
+            f"{folder} holds another model ({'; '.join(changed)}); set these back, or use a new `run`"
+        )
+
+
+def _shape(record: Record) -> dict[str, Any]:
+    return {key: value for key, value in record.config["model"].items() if key not in FREE_MODEL_FIELDS}
 
 
 def check_resumable(folder: Path, old: Record, new: Record, *, accept_changed_data: bool) -> None:
@@ -68,7 +73,8 @@ def check_resumable(folder: Path, old: Record, new: Record, *, accept_changed_da
     before, now = (record.config["trainer"]["precision"] for record in (old, new))
     if before != now:
         raise CheckpointError(
-            f"{folder} was trained with trainer.precision={before}, this run has {now}; set it back, or start a new "
+            f"{folder} was trained with trainer.precision={before}, this run has {now}; set "
+            f"it back, or start a new "
             f"`run` with checkpoint.load={folder}"
         )
     if old.plan_fingerprint == new.plan_fingerprint:

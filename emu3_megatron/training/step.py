@@ -1,9 +1,10 @@
 """One step's forward and backward pass: token losses, their weights, and their sums.
 
-The loss of a step is ``sum(w * ce) / sum(w)`` over every target of the global batch, where ``w`` is the weight of
-the target's class. The denominator is known before the first forward pass, from the labels' classes alone, and
-is added up over data-parallel ranks in float64; so gradients are right whatever the layout, the number of
-micro-batches, or how unevenly targets fall on ranks, and a rank without any weighted target is harmless.
+The loss of a step is ``sum(w * ce) / sum(w)`` over every target of the global batch, where ``w`` is the
+weight of the target's class. The denominator is known before the first forward pass, from the labels' classes
+alone, and is added up over data-parallel ranks in float64; so gradients are right whatever the layout, the
+number of micro-batches, or how unevenly targets fall on ranks, and a rank without any weighted target is
+harmless.
 
 Legend: T tokens of a micro-batch (all its windows joined), L this rank's share under context parallelism,
 S sources, C classes, Q quantities, H hidden size.
@@ -97,7 +98,9 @@ class ForwardBackward:
         self._schedule = get_forward_backward_func()
         self._chunk_size = loss.chunk_size
 
-    def __call__(self, batches: Sequence[Batch], *, forward_only: bool = False) -> tuple[torch.Tensor, dict[str, float]]:
+    def __call__(
+        self, batches: Sequence[Batch], *, forward_only: bool = False
+    ) -> tuple[torch.Tensor, dict[str, float]]:
         """Run one global batch: gradients into the buffers, sums out.
 
         Args:
@@ -105,7 +108,8 @@ class ForwardBackward:
             forward_only: Measure, without gradients.
 
         Returns:
-            This rank's sums, float64 ``[S*C, Q]`` on the device, and its extras, both to be added over all ranks.
+            This rank's sums, float64 ``[S*C, Q]`` on the device, and its extras, both to be added over all
+            ranks.
         """
         self._sums.zero_()
         scale = self._loss_scale(batches)
@@ -124,7 +128,9 @@ class ForwardBackward:
 
     def _loss_scale(self, batches: Sequence[Batch]) -> torch.Tensor:
         """One over the global sum of weights, fp32 scalar on the device."""
-        counts_C = sum(torch.bincount(batch.modality.reshape(-1), minlength=len(CLASSES)) for batch in batches)
+        counts_C = sum(
+            torch.bincount(batch.modality.reshape(-1), minlength=len(CLASSES)) for batch in batches
+        )
         total = torch.dot(torch.as_tensor(counts_C).double(), self._weights_C).to(self._device)
         if self._groups.data.size() > 1:
             torch.distributed.all_reduce(total, group=self._groups.data)
@@ -142,7 +148,9 @@ class ForwardBackward:
         }
         share = split_batch_for_context_parallel(tensors, batch.cu_seqlens, self._groups.context)
         share = {name: value.to(self._device, non_blocking=True) for name, value in share.items()}
-        packed = packed_sequence_parameters(batch.cu_seqlens.to(self._device, non_blocking=True), batch.max_seqlen)
+        packed = packed_sequence_parameters(
+            batch.cu_seqlens.to(self._device, non_blocking=True), batch.max_seqlen
+        )
         return MicroBatch(
             tokens_1L=share["tokens"],
             labels_1L=share["labels"],
@@ -167,7 +175,9 @@ class ForwardBackward:
             hidden_L1H, batch.labels_1L, weights_L, chunk_size=self._chunk_size
         )
         if self._groups.counts_here:
-            quantities_LQ = torch.stack([losses_L, correct_L.to(losses_L.dtype), torch.ones_like(losses_L)], dim=1)
+            quantities_LQ = torch.stack(
+                [losses_L, correct_L.to(losses_L.dtype), torch.ones_like(losses_L)], dim=1
+            )
             self._sums.index_add_(0, batch.cells_L, quantities_LQ.double())
         return loss, self._no_tokens, {}
 

@@ -11,7 +11,8 @@ PEAK_TFLOPS = {
     "H200": 989.0,
     "B200": 2250.0,
 }
-"""Dense bf16 peak of a device whose name contains the key, from NVIDIA's data sheets; the first match counts."""
+"""Dense bf16 peak of a device whose name contains the key, from NVIDIA's data sheets; the first match
+counts."""
 
 
 def device_peak_tflops(device_name: str) -> float | None:
@@ -22,8 +23,8 @@ def device_peak_tflops(device_name: str) -> float | None:
 def training_flops(config: ModelConfig, vocabulary_size: int, tokens: float, attention_pairs: float) -> float:
     """Floating-point operations of forward and backward, recomputation not counted.
 
-    Six for each weight of a matrix and token, and twelve for each (query, key) pair, channel and layer: four in
-    the forward pass (scores and values), twice that in the backward pass.
+    Six for each weight of a matrix and token, and twelve for each (query, key) pair, channel and layer: four
+    in the forward pass (scores and values), twice that in the backward pass.
 
     Args:
         config: Shape of the decoder.

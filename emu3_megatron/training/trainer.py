@@ -78,7 +78,7 @@ class Trainer:
         self._callbacks: list[Callback] = build_callbacks(self, self._average)
         self._peak_flops = self._peak_flops_of_all_devices()
 
-    # ---- the loop -----------------------------------------------------------------------------------------------
+    # ---- the loop
 
     def fit(self) -> None:
         """Train from where the run stands to its last step, or until something asks it to stop."""
@@ -117,8 +117,9 @@ class Trainer:
             grad_norm=self.optimizer.gradient_norm(),
             learning_rate=learning_rate(self.config.optimizer, step, self.config.trainer.steps),
         )
-        # A list, not a generator: every callback is asked, whatever another one answers.
-        report.skipped = not all([callback.allow_update(self, report) for callback in self._callbacks])
+        # Every callback is asked, whatever another one answers.
+        answers = [callback.allow_update(self, report) for callback in self._callbacks]
+        report.skipped = not all(answers)
         if report.skipped:
             self.progress.skipped += 1
         else:
@@ -127,7 +128,7 @@ class Trainer:
         self.progress.step, self.progress.windows = report.step, report.windows
         return report
 
-    # ---- what callbacks may ask for --------------------------------------------------------------------------------
+    # ---- what callbacks may ask for
 
     def wish(self, name: str) -> None:
         """Send one of `metrics.EXTRAS` to all ranks with the next step's sums. Safe in a signal handler."""
@@ -156,7 +157,7 @@ class Trainer:
             chunk.train()
         return self._reduce(layout, sums, extras)
 
-    # ---- starting ----------------------------------------------------------------------------------------------------
+    # ---- starting
 
     def _start(self) -> None:
         """Resume the run's newest valid checkpoint, or start from another one's weights, or from scratch."""
@@ -177,6 +178,9 @@ class Trainer:
         if self._average is not None and not (folder and self.progress.updates and Record.read(folder).ema):
             self._average.restart()
 
+        if self.progress.step >= self.config.trainer.steps:
+            self._announce(f"the run has all its {self.progress.step} steps; raise trainer.steps to go on")
+
     def _record(self) -> Record:
         return Record(
             progress=self.progress,
@@ -191,7 +195,7 @@ class Trainer:
         if is_rank_zero():
             logger.info(message)
 
-    # ---- measuring -----------------------------------------------------------------------------------------------------
+    # ---- measuring
 
     def _measuring(self, sources: tuple[str, ...]) -> tuple[MetricsLayout, ForwardBackward]:
         layout = MetricsLayout(sources)

@@ -63,6 +63,7 @@ def load_manifests(
     frames: int,
     splits: Sequence[str] = (),
     limit: int | None = None,
+    progress: bool = True,
 ) -> InMemoryDataset:
     """Decode the media of manifests (JSON Lines; ``image`` or ``video`` relative to the file) into memory.
 
@@ -76,6 +77,7 @@ def load_manifests(
         frames: of a clip; 0 leaves videos out.
         splits: keep rows whose ``split`` is one of these; empty keeps all. Rows without one are "train".
         limit: at most this many images, and as many clips.
+        progress: show a bar where stderr is a terminal.
 
     Raises:
         ValueError: for a line that is not JSON, a file that cannot be decoded, or nothing to train on.
@@ -83,7 +85,7 @@ def load_manifests(
     rows = [(Path(path).parent, row) for path in manifests for row in _rows(Path(path), splits)]
     images: list[np.ndarray] = []
     clips: list[np.ndarray] = []
-    for folder, row in tqdm(rows, desc="decode media", unit="file", disable=None):
+    for folder, row in tqdm(rows, desc="decode media", unit="file", disable=None if progress else True):
         if "image" in row and (limit is None or len(images) < limit):
             images.append(_read_image(folder / row["image"], height, width))
         elif "video" in row and frames and (limit is None or len(clips) < limit):
@@ -107,6 +109,10 @@ def _rows(path: Path, splits: Sequence[str]) -> list[dict[str, str]]:
             raise ValueError(
                 f"{path}, line {number}: not JSON ({error}); a manifest has one object per line"
             ) from None
+        if not isinstance(row, dict):
+            raise ValueError(
+                f"{path}, line {number}: a {type(row).__name__}; a manifest has one object per line"
+            )
         if not splits or row.get("split", "train") in splits:
             rows.append(row)
     return rows

@@ -216,7 +216,7 @@ class VisionTrainer:
         for parameter, part in zip(self.parameters, flat.split([g.numel() for g in gradients]), strict=True):
             parameter.grad = part.view(parameter.shape)
 
-    def _report(self, metrics: dict[str, Tensor], seconds: float, bar: tqdm[None]) -> None:
+    def _report(self, metrics: dict[str, Tensor], seconds: float, bar: tqdm[Any]) -> None:
         last = self.step == self.config.schedule.steps
         if self.rank != 0 or not (self.step % self.config.log_every == 0 or last):
             return
@@ -363,6 +363,7 @@ def train(config: VisionTrainingConfig) -> VisionTokenizer:
             frames=data.frames,
             splits=data.splits,
             limit=data.limit,
+            progress=not dist.is_initialized() or dist.get_rank() == 0,
         )
         return VisionTrainer(config, dataset, device).fit()
     finally:

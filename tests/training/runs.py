@@ -1,7 +1,7 @@
 """Runs of a small model, alone or many layouts in one launch.
 
-As a program, under torchrun: ``runs.py CONFIG.json`` with a list of jobs ``{"arguments": [...]}``; every job is one
-run with its own layout, one after another in the same processes (starting them is what takes long).
+As a program, under torchrun: ``runs.py CONFIG.json`` with a list of jobs ``{"arguments": [...]}``; every job
+is one run with its own layout, one after another in the same processes (starting them is what takes long).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
+GLOBAL_BATCH = 4
 
 MODEL = {
     "num_layers": 4,
@@ -47,7 +48,7 @@ def configuration(data: Path) -> dict[str, Any]:
             "num_workers": 0,
         },
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 5, "clip_grad": 1.0},
-        "trainer": {"steps": STEPS, "global_batch_size": 8, "precision": "fp32"},
+        "trainer": {"steps": STEPS, "global_batch_size": GLOBAL_BATCH, "precision": "fp32"},
         "checkpoint": {"interval": 10},
         "logging": {"tensorboard": False, "progress": False},
     }
@@ -112,7 +113,9 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def largest_difference(lines: list[dict[str, Any]], reference: list[dict[str, Any]], key: str = "loss") -> float:
+def largest_difference(
+    lines: list[dict[str, Any]], reference: list[dict[str, Any]], key: str = "loss"
+) -> float:
     """Largest relative difference of `key` over equal steps."""
     by_step = {line["step"]: line[key] for line in reference}
     return max(abs(line[key] - by_step[line["step"]]) / abs(by_step[line["step"]]) for line in lines)

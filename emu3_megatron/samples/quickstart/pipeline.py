@@ -83,6 +83,8 @@ def tokenize(config: QuickstartConfig, paths: Paths, name: str) -> list[list[str
     common = ["--manifest", str(paths.manifest(f"train-{name}")), "--output", str(paths.data / name)]
     common += ["--vision-tokenizer", str(paths.vision), "--text-tokenizer", str(paths.text)]
     common += ["--image-area", str(64 * 64), "--video-frames", "8", "--num-shards", str(config.shards)]
+    common += ["--num-workers", str(config.processes)]
+    # Bars of workers that share a terminal would overwrite each other; the first one's stands for all.
     return [
         [
             "python",
@@ -90,8 +92,7 @@ def tokenize(config: QuickstartConfig, paths: Paths, name: str) -> list[list[str
             *common,
             "--worker",
             str(worker),
-            "--num-workers",
-            str(config.processes),
+            *(["--no-progress"] if worker else []),
         ]
         for worker in range(config.processes)
     ]
@@ -143,12 +144,14 @@ def run_quickstart(config: QuickstartConfig) -> Path:
     paths = Paths(Path(config.run))
     threads = {"OMP_NUM_THREADS": "1"}
     runner = StageRunner(paths.run, threads)
-    runner.run_commands("corpus", draw_corpus(config, paths))
-    runner.run_commands("vision_tokenizer", train_vision(config, paths), [Path(config.vision)])
-    runner.run_commands("text_tokenizer", train_text(config, paths))
+    runner.run_commands("corpus", draw_corpus(config, paths), outputs=[paths.corpus])
+    runner.run_commands(
+        "vision_tokenizer", train_vision(config, paths), [Path(config.vision)], [paths.vision]
+    )
+    runner.run_commands("text_tokenizer", train_text(config, paths), outputs=[paths.text])
     for name in SOURCES:
-        runner.run_commands(f"tokenize_{name}", tokenize(config, paths, name))
-    runner.run_commands("training", train(config, paths), [Path(config.training)])
+        runner.run_commands(f"tokenize_{name}", tokenize(config, paths, name), outputs=[paths.data / name])
+    runner.run_commands("training", train(config, paths), [Path(config.training)], [paths.training])
     settings = {**asdict(config.evaluation), "world": config.corpus.world, "threads": config.processes}
     evaluation = [
         "python",
@@ -157,8 +160,8 @@ def run_quickstart(config: QuickstartConfig) -> Path:
         str(paths.run),
         json.dumps(settings),
     ]
-    runner.run_commands("evaluation", [evaluation])
-    runner.run_commands("export", export(paths))
+    runner.run_commands("evaluation", [evaluation], outputs=[paths.evaluation])
+    runner.run_commands("export", export(paths), outputs=[paths.export])
     runner.run_commands(
         "compare_export", [["python", "-m", "emu3_megatron.samples.quickstart.compare", str(paths.run)]]
     )

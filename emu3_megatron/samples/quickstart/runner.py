@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -20,9 +21,10 @@ class StageRunner:
     """Runs named stages in order below one folder.
 
     A stage's marker (``stages/NAME.json``) holds a fingerprint of its description chained with the
-    fingerprint of the stage before it, and the seconds it took; a marker that matches means the stage is
-    done. The description is whatever determines the stage's result: its commands and the text of its config
-    files.
+    fingerprint of the stage before it, and once it is done the seconds it took. The description is whatever
+    determines the stage's result: its commands and the text of its config files. A stage that was interrupted
+    goes on from what it left; one that changed starts from nothing, so that it resumes no run of other
+    settings.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
@@ -35,16 +37,29 @@ class StageRunner:
         self._chain = ""
         (folder / "stages").mkdir(parents=True, exist_ok=True)
 
-    def run(self, name: str, description: str, action: Callable[[], None]) -> None:
-        """Run `action` unless the stage is already done with this description."""
+    def run(
+        self, name: str, description: str, action: Callable[[], None], outputs: Sequence[Path] = ()
+    ) -> None:
+        """Run `action` unless the stage is already done with this description.
+
+        Args:
+            name: the stage.
+            description: what determines its result.
+            action: the stage.
+            outputs: files and folders that it makes; removed first where they are of another description.
+        """
         self._chain = hashlib.sha256(f"{self._chain}\n{name}\n{description}".encode()).hexdigest()
         marker = self.folder / "stages" / f"{name}.json"
         done = json.loads(marker.read_text()) if marker.exists() else {}
-        if done.get("fingerprint") == self._chain:
+        if done.get("fingerprint") == self._chain and done["seconds"] is not None:
             self.seconds[name] = float(done["seconds"])
             print(f"== {name}: done before in {self.seconds[name]:.0f} s", flush=True)
             return
         print(f"== {name}", flush=True)
+        if done and done["fingerprint"] != self._chain:
+            for output in outputs:
+                _remove(output)
+        write_json_atomic(marker, {"fingerprint": self._chain, "seconds": None})
         begin = time.monotonic()
         action()
         self.seconds[name] = self.fresh[name] = round(time.monotonic() - begin, 1)
@@ -52,7 +67,11 @@ class StageRunner:
         print(f"== {name}: {self.seconds[name]:.0f} s", flush=True)
 
     def run_commands(
-        self, name: str, commands: Sequence[Sequence[str]], configs: Sequence[Path] = ()
+        self,
+        name: str,
+        commands: Sequence[Sequence[str]],
+        configs: Sequence[Path] = (),
+        outputs: Sequence[Path] = (),
     ) -> None:
         """Run a stage made of commands, side by side when there are several.
 
@@ -60,13 +79,14 @@ class StageRunner:
             name: the stage.
             commands: argument lists; ``python`` and ``torchrun`` stand for this environment's own.
             configs: files whose text is part of the stage's description.
+            outputs: see `run`.
 
         Raises:
             UserError: a command failed; its own message is above.
         """
         description = "\n".join(shlex.join(command) for command in commands)
         description += "".join(path.read_text() for path in configs)
-        self.run(name, description, lambda: self._execute(name, commands))
+        self.run(name, description, lambda: self._execute(name, commands), outputs)
 
     def _execute(self, name: str, commands: Sequence[Sequence[str]]) -> None:
         running = []
@@ -89,3 +109,10 @@ class StageRunner:
         if program == "torchrun":
             return [sys.executable, "-m", "torch.distributed.run", "--standalone", *rest]
         return [program, *rest]
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

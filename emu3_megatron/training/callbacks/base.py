@@ -17,7 +17,8 @@ class Callback:
         """Before the first step, after a resume."""
 
     def allow_update(self, trainer: Trainer, report: StepReport) -> bool:
-        """After the backward pass: False leaves the optimizer's update out. Every rank must answer the same."""
+        """After the backward pass: False leaves the optimizer's update out. Every rank must answer the
+        same."""
         return True
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:

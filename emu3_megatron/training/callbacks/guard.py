@@ -50,7 +50,8 @@ class SpikeGuard(Callback):
             logger.warning("step %d skipped: %s", report.step, reason)
         if self._consecutive >= self._config.max_consecutive:
             raise UnstableRunError(
-                f"{self._consecutive} steps in a row were skipped, the last because {reason}; resume from an earlier "
+                f"{self._consecutive} steps in a row were skipped, the last because "
+                f"{reason}; resume from an earlier "
                 f"checkpoint with a lower optimizer.learning_rate, or raise guard.max_consecutive"
             )
         return False
@@ -64,7 +65,10 @@ class SpikeGuard(Callback):
         for name, value in now.items():
             limit = self._config.spike_factor * self._means[name] / (1.0 - MEMORY**self._seen)
             if value > limit:
-                return f"{name} {value:.4g} exceeds {limit:.4g}, {self._config.spike_factor:g} times its running mean"
+                return (
+                    f"{name} {value:.4g} exceeds {limit:.4g}, {self._config.spike_factor:g} "
+                    f"times its running mean"
+                )
         return None
 
     def _remember(self, now: dict[str, float]) -> None:

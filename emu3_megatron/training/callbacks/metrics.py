@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class MetricsFile(Callback):
     """Writes ``RUN/metrics.jsonl`` on rank 0.
 
-    After a resume the lines of steps that are taken again are dropped first, so the file holds every step once.
-    Numbers that JSON does not have (NaN, infinities) are written as null.
+    After a resume the lines of steps that are taken again are dropped first, so the file holds every step
+    once. Numbers that JSON does not have (NaN, infinities) are written as null.
     """
 
     def __init__(self, path: Path) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
@@ -15,14 +15,15 @@ if TYPE_CHECKING:
     from emu3_megatron.training.trainer import Trainer
 
 LINES_TO_A_FILE = 50
-"""Where stderr is not a terminal, the bar is printed this many times over a run, instead of ten times a second."""
+"""Where stderr is not a terminal, the bar is printed this many times over a run, instead of ten times a
+second."""
 
 
 class ProgressBar(Callback):
     """Steps done, speed, loss and gradient norm."""
 
     def __init__(self) -> None:
-        self._bar: tqdm[None] | None = None
+        self._bar: tqdm[Any] | None = None
 
     def on_start(self, trainer: Trainer) -> None:
         """Show the bar at the step the run stands at."""

@@ -24,8 +24,8 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 class StopOnSignal(Callback):
     """After SIGTERM or SIGUSR1 on any rank, the run saves and ends with exit code 0 at the end of a step.
 
-    The wish travels to the other ranks with the sums of the step, so it costs no communication of its own; a signal
-    that arrives after a step's sums were sent takes effect one step later.
+    The wish travels to the other ranks with the sums of the step, so it costs no communication of its own; a
+    signal that arrives after a step's sums were sent takes effect one step later.
     """
 
     def __init__(self) -> None:
@@ -68,5 +68,7 @@ class StopAfterMinutes(Callback):
 
 def _stop(trainer: Trainer, reason: str) -> None:
     if is_rank_zero():
-        logger.warning("stopping at step %d: %s; the same command goes on from here", trainer.progress.step, reason)
+        logger.warning(
+            "stopping at step %d: %s; the same command goes on from here", trainer.progress.step, reason
+        )
     trainer.stop()

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 class Validation(Callback):
-    """Measures the same held-out windows every `interval` steps and adds ``validation_*`` to the step's numbers.
+    """Measures the same held-out windows every `interval` steps and adds ``validation_*`` to the step's
+    numbers.
 
     Keys: ``validation_loss`` (weighted as in training), ``validation_loss_text`` and so on by class,
     ``validation_loss_SOURCE`` by source.
@@ -38,7 +39,9 @@ class Validation(Callback):
         if report.step % self._config.interval and not last:
             return
         parts = [trainer.evaluate(self._run, self._layout, batches) for batches in self._batches]
-        totals = Totals(sources=self._layout.sources, sums=np.sum([part.sums for part in parts], axis=0), extras={})
+        totals = Totals(
+            sources=self._layout.sources, sums=np.sum([part.sums for part in parts], axis=0), extras={}
+        )
         weights = trainer.config.loss.by_class()
         report.values["validation_loss"] = totals.loss(weights)
         report.values.update({f"validation_{name}": value for name, value in totals.named().items()})

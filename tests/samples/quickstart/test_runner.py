@@ -55,3 +55,23 @@ def test_commands_and_configs_describe_a_stage(tmp_path: Path) -> None:
         config.write_text(text)
         StageRunner(tmp_path, {}).run_commands("write", [command], [config])
     assert out.read_text() == "xx"
+
+
+@pytest.mark.parametrize(("second", "left"), [("one", "xx"), ("two", "x")])
+def test_an_interrupted_stage_goes_on_and_a_changed_one_starts_from_nothing(
+    tmp_path: Path, second: str, left: str
+) -> None:
+    output = tmp_path / "output"
+    output.mkdir()
+
+    def write(fail: bool) -> None:
+        output.mkdir(exist_ok=True)
+        with (output / "log").open("a") as stream:
+            stream.write("x")
+        if fail:
+            raise UserError("interrupted")
+
+    with pytest.raises(UserError):
+        StageRunner(tmp_path, {}).run("stage", "one", lambda: write(True), [output])
+    StageRunner(tmp_path, {}).run("stage", second, lambda: write(False), [output])
+    assert (output / "log").read_text() == left

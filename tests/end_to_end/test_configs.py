@@ -1,0 +1,70 @@
+"""What the documentation tells people to type exists and parses."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from emu3_megatron.samples.quickstart.config import QuickstartConfig
+from emu3_megatron.settings import read_settings
+from emu3_megatron.vision.training_config import VisionTrainingConfig
+from tests.end_to_end.programs import ROOT, TRAINING, Programs
+
+CONFIGS = sorted((ROOT / "examples" / "configs").rglob("*.yaml"), key=str)
+KINDS = {
+    "vision.yaml": VisionTrainingConfig,
+    "quickstart.yaml": QuickstartConfig,
+    "sample-world.yaml": QuickstartConfig,
+}
+"""What a file configures, by its name; any other is a training."""
+TOOLS = sorted((ROOT / "tools").glob("*.py"))
+README = (ROOT / "README.md").read_text()
+
+
+def name(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=name)
+def test_every_example_is_a_valid_configuration(program: Programs, config: Path) -> None:
+    kind = KINDS.get(config.name)
+    if kind is not None:
+        settings = read_settings(kind, None, ["--config", str(config)])
+        if isinstance(settings, VisionTrainingConfig):
+            settings.check(2)
+        else:
+            for path in (settings.vision, settings.training):
+                assert (ROOT / path).is_file()
+        return
+    ended = program(*TRAINING, "--config", config, "--dry-run", "--world-size", 2)
+    assert ended.code == 0, ended.err
+    assert "trainer:" in ended.out
+    assert not ended.err
+
+
+@pytest.mark.parametrize("tool", TOOLS, ids=name)
+def test_every_tool_explains_itself(program: Programs, tool: Path) -> None:
+    ended = program(name(tool), "--help")
+    assert ended.code == 0, ended.err
+    assert "usage:" in ended.out
+
+
+def test_training_explains_itself(program: Programs) -> None:
+    ended = program(*TRAINING, "--help")
+    assert ended.code == 0, ended.err
+    assert "--trainer.steps" in ended.out
+
+
+def test_the_readme_names_what_exists() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    commands = re.findall(r"^make ([a-z]+)|`make ([a-z]+)", README, re.MULTILINE)
+    assert commands
+    assert {first or second for first, second in commands} <= targets
+    for path in re.findall(r"(?:tools|examples)/[\w/.-]+\.(?:py|yaml)", README):
+        assert (ROOT / path).is_file(), path
+    for folder in re.findall(r"^\| `([\w./]+)`", README, re.MULTILINE):
+        assert (ROOT / "emu3_megatron" / folder).exists() or (ROOT / folder).exists(), folder
+    for module in re.findall(r"-m (emu3_megatron\.\w+)", README):
+        assert (ROOT / module.replace(".", "/") / "__main__.py").is_file(), module

@@ -1,0 +1,159 @@
+"""Runs that are killed, stopped and started again give the undisturbed loss curve."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+
+from emu3_megatron.training.checkpoint import Record
+from tests.training import runs
+
+LAST_STEP = 1e-4
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        arguments,
+        env=runs.environment(),
+        cwd=runs.ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+
+
+def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> None:
+    deadline = time.monotonic() + 240
+    path = run / "metrics.jsonl"
+    while not path.exists() or path.read_text().count("\n") < step:
+        assert process.poll() is None, "the run ended before it was to be disturbed"
+        assert time.monotonic() < deadline, "the run does not move"
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_bit_equal(tmp_path: Path, config_file: Path, reference: Path) -> None:
+    run = tmp_path / "run"
+    options = ["--checkpoint.interval", "4"]
+    process = start(*runs.command(config_file, run, *options))
+    wait_for_step(run, 11, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+    done = runs.train(config_file, run, *options)
+    assert done.returncode == 0, done.stderr
+    assert "resumed" in done.stderr
+    lines = runs.metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, runs.STEPS + 1))
+    for key in ("loss", "grad_norm"):
+        assert runs.largest_difference(lines, runs.metrics(reference), key) == 0.0
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_the_run_goes_on(tmp_path: Path, config_file: Path, reference: Path) -> None:
+    run = tmp_path / "run"
+    # A reader process besides: the signal must not take it away before the run has saved.
+    options = ["--checkpoint.interval", "1000", "--data.num_workers", "1"]
+    process = start(*runs.command(config_file, run, *options, processes=2))
+    wait_for_step(run, 3, process)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.wait(timeout=120)
+
+    saved = [path for path in (run / "checkpoints").iterdir() if (path / "COMMIT").exists()]
+    assert len(saved) == 1
+    progress = json.loads((saved[0] / "emu3.json").read_text())["progress"]
+    assert 3 <= progress["step"] < runs.STEPS
+    assert progress["windows"] == runs.GLOBAL_BATCH * progress["step"]
+
+    assert runs.train(config_file, run, processes=2).returncode == 0
+    lines = runs.metrics(run)
+    assert [line["step"] for line in lines] == list(range(1, runs.STEPS + 1))
+    assert [line["windows"] for line in lines] == [runs.GLOBAL_BATCH * line["step"] for line in lines]
+    assert runs.largest_difference(lines, runs.metrics(reference)) <= LAST_STEP
+
+
+@pytest.mark.slow
+def test_bf16_with_averaged_weights_resumes_exactly_and_loads_for_inference(
+    tmp_path: Path, config_file: Path
+) -> None:
+    options = ["--trainer.precision", "bf16", "--ema.decay", "0.9", "--model.hidden_dropout", "0.1"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert runs.train(config_file, whole, *options).returncode == 0
+    shutil.copytree(whole / "checkpoints" / "step-00000010", again / "checkpoints" / "step-00000010")
+    assert runs.train(config_file, again, *options).returncode == 0
+    assert runs.largest_difference(runs.metrics(again), runs.metrics(whole)) == 0.0
+    assert Record.read(again / "checkpoints" / "step-00000020").ema
+    commits = [json.loads((run / "checkpoints/step-00000020/COMMIT").read_text()) for run in (whole, again)]
+    assert commits[0]["files"].keys() == commits[1]["files"].keys()
+
+
+@pytest.mark.slow
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tmp_path: Path, config_file: Path, reference: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference / "checkpoints", run / "checkpoints")
+    damaged = run / "checkpoints" / "step-00000020" / "__0_0.distcp"
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged.write_bytes(content)
+    done = runs.train(config_file, run)
+    assert done.returncode == 0, done.stderr
+    assert "__0_0.distcp" in done.stderr
+    assert [line["step"] for line in runs.metrics(run)] == list(range(11, runs.STEPS + 1))
+    assert runs.largest_difference(runs.metrics(run), runs.metrics(reference)) == 0.0
+
+
+@pytest.mark.slow
+def test_changed_data_is_refused_by_name_unless_accepted(
+    tmp_path: Path, config_file: Path, reference: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(reference / "checkpoints" / "step-00000010", run / "checkpoints" / "step-00000010")
+    changed = ["--data.sources.stills.weight", "3"]
+    refused = runs.train(config_file, run, *changed)
+    assert refused.returncode == 2
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert "stills.weight: 2.0 -> 3.0" in errors[0]
+    assert "accept_changed_data" in errors[0]
+    changed += ["--checkpoint.accept_changed_data", "true", "--trainer.steps", "12"]
+    accepted = runs.train(config_file, run, *changed)
+    assert accepted.returncode == 0, accepted.stderr
+    assert [line["step"] for line in runs.metrics(run)] == [11, 12]
+
+
+@pytest.mark.slow
+def test_a_run_loads_for_inference(reference: Path) -> None:
+    import torch
+
+    from emu3_megatron.parallel import platform
+    from emu3_megatron.parallel.config import ParallelConfig
+    from emu3_megatron.parallel.groups import destroy_parallel, initialize_parallel
+    from emu3_megatron.training.checkpoint import load_model_for_inference
+    from emu3_megatron.training.checkpoint_files import CheckpointError
+
+    initialize_parallel(ParallelConfig(), platform.install("cpu"), seed=0)
+    try:
+        chunks, model, vocabulary = load_model_for_inference(reference)
+        before, _, _ = load_model_for_inference(reference / "checkpoints" / "step-00000010")
+        with pytest.raises(CheckpointError, match="no averaged weights"):
+            load_model_for_inference(reference, averaged=True)
+    finally:
+        destroy_parallel()
+    assert model.hidden_size == runs.MODEL["hidden_size"]
+    assert vocabulary.name == "tiny-samples"
+    assert not chunks[0].training
+    weights = [dict(each[0].named_parameters()) for each in (chunks, before)]
+    assert all(torch.isfinite(weight).all() for weight in weights[0].values())
+    # From step 10 to step 20 every matrix moved.
+    assert not any(
+        torch.equal(weight, weights[1][name]) for name, weight in weights[0].items() if weight.dim() > 1
+    )
