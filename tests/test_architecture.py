@@ -15,6 +15,7 @@ PACKAGE = "emu3_megatron"
 ORDER = (
     "errors",
     "files",
+    "settings",
     "vocabulary",
     "_kernels",
     "grammar",

@@ -1,4 +1,4 @@
-"""Bad input through the command-line programs: one clear line or a quarantine entry, and nothing else lost."""
+"""Bad input through the command-line programs: one clear line or a quarantine entry, nothing else lost."""
 
 from __future__ import annotations
 

@@ -20,10 +20,11 @@ from emu3_megatron.files import write_json_atomic
 class StageRunner:
     """Runs named stages in order below one folder.
 
-    A stage's marker (``stages/NAME.json``) holds a fingerprint of its description chained with the fingerprint
-    of the stage before it, and once it is done the seconds it took. The description is whatever determines the
-    stage's result: its commands and the text of its config files. A stage that was interrupted goes on from what
-    it left; one that changed starts from nothing, so that it resumes no run of other settings.
+    A stage's marker (``stages/NAME.json``) holds a fingerprint of its description chained with the
+    fingerprint of the stage before it, and once it is done the seconds it took. The description is whatever
+    determines the stage's result: its commands and the text of its config files. A stage that was interrupted
+    goes on from what it left; one that changed starts from nothing, so that it resumes no run of other
+    settings.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
