@@ -32,4 +32,4 @@ docs: env  ## build the documentation site; a broken link or reference fails
 
 prove: env  ## a long proof: make prove NAME=sample-world (see docs/development/proofs.md)
 	@test -n "$(NAME)" || { echo "error: NAME is empty; choose one of: $$(ls tests/proofs | grep -v __ | sed 's/\.py//' | tr '_\n' '- ')" >&2; exit 2; }
-	$(RUN) tests/proofs/$(subst -,_,$(NAME)).py
+	$(RUN) tests/proofs/$(subst -,_,$(NAME)).py $(ARGS)

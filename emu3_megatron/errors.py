@@ -22,8 +22,8 @@ NOT_FOR_USERS: tuple[tuple[str, type[Warning], str], ...] = (
     ("", FutureWarning, r"megatron\.core"),
     ("", FutureWarning, r"torch\.distributed"),
 )
-"""Message, category, module: what megatron-core says of its own ways and of optional packages. `run_main` hides
-these in every program, and nothing else."""
+"""Message, category, module: what megatron-core says of its own ways and of optional packages. `run_main`
+hides these in every program, and nothing else."""
 
 
 class UserError(ValueError):

@@ -63,7 +63,9 @@ class Vocabulary:
                     f"[text_size={self.text_size}, vision_offset={self.vision_offset})"
                 )
         if self.codebook_size < 1:
-            raise ValueError(f"vocabulary {self.name!r}: codebook_size={self.codebook_size} must be at least 1")
+            raise ValueError(
+                f"vocabulary {self.name!r}: codebook_size={self.codebook_size} must be at least 1"
+            )
 
     @property
     def control_ids(self) -> dict[str, int]:

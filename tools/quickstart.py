@@ -19,7 +19,10 @@ def main() -> None:
     summary = json.loads(run_quickstart(config).read_text())
     for name, value in summary["accuracy"].items():
         low, high = summary["interval_95"][name]
-        print(f"{name:16s} {value:6.1%}  95% interval {low:.1%} to {high:.1%}, chance {summary['chance'][name]:.1%}")
+        print(
+            f"{name:16s} {value:6.1%}  95% interval {low:.1%} to {high:.1%}, "
+            f"chance {summary['chance'][name]:.1%}"
+        )
     print(f"{summary['seconds']['total'] / 60:.1f} minutes")
 
 

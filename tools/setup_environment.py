@@ -4,8 +4,9 @@ Needs nothing but the standard library. Safe to rerun: it does nothing when the 
 pyproject.toml, constraints.txt, setup.py and csrc/.
 
 Which torch: one that is already installed in the environment, or a CUDA build in the Python that runs this
-script (NVIDIA's containers), is kept. Otherwise a machine with an NVIDIA driver gets the registry's CUDA build
-and any other machine gets the CPU build, never gigabytes of CUDA packages. EMU3_TORCH=cpu or cuda overrides.
+script (NVIDIA's containers), is kept. Otherwise a machine with an NVIDIA driver gets the registry's CUDA
+build and any other machine gets the CPU build, never gigabytes of CUDA packages. EMU3_TORCH=cpu or cuda
+overrides.
 """
 
 from __future__ import annotations
@@ -61,7 +62,12 @@ def has_nvidia_driver() -> bool:
 def wanted_stamp(extras: str) -> str:
     """Hash of everything the environment is made from."""
     digest = hashlib.sha256(f"{extras} {sys.version_info[:2]}".encode())
-    sources = [ROOT / "pyproject.toml", ROOT / "constraints.txt", ROOT / "setup.py", *sorted((ROOT / "csrc").glob("*"))]
+    sources = [
+        ROOT / "pyproject.toml",
+        ROOT / "constraints.txt",
+        ROOT / "setup.py",
+        *sorted((ROOT / "csrc").glob("*")),
+    ]
     for path in sources:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
@@ -114,8 +120,8 @@ def make_environment(folder: Path, extras: str) -> None:
     """Create or complete the environment in `folder` with the optional dependency groups `extras`."""
     if not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
         raise SetupError(
-            f"Python {sys.version_info[0]}.{sys.version_info[1]} runs this script, but 3.10 to 3.12 is needed; "
-            "name one with: make PYTHON=python3.11 ..."
+            f"Python {sys.version_info[0]}.{sys.version_info[1]} runs this script, but 3.10 to 3.12 is "
+            "needed; name one with: make PYTHON=python3.11 ..."
         )
     stamp = folder / "emu3-environment"
     if stamp.exists() and stamp.read_text() == wanted_stamp(extras):
@@ -129,15 +135,30 @@ def make_environment(folder: Path, extras: str) -> None:
     install_torch(pip, python)
     with tempfile.TemporaryDirectory() as temporary:
         constraints = write_constraints(python, Path(temporary))
-        run(*pip, "install", "--quiet", "--constraint", constraints, "--no-build-isolation", "--editable", f".[{extras}]")
+        run(
+            *pip,
+            "install",
+            "--quiet",
+            "--constraint",
+            constraints,
+            "--no-build-isolation",
+            "--editable",
+            f".[{extras}]",
+        )
     stamp.write_text(wanted_stamp(extras))
 
 
 def main() -> None:
     """Parse the command line and make the environment."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=ROOT / ".venv", help="where the environment is (default: .venv)")
-    parser.add_argument("--extras", default="test,docs", help="optional dependency groups (default: test,docs)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--folder", type=Path, default=ROOT / ".venv", help="where the environment is (default: .venv)"
+    )
+    parser.add_argument(
+        "--extras", default="test,docs", help="optional dependency groups (default: test,docs)"
+    )
     arguments = parser.parse_args()
     try:
         make_environment(arguments.folder, arguments.extras)

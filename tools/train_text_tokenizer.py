@@ -19,9 +19,13 @@ def texts_of(manifests: list[Path]) -> Iterator[str]:
                 try:
                     entry = json.loads(line)
                 except json.JSONDecodeError as error:
-                    raise UserError(f"{path}, line {number} is not JSON ({error.msg}); mend or remove it") from error
+                    raise UserError(
+                        f"{path}, line {number} is not JSON ({error.msg}); mend or remove it"
+                    ) from error
                 if not isinstance(entry, dict):
-                    raise UserError(f"{path}, line {number} is a JSON {type(entry).__name__}; an entry is an object")
+                    raise UserError(
+                        f"{path}, line {number} is a JSON {type(entry).__name__}; an entry is an object"
+                    )
                 yield from (entry[key] for key in ("caption", "text") if entry.get(key))
 
 
@@ -30,7 +34,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--manifest", type=Path, nargs="+", required=True, help="JSON Lines files")
     parser.add_argument("--output", type=Path, required=True, help="the model file, such as text.model")
-    parser.add_argument("--vocab-size", type=int, default=512, help="upper bound of the number of ids (default: 512)")
+    parser.add_argument(
+        "--vocab-size", type=int, default=512, help="upper bound of the number of ids (default: 512)"
+    )
     arguments = parser.parse_args()
     tokenizer = train_sentencepiece(texts_of(arguments.manifest), arguments.output, arguments.vocab_size)
     print(f"{arguments.output}: {tokenizer.size} ids")

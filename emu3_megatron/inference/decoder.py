@@ -70,7 +70,8 @@ class CachedDecoder:
 
         Args:
             tokens_BN: int64; row ``b`` holds ``counts_B[b]`` tokens, the rest is ignored.
-            starts_B: int64, position of each row's first token: how many tokens the row has seen.
+            starts_B: int64, position of each row's first token: how many tokens the row has seen. Its values
+                are needed on the host, so give it on the CPU: on a GPU it would stop the queue.
             counts_B: int64, at least 1 where the result is wanted; with 0 the row is left as it was.
             first_row: cache row of ``tokens_BN[0]``.
 
@@ -78,16 +79,17 @@ class CachedDecoder:
             ``[B, H]`` after the final norm, in the model's dtype.
         """
         rows, width = tokens_BN.shape
+        first, last = int(starts_B.min()), int(starts_B.max())
+        uniform, limit = first == last, last + width
+        starts_B, counts_B = starts_B.to(self.device), counts_B.to(self.device)
         offsets_N = torch.arange(width, device=self.device)
         positions_BN = starts_B[:, None] + offsets_N
-        uniform = bool((starts_B == starts_B[0]).all())
-        limit = int(starts_B.max()) + width
         mask = None
         if not (uniform and width == 1):
             slots_S = torch.arange(limit, device=self.device)
             mask = slots_S[None, None, :] <= positions_BN[:, :, None]
         cos, sin = self._cos[positions_BN], self._sin[positions_BN]
-        write = _Write(first_row, rows, positions_BN, int(starts_B[0]) if uniform else None, limit)
+        write = _Write(first_row, rows, positions_BN, first if uniform else None, limit)
         hidden_NBH = self._model.embedding(input_ids=tokens_BN, position_ids=positions_BN)
         for layer, cache in zip(self._layers, self._cache, strict=True):
             normed = layer.input_layernorm(hidden_NBH)

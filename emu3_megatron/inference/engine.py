@@ -27,6 +27,9 @@ Ids = npt.NDArray[np.int64]
 _PREFILL_TOKENS = 16_384
 """Most tokens fed in one pass of prefill, over all rows; bounds its memory."""
 
+_PREFILL_SCORES = 1 << 28
+"""Most pairs of a fed token and a cache slot in one pass: attention holds a mask of them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -271,19 +274,20 @@ class _Run:
             np.concatenate([sequence.prompts[stream], np.asarray(sequence.pending, dtype=np.int64)])
             for sequence, stream in self._rows[first_row:]
         ]
-        lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
         tokens = np.zeros((len(prompts), longest), dtype=np.int64)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         tokens_BN = torch.from_numpy(tokens).to(device)
-        width = max(MAX_RUN, _PREFILL_TOKENS // len(prompts))
+        fed = min(_PREFILL_TOKENS, _PREFILL_SCORES // longest)
+        width = max(MAX_RUN, fed // len(prompts))
         last: Tensor | None = None
         for start in range(0, longest, width):
             piece = tokens_BN[:, start : start + width]
             counts = (lengths - start).clamp(0, piece.shape[1])
             hidden = self._decoder.feed(piece, torch.full_like(lengths, start), counts, first_row=first_row)
-            last = hidden if last is None else torch.where((counts > 0)[:, None], hidden, last)
+            last = hidden if last is None else torch.where((counts > 0)[:, None].to(device), hidden, last)
         for (sequence, stream), prompt in zip(self._rows[first_row:], prompts, strict=True):
             sequence.lengths[stream] = len(prompt)
         for sequence, _ in self._rows[first_row:]:
@@ -311,7 +315,9 @@ class _Run:
             counts[row] = len(fed)
             sequence.lengths[stream] += len(fed)
         device = self._decoder.device
-        hidden = self._decoder.feed(*(torch.from_numpy(each).to(device) for each in (tokens, starts, counts)))
+        hidden = self._decoder.feed(
+            torch.from_numpy(tokens).to(device), torch.from_numpy(starts), torch.from_numpy(counts)
+        )
         ready = []
         for sequence, stream in live:
             if stream == 0:

@@ -32,6 +32,8 @@ def open_media(media: Media) -> BinaryIO:
             raise MediaError("has zero bytes")
         return io.BytesIO(media)
     path = Path(media)
+    if "\0" in str(path):
+        raise MediaError("has a zero byte in its path")
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):

@@ -18,8 +18,9 @@ from emu3_megatron.media.files import Media, read_media
 Picture = npt.NDArray[np.uint8]
 """An RGB image, uint8 ``[H, W, 3]``, upright."""
 
-DALI_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "JPEG2000", "PPM"})
-"""PIL's names of the formats that DALI decodes to the same pixels as PIL. Not GIF, AVIF."""
+DALI_FORMATS = frozenset({"JPEG", "MPO", "PNG", "WEBP", "BMP", "TIFF", "PPM"})
+"""PIL's names of the formats that DALI decodes to the same pixels as PIL. Not GIF, AVIF; and not JPEG2000,
+where a truncated file can end the whole process (segmentation fault, DALI 2.4)."""
 
 DALI_MODES = frozenset({"L", "RGB", "RGBA"})
 """PIL's names of the pixel layouts that DALI decodes to the same pixels. Not 16-bit grey, palettes, CMYK."""
@@ -72,8 +73,12 @@ def _suits_dali(encoded: bytes) -> bool:
             raise MediaError(
                 f"claims {image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS} in all"
             )
-        still = not getattr(image, "is_animated", False)
-        return image.format in DALI_FORMATS and image.mode in DALI_MODES and still
+        if image.format not in DALI_FORMATS or image.mode not in DALI_MODES:
+            return False
+        try:
+            return not getattr(image, "is_animated", False)
+        except Exception as error:  # it looks for a second picture
+            raise _bad_image(error) from error
 
 
 def _decode_batch(encoded: list[bytes]) -> list[Picture | MediaError]:

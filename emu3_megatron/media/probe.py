@@ -7,6 +7,7 @@ state their rotation.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
@@ -25,6 +26,10 @@ MAX_FRAME_PIXELS = 1 << 26
 TAG_TOLERANCE, HEADER_TOLERANCE = 0.75, 2.5
 """Frames that a Matroska stream may lack before it counts as truncated: against the duration tag of the
 stream, which FFmpeg writes exactly, and against the file's own duration."""
+
+
+DURATION_TAG = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)\s*$")
+"""How FFmpeg and mkvmerge write a stream's duration; anybody may write anything there."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -169,10 +174,9 @@ def _promised_seconds(container: Any, video: Any) -> tuple[float | None, float]:
     """
     if "matroska" not in container.format.name:
         return None, 0.0
-    tag = video.metadata.get("DURATION")
+    tag = DURATION_TAG.match(video.metadata.get("DURATION") or "")
     if tag:
-        hours, minutes, seconds = tag.split(":")
-        return int(hours) * 3600 + int(minutes) * 60 + float(seconds), TAG_TOLERANCE
+        return int(tag[1]) * 3600 + int(tag[2]) * 60 + float(tag[3]), TAG_TOLERANCE
     if container.duration and len(container.streams) == 1:
         return float(container.duration) / av.time_base, HEADER_TOLERANCE
     return None, 0.0

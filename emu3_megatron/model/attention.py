@@ -1,6 +1,6 @@
-"""Self-attention over packed windows in plain torch: document masks, context parallelism, KV cache.
+"""Self-attention over packed windows in plain torch: document masks and context parallelism.
 
-Shape legend: T tokens of this rank, B batch (1 in training), N query heads and G key heads of this rank,
+Shape legend: T tokens of this rank, N query heads and G key heads of this rank,
 M = N / G, D head size.
 """
 
@@ -18,7 +18,6 @@ from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_seque
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 
-from emu3_megatron.model.cache import KeyValueCache
 from emu3_megatron.model.packing import Group, WindowLayout, gather_rows, scatter_rows
 from emu3_megatron.model.rotary import RotaryCache, rotary_table, rotate, split_rotated
 
@@ -141,8 +140,7 @@ class PackedAttention(MegatronModule):
 class PackedSelfAttention(SelfAttention):
     """megatron-core's self-attention layer with rotary positions and attention of packed windows.
 
-    `forward` takes its layout from ``packed_seq_params`` (a `LayoutParameters`) or, in generation, a
-    `KeyValueCache` as ``inference_context``.
+    `forward` takes its layout from ``packed_seq_params``, a `LayoutParameters`.
     """
 
     def forward(
@@ -151,26 +149,20 @@ class PackedSelfAttention(SelfAttention):
         attention_mask: torch.Tensor | None = None,
         *args: object,
         packed_seq_params: Any = None,
-        inference_context: Any = None,
         **unused: object,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Attention output ``[T, B, hidden]`` and the bias of its projection (None)."""
+        """Attention output ``[T, 1, hidden]`` and the bias of its projection (None)."""
         mixed, _ = self.linear_qkv(hidden_states)
-        if isinstance(inference_context, KeyValueCache):
-            positions = inference_context.positions(len(mixed)).t()
-            out = self._generate(*self._heads(mixed, positions, {}), inference_context)
+        layout: WindowLayout = packed_seq_params.layout
+        mixed = gather_rows(mixed[:, 0], layout.entry)
+        query, key, value = self._heads(mixed, layout.positions, layout.rotary)
+        if self.checkpoint_core_attention and self.training:
+            out = tensor_parallel.checkpoint(
+                lambda q, k, v: self.core_attention(q, k, v, layout), False, query, key, value
+            )
         else:
-            layout: WindowLayout = packed_seq_params.layout
-            mixed = gather_rows(mixed[:, 0], layout.entry)
-            query, key, value = self._heads(mixed, layout.positions, layout.rotary)
-            if self.checkpoint_core_attention and self.training:
-                out = tensor_parallel.checkpoint(
-                    lambda q, k, v: self.core_attention(q, k, v, layout), False, query, key, value
-                )
-            else:
-                out = self.core_attention(query, key, value, layout)
-            out = scatter_rows(out, layout.entry).unsqueeze(1)
-        output, bias = self.linear_proj(out)
+            out = self.core_attention(query, key, value, layout)
+        output, bias = self.linear_proj(scatter_rows(out, layout.entry).unsqueeze(1))
         return output, bias
 
     def _heads(
@@ -196,19 +188,3 @@ class PackedSelfAttention(SelfAttention):
         query, key, value = mixed.split([repeat, 1, 1], -2)
         query, key = self.q_layernorm(query.flatten(-3, -2)), self.k_layernorm(key.squeeze(-2))
         return rotate(query, table), rotate(key, table), value.squeeze(-2)
-
-    def _generate(
-        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, cache: KeyValueCache
-    ) -> torch.Tensor:
-        """Append to the cache and attend to all of it: ``[T, B, N * D]``."""
-        tokens, batch = query.shape[:2]
-        keys, values = cache.append(self.layer_number, key, value)
-        out = F.scaled_dot_product_attention(
-            query.permute(1, 2, 0, 3),
-            keys,
-            values,
-            attn_mask=cache.mask(tokens),
-            scale=self.core_attention.scale,
-            enable_gqa=query.size(2) != key.size(2),
-        )
-        return out.permute(2, 0, 1, 3).reshape(tokens, batch, -1)

@@ -9,7 +9,6 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from emu3_megatron.model.cache import KeyValueCache
 from emu3_megatron.model.layers import OutputLayer
 from emu3_megatron.model.loss import TokenLosses, WeightedLoss
 from emu3_megatron.model.packing import LayoutParameters, window_layout
@@ -19,8 +18,8 @@ class Emu3Model(GPTModel):
     """One pipeline chunk of the decoder.
 
     In training it is called with a packed window and gives the hidden states (the pipeline's tensor before
-    the last stage); `token_losses` or `weighted_loss` turn those into losses without whole logits. For
-    generation it is called with a `KeyValueCache`, or with ``logits=`` on a packed window.
+    the last stage); `token_losses` or `weighted_loss` turn those into losses without whole logits. Generation
+    runs its modules with a key-value cache: `emu3_megatron.inference.decoder`.
 
     Args:
         model_config: The shape of the model.
@@ -57,48 +56,39 @@ class Emu3Model(GPTModel):
         attention_mask: torch.Tensor | None = None,
         *,
         packed_seq_params: PackedSeqParams | None = None,
-        inference_context: KeyValueCache | None = None,
-        logits: Literal["none", "all", "last"] = "none",
+        logits: Literal["none", "all"] = "none",
     ) -> torch.Tensor:
         """Run the chunk.
 
         Args:
-            input_ids: int64 ``[1, T / cp]`` in training, ``[B, S]`` with a cache.
+            input_ids: int64 ``[1, T / cp]``.
             position_ids: Ignored; positions count from each document's start.
             attention_mask: Ignored; documents come from `packed_seq_params`.
-            packed_seq_params: The full window, see `packed_sequence_parameters`; needed without a cache.
-            inference_context: Cache for generation; the caller advances it.
-            logits: What the last stage returns: hidden states, all logits, or those of the last token.
+            packed_seq_params: The full window, see `packed_sequence_parameters`.
+            logits: What the last stage returns: hidden states or all logits.
 
         Returns:
             Hidden states ``[T / cp, 1, hidden]`` (split over the tensor-parallel group under sequence
-            parallelism), or fp32 logits ``[B, S or 1, vocabulary_size]`` without padding ids.
+            parallelism), or fp32 logits ``[1, T / cp, vocabulary_size]`` without padding ids.
 
         Raises:
-            ValueError: neither a packed window nor a cache is given, or generation is asked of a layout that
-                splits the sequence.
+            ValueError: no packed window is given.
         """
-        if inference_context is not None or logits == "last":
-            self._refuse_split_sequence()
+        if packed_seq_params is None:
+            raise ValueError("the model needs packed_seq_params, a packed window")
         hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
         rotary = None
-        if inference_context is None:
-            if packed_seq_params is None:
-                raise ValueError("the model needs packed_seq_params (a packed window) or a KeyValueCache")
-            if self.transformer_engine:
-                rotary = self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True)
-            else:
-                packed_seq_params = self._with_layout(packed_seq_params, input_ids.device)
+        if self.transformer_engine:
+            rotary = self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True)
+        else:
+            packed_seq_params = self._with_layout(packed_seq_params, input_ids.device)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
-            inference_context=inference_context,
             rotary_pos_emb=rotary,
             packed_seq_params=packed_seq_params,
         )
-        if not self.post_process or logits == "none":
-            return hidden
-        return self.logits(hidden[-1:] if logits == "last" else hidden)
+        return self.logits(hidden) if self.post_process and logits == "all" else hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """fp32 logits ``[B, S, vocabulary_size]`` of hidden states ``[S, B, hidden]``, on every rank."""
@@ -130,29 +120,6 @@ class Emu3Model(GPTModel):
             vocabulary_size=self.vocabulary_size,
             chunk_size=chunk_size,
         )
-
-    def new_cache(
-        self, *, batch: int, max_length: int, left_padding: torch.Tensor | None = None
-    ) -> KeyValueCache:
-        """An empty cache for this chunk's shape; one cache may serve all chunks of a rank."""
-        parameter = next(self.parameters())
-        return KeyValueCache(
-            batch=batch,
-            max_length=max_length,
-            groups=self.config.num_query_groups // self.config.tensor_model_parallel_size,
-            channels=self.config.kv_channels,
-            dtype=parameter.dtype,
-            device=parameter.device,
-            left_padding=left_padding,
-        )
-
-    def _refuse_split_sequence(self) -> None:
-        if self.config.sequence_parallel or self.config.context_parallel_size > 1:
-            raise ValueError(
-                "generation needs whole sequences, but "
-                f"sequence_parallel={self.config.sequence_parallel} and "
-                f"context_parallel_size={self.config.context_parallel_size}; build the model without them"
-            )
 
     def _with_layout(self, parameters: PackedSeqParams, device: torch.device) -> LayoutParameters:
         if isinstance(parameters, LayoutParameters):

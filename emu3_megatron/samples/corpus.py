@@ -10,6 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -195,7 +196,7 @@ def _text_record(config: CorpusConfig, index: int) -> dict[str, object]:
     }
 
 
-def read_manifest(path: str | Path) -> list[dict[str, object]]:
+def read_manifest(path: str | Path) -> list[dict[str, Any]]:
     """The records of a manifest, in order.
 
     Raises:

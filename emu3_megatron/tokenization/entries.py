@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,14 @@ from emu3_megatron.media import Media, MediaError
 
 CONTENT_KEYS = ("image", "video", "text")
 """Keys of which an entry has exactly one."""
+
+
+def printable(text: str) -> str:
+    """`text` with whatever UTF-8 cannot hold spelled out: names go into reports and shards as UTF-8.
+
+    JSON may hold lone surrogates, and names of files any bytes, which Python shows as surrogates.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -44,7 +53,7 @@ class MediaPointer:
 
     def __str__(self) -> str:
         """As shown in a quarantine list."""
-        return str(self.path) if self.member is None else f"{self.path}/{self.member}"
+        return printable(str(self.path) if self.member is None else f"{self.path}/{self.member}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,21 +104,22 @@ def parse_record(record: Any, *, place: str, folder: Path) -> Entry | BadEntry:
     """
     known: Mapping[str, Any] = record if isinstance(record, dict) else {}
     name = known.get("id")
-    identifier = str(name) if isinstance(name, (str, int)) and str(name) else place
-    split = known.get("split") if isinstance(known.get("split"), str) else None
+    identifier = printable(str(name) if isinstance(name, (str, int)) and str(name) else place)
+    split, task = (
+        printable(v) if isinstance(v := known.get(key), str) else None for key in ("split", "task")
+    )
     try:
         if not isinstance(record, dict):
             raise EntryError(f"is a JSON {type(record).__name__}; an entry is an object")
         kind, text = _content(record)
-        media = None if kind == "text" else MediaPointer(folder / _string(record, kind))
-        task = record.get("task")
+        media = None if kind == "text" else MediaPointer(folder / _path(record, kind))
         return Entry(
             id=identifier,
             kind=kind,
             text=text,
             media=media,
             split=split,
-            task=task if isinstance(task, str) else None,
+            task=task,
         )
     except EntryError as error:
         return BadEntry(id=identifier, path=None, reason=str(error), error="EntryError", split=split)
@@ -132,6 +142,18 @@ def _content(record: Mapping[str, Any]) -> tuple[str, str | None]:
     if not isinstance(record["caption"], str):
         raise EntryError(f'has a "caption" of type {type(record["caption"]).__name__}; it must be a string')
     return kind, record["caption"].strip() or None
+
+
+def _path(record: Mapping[str, Any], key: str) -> str:
+    """The value of `key`, a string that can name a file."""
+    value = _string(record, key)
+    try:
+        valid = b"\0" not in os.fsencode(value)
+    except UnicodeEncodeError:
+        valid = False
+    if not valid:
+        raise EntryError(f'has a "{key}" that cannot be a path: {printable(value)!r}')
+    return value
 
 
 def _string(record: Mapping[str, Any], key: str) -> str:

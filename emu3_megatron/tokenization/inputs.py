@@ -16,7 +16,7 @@ from typing import Protocol
 from emu3_megatron.errors import UserError
 from emu3_megatron.files import sha256_file
 from emu3_megatron.media import MediaError
-from emu3_megatron.tokenization.entries import BadEntry, Entry, MediaPointer, parse_record
+from emu3_megatron.tokenization.entries import BadEntry, Entry, MediaPointer, parse_record, printable
 
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg png webp bmp tif tiff gif avif jp2 j2k ppm pgm jfif".split()  # noqa: SIM905
@@ -138,7 +138,7 @@ class TarInput:
             record = _record(sample)
         except (ValueError, MediaError) as error:
             reason = f"has metadata that cannot be read: {error}"
-            return BadEntry(id=sample.key, path=str(self._path), reason=reason, error="EntryError")
+            return BadEntry(id=printable(sample.key), path=str(self._path), reason=reason, error="EntryError")
         pointers = {key: value for key, value in record.items() if isinstance(value, MediaPointer)}
         names = {key: str(pointer) for key, pointer in pointers.items()}
         entry = parse_record({**record, **names}, place=sample.key, folder=self._path.parent)

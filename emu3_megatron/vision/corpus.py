@@ -110,7 +110,9 @@ def _rows(path: Path, splits: Sequence[str]) -> list[dict[str, str]]:
                 f"{path}, line {number}: not JSON ({error}); a manifest has one object per line"
             ) from None
         if not isinstance(row, dict):
-            raise ValueError(f"{path}, line {number}: a {type(row).__name__}; a manifest has one object per line")
+            raise ValueError(
+                f"{path}, line {number}: a {type(row).__name__}; a manifest has one object per line"
+            )
         if not splits or row.get("split", "train") in splits:
             rows.append(row)
     return rows

@@ -216,7 +216,7 @@ class VisionTrainer:
         for parameter, part in zip(self.parameters, flat.split([g.numel() for g in gradients]), strict=True):
             parameter.grad = part.view(parameter.shape)
 
-    def _report(self, metrics: dict[str, Tensor], seconds: float, bar: tqdm[None]) -> None:
+    def _report(self, metrics: dict[str, Tensor], seconds: float, bar: tqdm[Any]) -> None:
         last = self.step == self.config.schedule.steps
         if self.rank != 0 or not (self.step % self.config.log_every == 0 or last):
             return

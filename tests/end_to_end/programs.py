@@ -1,4 +1,4 @@
-"""The command-line programs as a user starts them: anew, or forked from a process that has imported what is slow.
+"""The command-line programs as a user starts them: anew, or forked from a process whose imports are done.
 
 As a program: a server that reads ``{"arguments": [...], "folder": ...}`` lines on stdin, forks for each, and
 answers the exit code; what the child wrote is in ``FOLDER/out`` and ``FOLDER/err``.

@@ -13,7 +13,18 @@ from tests.end_to_end.programs import start
 pytestmark = pytest.mark.slow
 
 SCORES = {"colour", "shape", "position", "caption_colour", "caption_shape", "motion"}
-STAGES = ["corpus", "vision_tokenizer", "text_tokenizer", "tokenize_images", "tokenize_videos", "tokenize_texts", "training", "evaluation", "export", "compare_export"]
+STAGES = [
+    "corpus",
+    "vision_tokenizer",
+    "text_tokenizer",
+    "tokenize_images",
+    "tokenize_videos",
+    "tokenize_texts",
+    "training",
+    "evaluation",
+    "export",
+    "compare_export",
+]
 SECTIONS = (
     "What it learned",
     "Loss per modality",

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
 import pytest
 
 from emu3_megatron.media import MediaError, decode_images, frame_source, probe_video
@@ -98,6 +99,34 @@ def test_truncated_image_is_refused(file_format: str, part: float) -> None:
     (result,) = decode_images([data[: int(len(data) * part)]])
     assert isinstance(result, MediaError)
     assert str(result)
+
+
+def test_a_damaged_animation_is_a_bad_file() -> None:
+    """PIL's look for further pictures raises errors of many types."""
+    pictures = [PIL.Image.fromarray(picture) for picture in moving_picture(3, 24, 20)]
+    buffer = io.BytesIO()
+    pictures[0].save(buffer, "GIF", save_all=True, append_images=pictures[1:])
+    encoded = buffer.getvalue()
+    for size in range(1, len(encoded), max(1, len(encoded) // 200)):
+        (result,) = decode_images([encoded[:size]])
+        assert isinstance(result, (np.ndarray, MediaError)), size
+
+
+def test_a_path_that_cannot_be_one_is_a_bad_file() -> None:
+    (error,) = decode_images(["a\0.png"])
+    assert isinstance(error, MediaError)
+
+
+@pytest.mark.parametrize("tag", ["5.3", "soon", "00:00:0x"])
+def test_a_duration_tag_that_is_none_is_ignored(tmp_path: Path, tag: str) -> None:
+    path = tmp_path / "a.mkv"
+    encode(path, moving_picture(6), encoder="libx264")
+    encoded = path.read_bytes()
+    start = encoded.index(b"DURATION") + 8
+    start = encoded.index(b"00:00:0", start)
+    size = len("00:00:00.750000000")
+    path.write_bytes(encoded[:start] + tag.encode().ljust(size, b" ") + encoded[start + size :])
+    assert probe_video(path).frame_count == 6
 
 
 def test_one_bad_image_harms_no_other(tmp_path: Path) -> None:

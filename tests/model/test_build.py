@@ -104,58 +104,9 @@ def test_bf16_stays_near_fp32(single_process: ParallelConfig) -> None:
     torch.testing.assert_close(losses[1], losses[0], rtol=2e-2, atol=2e-2)
 
 
-def test_generation_with_a_cache_equals_the_packed_forward(single_process: ParallelConfig) -> None:
-    model = _build(single_process).eval()
-    tokens, cu = _window([30])
-    with torch.no_grad():
-        want = model(tokens, packed_seq_params=packed_sequence_parameters(cu), logits="all")
-        cache = model.new_cache(batch=1, max_length=30)
-        got = []
-        for part in tokens.split([11, 1, 1, 5, 12], 1):
-            got.append(model(part, inference_context=cache, logits="all"))
-            cache.advance(part.size(1))
-    torch.testing.assert_close(torch.cat(got, 1), want, rtol=1e-5, atol=1e-5)
-
-
-def test_left_padded_prompts_give_what_each_gives_alone(single_process: ParallelConfig) -> None:
-    model = _build(single_process).eval()
-    prompts = [torch.randint(0, IN_USE, (1, n)) for n in (5, 12, 9)]
-    padding = torch.tensor([12 - p.size(1) for p in prompts])
-    batch = torch.cat([torch.nn.functional.pad(p, (12 - p.size(1), 0)) for p in prompts])
-    step = torch.randint(0, IN_USE, (3, 1))
-    with torch.no_grad():
-        cache = model.new_cache(batch=3, max_length=13, left_padding=padding)
-        first = model(batch, inference_context=cache, logits="last")
-        cache.advance(12)
-        second = model(step, inference_context=cache, logits="last")
-        assert first.isfinite().all()
-        for row, prompt in enumerate(prompts):
-            alone = model.new_cache(batch=1, max_length=13)
-            want = model(prompt, inference_context=alone, logits="last")
-            alone.advance(prompt.size(1))
-            torch.testing.assert_close(first[row], want[0], rtol=1e-5, atol=1e-5)
-            want = model(step[row : row + 1], inference_context=alone, logits="last")
-            torch.testing.assert_close(second[row], want[0], rtol=1e-5, atol=1e-5)
-
-
-def test_a_full_cache_is_refused(single_process: ParallelConfig) -> None:
-    model = _build(single_process).eval()
-    cache = model.new_cache(batch=1, max_length=4)
-    with pytest.raises(ValueError, match="reach 5 tokens but the key-value cache holds 4"):
-        model(torch.zeros(1, 5, dtype=torch.int64), inference_context=cache)
-
-
-def test_a_forward_without_window_or_cache_is_refused(single_process: ParallelConfig) -> None:
+def test_a_forward_without_window_is_refused(single_process: ParallelConfig) -> None:
     with pytest.raises(ValueError, match="packed_seq_params"):
         _build(single_process)(torch.zeros(1, 5, dtype=torch.int64))
-
-
-def test_generation_on_a_split_sequence_is_refused(single_process: ParallelConfig) -> None:
-    model = _build(single_process).eval()
-    cache = model.new_cache(batch=1, max_length=4)
-    model.config.sequence_parallel = True
-    with pytest.raises(ValueError, match="sequence_parallel=True"):
-        model(torch.zeros(1, 2, dtype=torch.int64), inference_context=cache)
 
 
 def test_initial_weights_depend_on_seed_and_name_alone(single_process: ParallelConfig) -> None:

@@ -68,6 +68,8 @@ def test_good_entries(tmp_path: Path) -> None:
         ('{"id": "a", ', "not valid JSON"),
         ("\x00\x01", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
+        (r'{"id": "a", "image": "a\u0000.png"}', "cannot be a path"),
+        (r'{"id": "a", "video": "a\ud800.mp4"}', "cannot be a path"),
     ],
 )
 def test_bad_entries_have_a_reason_and_harm_no_other(tmp_path: Path, line: str, reason: str) -> None:
@@ -79,6 +81,22 @@ def test_bad_entries_have_a_reason_and_harm_no_other(tmp_path: Path, line: str, 
     assert bad.id in ("a", "m.jsonl:2")
     assert isinstance(first, Entry)
     assert isinstance(last, Entry)
+
+
+def test_names_can_always_be_written_as_utf8(tmp_path: Path) -> None:
+    """JSON may hold lone surrogates and tar headers any bytes; neither may stop a job when it is reported."""
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text(r'{"id": "a\ud800", "text": "x", "split": "b\ud800", "task": "c\ud800"}' + "\n")
+    (entry,) = read(manifest)
+    assert isinstance(entry, Entry)
+    assert (entry.id, entry.split, entry.task) == (r"a\ud800", r"b\ud800", r"c\ud800")
+    path = tmp_path / "a.tar"
+    write_tar(path, {"x\udcff.png": b"no picture"})
+    (entry,) = read(path)
+    assert isinstance(entry, Entry)
+    assert all(text.encode() for text in (entry.id, str(entry.media)))
+    assert entry.media is not None
+    assert entry.media.load() == b"no picture"
 
 
 def test_bytes_that_are_not_utf8(tmp_path: Path) -> None:

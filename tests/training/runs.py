@@ -15,6 +15,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 STEPS = 20
+GLOBAL_BATCH = 4
 
 MODEL = {
     "num_layers": 4,
@@ -47,7 +48,7 @@ def configuration(data: Path) -> dict[str, Any]:
             "num_workers": 0,
         },
         "optimizer": {"learning_rate": 3e-3, "warmup_steps": 5, "clip_grad": 1.0},
-        "trainer": {"steps": STEPS, "global_batch_size": 8, "precision": "fp32"},
+        "trainer": {"steps": STEPS, "global_batch_size": GLOBAL_BATCH, "precision": "fp32"},
         "checkpoint": {"interval": 10},
         "logging": {"tensorboard": False, "progress": False},
     }

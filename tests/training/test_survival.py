@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from emu3_megatron.training.checkpoint import Record
 from tests.training import runs
 
 LAST_STEP = 1e-4
@@ -68,12 +70,12 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path: Path, config_file: Path, re
     assert len(saved) == 1
     progress = json.loads((saved[0] / "emu3.json").read_text())["progress"]
     assert 3 <= progress["step"] < runs.STEPS
-    assert progress["windows"] == 8 * progress["step"]
+    assert progress["windows"] == runs.GLOBAL_BATCH * progress["step"]
 
     assert runs.train(config_file, run, processes=2).returncode == 0
     lines = runs.metrics(run)
     assert [line["step"] for line in lines] == list(range(1, runs.STEPS + 1))
-    assert [line["windows"] for line in lines] == [8 * line["step"] for line in lines]
+    assert [line["windows"] for line in lines] == [runs.GLOBAL_BATCH * line["step"] for line in lines]
     assert runs.largest_difference(lines, runs.metrics(reference)) <= LAST_STEP
 
 
@@ -81,10 +83,6 @@ def test_sigterm_saves_and_the_run_goes_on(tmp_path: Path, config_file: Path, re
 def test_bf16_with_averaged_weights_resumes_exactly_and_loads_for_inference(
     tmp_path: Path, config_file: Path
 ) -> None:
-    import shutil
-
-    from emu3_megatron.training.checkpoint import Record
-
     options = ["--trainer.precision", "bf16", "--ema.decay", "0.9", "--model.hidden_dropout", "0.1"]
     whole, again = tmp_path / "whole", tmp_path / "again"
     assert runs.train(config_file, whole, *options).returncode == 0
@@ -100,8 +98,6 @@ def test_bf16_with_averaged_weights_resumes_exactly_and_loads_for_inference(
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path, config_file: Path, reference: Path
 ) -> None:
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(reference / "checkpoints", run / "checkpoints")
     damaged = run / "checkpoints" / "step-00000020" / "__0_0.distcp"
@@ -119,8 +115,6 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 def test_changed_data_is_refused_by_name_unless_accepted(
     tmp_path: Path, config_file: Path, reference: Path
 ) -> None:
-    import shutil
-
     run = tmp_path / "run"
     shutil.copytree(reference / "checkpoints" / "step-00000010", run / "checkpoints" / "step-00000010")
     changed = ["--data.sources.stills.weight", "3"]
@@ -130,6 +124,36 @@ def test_changed_data_is_refused_by_name_unless_accepted(
     assert len(errors) == 1
     assert "stills.weight: 2.0 -> 3.0" in errors[0]
     assert "accept_changed_data" in errors[0]
-    accepted = runs.train(config_file, run, *changed, "--checkpoint.accept_changed_data", "true")
+    changed += ["--checkpoint.accept_changed_data", "true", "--trainer.steps", "12"]
+    accepted = runs.train(config_file, run, *changed)
     assert accepted.returncode == 0, accepted.stderr
-    assert [line["step"] for line in runs.metrics(run)] == list(range(11, runs.STEPS + 1))
+    assert [line["step"] for line in runs.metrics(run)] == [11, 12]
+
+
+@pytest.mark.slow
+def test_a_run_loads_for_inference(reference: Path) -> None:
+    import torch
+
+    from emu3_megatron.parallel import platform
+    from emu3_megatron.parallel.config import ParallelConfig
+    from emu3_megatron.parallel.groups import destroy_parallel, initialize_parallel
+    from emu3_megatron.training.checkpoint import load_model_for_inference
+    from emu3_megatron.training.checkpoint_files import CheckpointError
+
+    initialize_parallel(ParallelConfig(), platform.install("cpu"), seed=0)
+    try:
+        chunks, model, vocabulary = load_model_for_inference(reference)
+        before, _, _ = load_model_for_inference(reference / "checkpoints" / "step-00000010")
+        with pytest.raises(CheckpointError, match="no averaged weights"):
+            load_model_for_inference(reference, averaged=True)
+    finally:
+        destroy_parallel()
+    assert model.hidden_size == runs.MODEL["hidden_size"]
+    assert vocabulary.name == "tiny-samples"
+    assert not chunks[0].training
+    weights = [dict(each[0].named_parameters()) for each in (chunks, before)]
+    assert all(torch.isfinite(weight).all() for weight in weights[0].values())
+    # From step 10 to step 20 every matrix moved.
+    assert not any(
+        torch.equal(weight, weights[1][name]) for name, weight in weights[0].items() if weight.dim() > 1
+    )

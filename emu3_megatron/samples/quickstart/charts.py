@@ -59,16 +59,20 @@ def line_chart(series: Mapping[str, Sequence[tuple[float, float]]], x_label: str
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img">']
     for y in _ticks(low, high):
-        parts.append(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="#ddd"/>')
+        parts.append(
+            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}" stroke="#ddd"/>'
+        )
         parts.append(f'<text x="{LEFT - 6}" y="{py(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
     for x in _ticks(0, right_x):
         parts.append(f'<text x="{px(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{x:g}</text>')
     parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 2}" text-anchor="middle">{escape(x_label)}</text>')
-    for (name, points), colour in zip(clean.items(), COLOURS):
+    for points, colour in zip(clean.values(), COLOURS, strict=False):
         parts.append(path(points, colour, 'stroke-width="1" opacity="0.25"'))
         smooth = _smooth([y for _, y in points])
-        parts.append(path([(x, y) for (x, _), y in zip(points, smooth)], colour, 'stroke-width="2"'))
-    for row, (name, colour) in enumerate(zip(clean, COLOURS)):
+        parts.append(
+            path([(x, y) for (x, _), y in zip(points, smooth, strict=True)], colour, 'stroke-width="2"')
+        )
+    for row, (name, colour) in enumerate(zip(clean, COLOURS, strict=False)):
         y = TOP + 14 + 18 * row
         parts.append(f'<rect x="{WIDTH - 150}" y="{y - 9}" width="14" height="4" fill="{colour}"/>')
         parts.append(f'<text x="{WIDTH - 130}" y="{y}">{escape(name)}</text>')

@@ -35,6 +35,7 @@ def compare(run: Path) -> dict[str, Any]:
     """
     from transformers import Emu3ForConditionalGeneration
 
+    from emu3_megatron.conversion.checkpoints import logit_difference
     from emu3_megatron.inference.bundle import open_bundle
 
     bundle = open_bundle(
@@ -47,16 +48,14 @@ def compare(run: Path) -> dict[str, Any]:
     theirs = exported.model.vqmodel.encode(pixels_NCHW, torch.tensor([pixels_NCHW.shape[-2:]] * len(rows)))
     equal = all(torch.equal(a, b) for a, b in zip(codes, theirs.image_tokens, strict=True))
     if not equal:
-        raise UserError(f"{run / 'hugging-face'}: its vision tokenizer gives other codes than the trained one")
-    largest = 0.0
+        raise UserError(
+            f"{run / 'hugging-face'}: its vision tokenizer gives other codes than the trained one"
+        )
+    sequences = []
     for row, own in zip(rows, codes, strict=True):
         segments = (Text(str(row["caption"])), Image(own.numpy()))
-        for document in (Document(segments), Document(segments[::-1])):
-            ids = torch.from_numpy(bundle.dialect.encode(document).ids)[None]
-            cache = bundle.model.new_cache(batch=1, max_length=ids.shape[1])
-            ours = bundle.model(ids, inference_context=cache, logits="all")
-            logits = exported(input_ids=ids).logits[..., : bundle.vocabulary.size]
-            largest = max(largest, (ours - logits).abs().max().item())
+        sequences += [bundle.dialect.encode(Document(s)).ids.tolist() for s in (segments, segments[::-1])]
+    largest = logit_difference(bundle.model, run / "hugging-face", sequences)
     return {"export_max_abs_logit_difference": largest, "export_equal_vision_codes": equal}
 
 

@@ -72,7 +72,7 @@ class QuickstartConfig:
     shards: int = 4
     """Shards of each dataset."""
     training: str = "examples/configs/quickstart/training.yaml"
-    """Configuration of the model's training; its sources `images`, `videos` and `texts` are set by the run."""
+    """Configuration of the model's training; the run sets its sources `images`, `videos` and `texts`."""
     evaluation: EvaluationSection = field(default_factory=EvaluationSection)
     """Samples and their check."""
 

@@ -64,7 +64,12 @@ class Evaluation:
     """
 
     def __init__(
-        self, generator: Generator, world: WorldConfig, corpus: Path, folder: Path, settings: EvaluationSection
+        self,
+        generator: Generator,
+        world: WorldConfig,
+        corpus: Path,
+        folder: Path,
+        settings: EvaluationSection,
     ) -> None:
         self.generator = generator
         self.world = world
@@ -110,7 +115,9 @@ class Evaluation:
             "reconstruction_accuracy": {name: float(np.mean(marks)) for name, marks in self.ceiling.items()},
             "original_accuracy": float(np.mean(self.originals)),
             "chance": {name: CHANCE[name] for name in self.right},
-            "interval_95": {name: wilson_interval(sum(marks), len(marks)) for name, marks in self.right.items()},
+            "interval_95": {
+                name: wilson_interval(sum(marks), len(marks)) for name, marks in self.right.items()
+            },
         }
 
     def reconstructions(self) -> list[dict[str, Any]]:
@@ -126,7 +133,9 @@ class Evaluation:
         half = self.world.frames // 2
         for row, original, pixels in zip(self.clips, to_uint8(self.clips_NTCHW), clips_NTHWC, strict=True):
             wanted = row["attributes"]["direction"]
-            self.ceiling.setdefault("motion", []).append(self.checker.read_clip(pixels[half:]).direction == wanted)
+            self.ceiling.setdefault("motion", []).append(
+                self.checker.read_clip(pixels[half:]).direction == wanted
+            )
             self.originals.append(self.checker.read_clip(original[half:]).direction == wanted)
         shown = zip(self.stills[:SHOWN], to_uint8(self.stills_NCHW[:SHOWN]), stills_NHWC, strict=False)
         return [
@@ -159,7 +168,9 @@ class Evaluation:
         captions = self.generator.image_to_text(self.stills_NCHW[:count], max_new_tokens=LONGEST_CAPTION)
         items = []
         originals = to_uint8(self.stills_NCHW[:count])
-        for i, (row, caption, pixels) in enumerate(zip(self.stills[:count], captions, originals, strict=True)):
+        for i, (row, caption, pixels) in enumerate(
+            zip(self.stills[:count], captions, originals, strict=True)
+        ):
             item = self._judge(row, parse_caption(caption.text), PICTURE_ATTRIBUTES)
             self._count(item, {"colour": "caption_colour", "shape": "caption_shape"})
             items.append({**item, "caption": caption.text, "file": self._picture(f"captioned-{i}", pixels)})
@@ -204,7 +215,9 @@ class Evaluation:
         items = []
         for i, (row, video) in enumerate(zip(rows, videos, strict=True)):
             item = self._judge(row, self.checker.read_clip(video.pixels), CLIP_ATTRIBUTES)
-            items.append({**item, "prompt": video.prompt, "file": self._animation(f"video-{i}", video.pixels)})
+            items.append(
+                {**item, "prompt": video.prompt, "file": self._animation(f"video-{i}", video.pixels)}
+            )
         return items
 
     def text(self) -> str:
@@ -245,7 +258,12 @@ class Evaluation:
         frames = [PillowImage.fromarray(frame) for frame in pixels_THWC]
         with atomic_write(self.folder / f"{name}.gif") as file:
             frames[0].save(
-                file, format="GIF", save_all=True, append_images=frames[1:], duration=1000 // self.world.fps, loop=0
+                file,
+                format="GIF",
+                save_all=True,
+                append_images=frames[1:],
+                duration=1000 // self.world.fps,
+                loop=0,
             )
         return f"{name}.gif"
 

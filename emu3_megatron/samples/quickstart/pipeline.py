@@ -42,20 +42,39 @@ def draw_corpus(config: QuickstartConfig, paths: Paths) -> list[list[str]]:
     """Draw the pictures and clips."""
     settings = asdict(config.corpus)
     options = [text for key, value in settings.items() for text in ("--" + key.replace("_", "-"), str(value))]
-    return [["python", "tools/make_samples.py", "--output", str(paths.corpus), "--processes", str(config.processes), *options]]
+    return [
+        [
+            "python",
+            "tools/make_samples.py",
+            "--output",
+            str(paths.corpus),
+            "--processes",
+            str(config.processes),
+            *options,
+        ]
+    ]
 
 
 def train_vision(config: QuickstartConfig, paths: Paths) -> list[list[str]]:
     """Train the vision tokenizer."""
     manifests = json.dumps([str(paths.manifest("train-images")), str(paths.manifest("train-videos"))])
     arguments = ["--config", config.vision, "--output", str(paths.vision), "--data.manifests", manifests]
-    return [["torchrun", "--nproc-per-node", str(config.processes), "tools/train_vision_tokenizer.py", *arguments]]
+    return [
+        ["torchrun", "--nproc-per-node", str(config.processes), "tools/train_vision_tokenizer.py", *arguments]
+    ]
 
 
 def train_text(config: QuickstartConfig, paths: Paths) -> list[list[str]]:
     """Train the SentencePiece model on the captions and texts."""
     manifests = [str(paths.manifest(f"train-{name}")) for name in SOURCES]
-    arguments = ["--manifest", *manifests, "--output", str(paths.text), "--vocab-size", str(config.text_pieces)]
+    arguments = [
+        "--manifest",
+        *manifests,
+        "--output",
+        str(paths.text),
+        "--vocab-size",
+        str(config.text_pieces),
+    ]
     return [["python", "tools/train_text_tokenizer.py", *arguments]]
 
 
@@ -67,7 +86,14 @@ def tokenize(config: QuickstartConfig, paths: Paths, name: str) -> list[list[str
     common += ["--num-workers", str(config.processes)]
     # Bars of workers that share a terminal would overwrite each other; the first one's stands for all.
     return [
-        ["python", "tools/tokenize_media.py", *common, "--worker", str(worker), *(["--no-progress"] if worker else [])]
+        [
+            "python",
+            "tools/tokenize_media.py",
+            *common,
+            "--worker",
+            str(worker),
+            *(["--no-progress"] if worker else []),
+        ]
         for worker in range(config.processes)
     ]
 
@@ -77,7 +103,9 @@ def train(config: QuickstartConfig, paths: Paths) -> list[list[str]]:
     arguments = ["--config", config.training, "--run_folder", str(paths.training)]
     for name in SOURCES:
         arguments += [f"--data.sources.{name}.path", str(paths.data / name)]
-    return [["torchrun", "--nproc-per-node", str(config.processes), "-m", "emu3_megatron.training", *arguments]]
+    return [
+        ["torchrun", "--nproc-per-node", str(config.processes), "-m", "emu3_megatron.training", *arguments]
+    ]
 
 
 def export(paths: Paths) -> list[list[str]]:
@@ -117,16 +145,26 @@ def run_quickstart(config: QuickstartConfig) -> Path:
     threads = {"OMP_NUM_THREADS": "1"}
     runner = StageRunner(paths.run, threads)
     runner.run_commands("corpus", draw_corpus(config, paths), outputs=[paths.corpus])
-    runner.run_commands("vision_tokenizer", train_vision(config, paths), [Path(config.vision)], [paths.vision])
+    runner.run_commands(
+        "vision_tokenizer", train_vision(config, paths), [Path(config.vision)], [paths.vision]
+    )
     runner.run_commands("text_tokenizer", train_text(config, paths), outputs=[paths.text])
     for name in SOURCES:
         runner.run_commands(f"tokenize_{name}", tokenize(config, paths, name), outputs=[paths.data / name])
     runner.run_commands("training", train(config, paths), [Path(config.training)], [paths.training])
     settings = {**asdict(config.evaluation), "world": config.corpus.world, "threads": config.processes}
-    evaluation = ["python", "-m", "emu3_megatron.samples.quickstart.evaluation", str(paths.run), json.dumps(settings)]
+    evaluation = [
+        "python",
+        "-m",
+        "emu3_megatron.samples.quickstart.evaluation",
+        str(paths.run),
+        json.dumps(settings),
+    ]
     runner.run_commands("evaluation", [evaluation], outputs=[paths.evaluation])
     runner.run_commands("export", export(paths), outputs=[paths.export])
-    runner.run_commands("compare_export", [["python", "-m", "emu3_megatron.samples.quickstart.compare", str(paths.run)]])
+    runner.run_commands(
+        "compare_export", [["python", "-m", "emu3_megatron.samples.quickstart.compare", str(paths.run)]]
+    )
     skipped = sum(runner.seconds.values()) - sum(runner.fresh.values())
     summary = write_summary(config, paths, runner.seconds, time.monotonic() - begin + skipped)
     report = write_report(paths.run, paths.training / "metrics.jsonl", config.title)

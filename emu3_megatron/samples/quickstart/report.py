@@ -45,26 +45,30 @@ def _marks(expected: Mapping[str, str], read: Mapping[str, str]) -> str:
 
 def _accuracy_table(summary: Mapping[str, Any]) -> str:
     """Accuracies with interval, chance, and the tokenizer's ceiling."""
-    rows = ["<tr><th>read by the checker</th><th>accuracy</th><th>95% interval</th><th>chance</th><th>ceiling</th></tr>"]
+    rows = [
+        "<tr><th>read by the checker</th><th>accuracy</th><th>95% interval</th><th>chance</th>"
+        "<th>ceiling</th></tr>"
+    ]
     for name, value in summary["accuracy"].items():
         low, high = summary["interval_95"][name]
         ceiling = summary["reconstruction_accuracy"].get(name)
         shown = "–" if ceiling is None else f"{ceiling:.1%}"
         rows.append(
-            f"<tr><td>{escape(name.replace('_', ' '))}</td><td>{value:.1%}</td><td>{low:.1%} to {high:.1%}</td>"
-            f"<td>{summary['chance'][name]:.1%}</td><td>{shown}</td></tr>"
+            f"<tr><td>{escape(name.replace('_', ' '))}</td><td>{value:.1%}</td>"
+            f"<td>{low:.1%} to {high:.1%}</td><td>{summary['chance'][name]:.1%}</td><td>{shown}</td></tr>"
         )
     return f"<table>{''.join(rows)}</table>"
 
 
-def _grid(items: Iterable[Mapping[str, Any]], folder: Path, figure: Callable[[Mapping[str, Any], Path], str]) -> str:
+def _grid(
+    items: Iterable[Mapping[str, Any]], folder: Path, figure: Callable[[Mapping[str, Any], Path], str]
+) -> str:
     """Figures in a grid."""
     return f'<div class="grid">{"".join(figure(item, folder) for item in items)}</div>'
 
 
 def _generated(item: Mapping[str, Any], folder: Path) -> str:
-    marks = _marks(item["expected"], item["read"])
-    return f'<figure>{_picture(folder / item["file"])}<figcaption>{escape(item["prompt"])}<br>{marks}</figcaption></figure>'
+    return _figure(item, folder, item["prompt"])
 
 
 def _compared(item: Mapping[str, Any], folder: Path) -> str:
@@ -76,8 +80,14 @@ def _compared(item: Mapping[str, Any], folder: Path) -> str:
 
 
 def _captioned(item: Mapping[str, Any], folder: Path) -> str:
+    return _figure(item, folder, item["caption"])
+
+
+def _figure(item: Mapping[str, Any], folder: Path, text: str) -> str:
+    """A picture, its text, and what the checker reads in it."""
     marks = _marks(item["expected"], item["read"])
-    return f'<figure>{_picture(folder / item["file"])}<figcaption>{escape(item["caption"])}<br>{marks}</figcaption></figure>'
+    picture = _picture(folder / item["file"])
+    return f"<figure>{picture}<figcaption>{escape(text)}<br>{marks}</figcaption></figure>"
 
 
 def _curves(metrics: Path) -> str:
@@ -85,7 +95,9 @@ def _curves(metrics: Path) -> str:
     lines = [json.loads(line) for line in metrics.read_text().splitlines() if line]
     names = ("loss_text", "loss_vision")
     series = {
-        name.replace("loss_", ""): [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+        name.replace("loss_", ""): [
+            (line["step"], line[name]) for line in lines if line.get(name) is not None
+        ]
         for name in names
     }
     return line_chart(series, "optimizer step")
@@ -107,9 +119,10 @@ def write_report(run: Path, metrics: Path, title: str) -> Path:
     results = json.loads((folder / "results.json").read_text())
     total = summary["seconds"]["total"] / 60
     stages = ", ".join(f"{escape(k)} {v:.0f} s" for k, v in summary["seconds"].items() if k != "total")
+    versions = ", ".join(f"{name} {version}" for name, version in summary["versions"].items())
     sections = [
-        f"<h1>{escape(title)}</h1><p>{summary['prompts']} prompts of combinations that training never showed. "
-        f"{total:.1f} minutes in all ({stages}).</p>",
+        f"<h1>{escape(title)}</h1><p>{summary['prompts']} prompts of combinations that training never "
+        f"showed. {total:.1f} minutes in all ({stages}).</p>",
         "<h2>What it learned</h2>" + _accuracy_table(summary),
         "<p>Ceiling: the same checker on the vision tokenizer's plain reconstructions.</p>",
         "<h2>Loss per modality</h2>" + _curves(metrics),
@@ -120,10 +133,11 @@ def write_report(run: Path, metrics: Path, title: str) -> Path:
         + _grid(results["continuations"][:24], folder, _compared),
         "<h2>Captions of unseen images</h2>" + _grid(results["captions"][:48], folder, _captioned),
         f"<p>Text-only document written by the model: <q>{escape(results['text'])}</q></p>",
-        f"<p>Exported to Hugging Face: largest logit difference {summary['export_max_abs_logit_difference']:.2g}. "
-        f"Versions: {escape(', '.join(f'{k} {v}' for k, v in summary['versions'].items()))}.</p>",
+        "<p>Exported to Hugging Face: largest logit difference "
+        f"{summary['export_max_abs_logit_difference']:.2g}. Versions: {escape(versions)}.</p>",
     ]
-    page = f"<!doctype html><html lang=en><meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
+    page = "<!doctype html><html lang=en><meta charset=utf-8>"
+    page += f"<title>{escape(title)}</title><style>{STYLE}</style>"
     path = run / "report.html"
     with atomic_write(path) as file:
         file.write((page + "\n".join(sections) + "</html>\n").encode())

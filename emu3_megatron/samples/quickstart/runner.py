@@ -1,4 +1,4 @@
-"""Stages that run once: a finished stage is skipped on rerun unless its commands or a stage before it changed."""
+"""Stages that run once: a finished one is skipped unless its commands or a stage before it changed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,11 @@ from emu3_megatron.files import write_json_atomic
 class StageRunner:
     """Runs named stages in order below one folder.
 
-    A stage's marker (``stages/NAME.json``) holds a fingerprint of its description chained with the fingerprint
-    of the stage before it, and once it is done the seconds it took. The description is whatever determines the
-    stage's result: its commands and the text of its config files. A stage that was interrupted goes on from what
-    it left; one that changed starts from nothing, so that it resumes no run of other settings.
+    A stage's marker (``stages/NAME.json``) holds a fingerprint of its description chained with the
+    fingerprint of the stage before it, and once it is done the seconds it took. The description is whatever
+    determines the stage's result: its commands and the text of its config files. A stage that was interrupted
+    goes on from what it left; one that changed starts from nothing, so that it resumes no run of other
+    settings.
     """
 
     def __init__(self, folder: Path, environment: dict[str, str]) -> None:
@@ -36,7 +37,9 @@ class StageRunner:
         self._chain = ""
         (folder / "stages").mkdir(parents=True, exist_ok=True)
 
-    def run(self, name: str, description: str, action: Callable[[], None], outputs: Sequence[Path] = ()) -> None:
+    def run(
+        self, name: str, description: str, action: Callable[[], None], outputs: Sequence[Path] = ()
+    ) -> None:
         """Run `action` unless the stage is already done with this description.
 
         Args:
@@ -91,9 +94,12 @@ class StageRunner:
             print(f"+ {shlex.join(command)}", flush=True)
             running.append(subprocess.Popen(self._resolve(command), env=self._environment))
         codes = [process.wait() for process in running]
-        for command, code in zip(commands, codes):
+        for command, code in zip(commands, codes, strict=True):
             if code:
-                raise UserError(f"stage {name!r} failed with exit code {code}: {shlex.join(command)}; see its message above")
+                raise UserError(
+                    f"stage {name!r} failed with exit code {code}: {shlex.join(command)}; "
+                    "see its message above"
+                )
 
     @staticmethod
     def _resolve(command: Sequence[str]) -> list[str]:
