@@ -1,8 +1,4 @@
-<<<<<<< HEAD
 """Bad input through the command-line programs: one clear line or a quarantine entry, nothing lost."""
-=======
-"""Bad input through the command-line programs: one clear line or a quarantine entry, nothing else lost."""
->>>>>>> main
 
 from __future__ import annotations
 
