@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image as PillowImage
+from tqdm import tqdm
 
 from emu3_megatron.errors import run_main
 from emu3_megatron.files import atomic_write, write_json_atomic
@@ -152,9 +153,15 @@ class Evaluation:
         rows = self.stills[: self.settings.prompts]
         prompts = [str(row["caption"]) for row in rows]
         size = self.world.size
-        images = self.generator.text_to_image(
-            prompts, height=size, width=size, sampling=self._sampling, seeds=self._seeds(len(rows))
-        )
+        with tqdm(total=len(rows), desc="pictures", unit="picture") as bar:
+            images = self.generator.text_to_image(
+                prompts,
+                height=size,
+                width=size,
+                sampling=self._sampling,
+                seeds=self._seeds(len(rows)),
+                progress=bar.update,
+            )
         items = []
         for i, (row, image) in enumerate(zip(rows, images, strict=True)):
             item = self._judge(row, self.checker.read_image(image.pixels), PICTURE_ATTRIBUTES)
@@ -165,7 +172,10 @@ class Evaluation:
     def captions(self) -> list[dict[str, Any]]:
         """Describe held-out pictures."""
         count = self.settings.captions
-        captions = self.generator.image_to_text(self.stills_NCHW[:count], max_new_tokens=LONGEST_CAPTION)
+        with tqdm(total=count, desc="captions", unit="caption") as bar:
+            captions = self.generator.image_to_text(
+                self.stills_NCHW[:count], max_new_tokens=LONGEST_CAPTION, progress=bar.update
+            )
         items = []
         originals = to_uint8(self.stills_NCHW[:count])
         for i, (row, caption, pixels) in enumerate(
@@ -182,13 +192,15 @@ class Evaluation:
         The direction is read from the predicted frames alone: the given ones would tell it.
         """
         count, half = self.settings.continuations, self.world.frames // 2
-        videos = self.generator.continue_video(
-            self.clips_NTCHW[:count, :half],
-            frames=self.world.frames,
-            fps=self.world.fps,
-            sampling=self._sampling,
-            seeds=self._seeds(count),
-        )
+        with tqdm(total=count, desc="continued clips", unit="clip") as bar:
+            videos = self.generator.continue_video(
+                self.clips_NTCHW[:count, :half],
+                frames=self.world.frames,
+                fps=self.world.fps,
+                sampling=self._sampling,
+                seeds=self._seeds(count),
+                progress=bar.update,
+            )
         items = []
         originals = to_uint8(self.clips_NTCHW[:count])
         for i, (row, video, pixels) in enumerate(zip(self.clips[:count], videos, originals, strict=True)):
@@ -203,15 +215,17 @@ class Evaluation:
     def videos(self) -> list[dict[str, Any]]:
         """Draw clips for captions of held-out combinations."""
         rows = self.clips[: self.settings.clips]
-        videos = self.generator.text_to_video(
-            [str(row["caption"]) for row in rows],
-            height=self.world.size,
-            width=self.world.size,
-            frames=self.world.frames,
-            fps=self.world.fps,
-            sampling=self._sampling,
-            seeds=self._seeds(len(rows)),
-        )
+        with tqdm(total=len(rows), desc="clips", unit="clip") as bar:
+            videos = self.generator.text_to_video(
+                [str(row["caption"]) for row in rows],
+                height=self.world.size,
+                width=self.world.size,
+                frames=self.world.frames,
+                fps=self.world.fps,
+                sampling=self._sampling,
+                seeds=self._seeds(len(rows)),
+                progress=bar.update,
+            )
         items = []
         for i, (row, video) in enumerate(zip(rows, videos, strict=True)):
             item = self._judge(row, self.checker.read_clip(video.pixels), CLIP_ATTRIBUTES)
