@@ -109,7 +109,7 @@ class Engine:
         self.automaton: Automaton = dialect.automaton()
 
     def generate(
-        self, requests: Sequence[Request], *, progress: Callable[[int], None] | None = None
+        self, requests: Sequence[Request], *, progress: Callable[[int], object] | None = None
     ) -> list[Completion]:
         """Run all requests; results come in their order.
 
@@ -211,7 +211,7 @@ class _Run:
     """One call of `Engine.generate`: a queue of requests and the rows they pass through."""
 
     def __init__(
-        self, engine: Engine, requests: Sequence[Request], progress: Callable[[int], None] | None
+        self, engine: Engine, requests: Sequence[Request], progress: Callable[[int], object] | None
     ) -> None:
         self._engine = engine
         self._progress = progress

@@ -20,7 +20,7 @@ from emu3_megatron.inference.engine import Completion, Engine, Request
 from emu3_megatron.inference.sampling import Sampling
 
 Ids = npt.NDArray[np.int64]
-Progress = Callable[[int], None]
+Progress = Callable[[int], object]
 
 IMAGE_SAMPLING = Sampling(guidance=3.0, top_k=2048)
 """Released settings for images (github.com/baaivision/Emu3, image_generation.py)."""
