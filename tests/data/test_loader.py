@@ -88,17 +88,16 @@ def test_batches_are_windows_end_to_end(plan: Plan) -> None:
     assert set((batch.cu_seqlens % 128 == 0).nonzero().flatten().tolist()) >= {0}
 
 
-def children() -> set[int]:
-    """Process ids of this process's children."""
-    return {int(pid) for pid in Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()}
-
-
 def test_workers_ignore_the_signals_of_a_scheduler(plan: Plan) -> None:
     """SIGTERM, SIGINT and SIGUSR1 reach the process group; the workers go on until the trainer is done."""
-    before = children()  # other tests' helpers, which must not see these signals
+
+    def children() -> set[int]:
+        return set(map(int, Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()))
+
+    others = children()
     steps = iter(WindowLoader(plan, global_batch_size=8, num_workers=2))
     next(steps)
-    workers = children() - before
+    workers = children() - others
     assert len(workers) >= 2
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         for pid in workers:
