@@ -20,6 +20,9 @@ from emu3_megatron.vocabulary import Vocabulary
 SCAN_DOCUMENTS = 1 << 20
 """Documents described at a time when a source is measured."""
 
+TOKENIZERS = ("text tokenizer", "vision tokenizer")
+"""Parts of a dataset's identity that must be equal within a mixture."""
+
 MAX_SOURCES = 2**15 - 1
 """Sources are numbered in int16."""
 
@@ -142,7 +145,7 @@ class Mixture:
 
     Raises:
         UserError: no source, a bad weight, names that repeat, an empty dataset, datasets of different
-            vocabularies, or a dataset that cannot be opened.
+            vocabularies or tokenizers, or a dataset that cannot be opened.
     """
 
     def __init__(
@@ -173,11 +176,27 @@ class Mixture:
         if vocabulary is None:
             raise UserError("a mixture needs a vocabulary")
         self.vocabulary = vocabulary
+        self.tokenizers = self._same_tokenizers()
+        """Fingerprints of the text and vision tokenizer, by the names in a manifest's identity."""
 
     @property
     def names(self) -> list[str]:
         """Names of the sources, in order; `Window.source` counts in this list."""
         return [source.name for source in self.sources]
+
+    def _same_tokenizers(self) -> dict[str, str]:
+        """Fingerprints of the tokenizers by kind: equal ids of different tokenizers mean different things."""
+        known: dict[str, tuple[str, str]] = {}
+        for source in self.sources:
+            for kind in TOKENIZERS:
+                fingerprint = source.dataset.manifest.identity[kind]
+                name, first = known.setdefault(kind, (source.name, fingerprint)) if fingerprint else ("", "")
+                if fingerprint != first:
+                    raise UserError(
+                        f"sources {name!r} and {source.name!r} were made with different {kind}s "
+                        f"({first[:12]}, {fingerprint[:12]}): tokenize them again with one"
+                    )
+        return {kind: fingerprint for kind, (_, fingerprint) in known.items()}
 
     def draw_shares(self, *, capacity: int) -> list[Fraction]:
         """Share of the draws that each source gets so that its share of tokens is its weight's.

@@ -16,6 +16,7 @@ import torch
 
 from emu3_megatron.conversion.checkpoints import dialect_of_run
 from emu3_megatron.conversion.hugging_face import open_hugging_face
+from emu3_megatron.data.mixture import TOKENIZERS
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Dialect
 from emu3_megatron.model import ModelConfig
@@ -71,12 +72,13 @@ def open_bundle(
     if not folder.exists():
         raise UserError(f"{folder} does not exist; give a run, a checkpoint or a Hugging Face folder")
     hugging_face = (folder / "config.json").is_file()
+    trained_with: Mapping[str, str] = {}
     if hugging_face:
         model, config, vocabulary, named = _open_hugging_face(folder, parallel)
         text_tokenizer = text_tokenizer or folder / "tokenizer.json"
         vision_tokenizer = vision_tokenizer or folder
     else:
-        model, config, vocabulary, named = _open_run(folder, parallel, averaged)
+        model, config, vocabulary, named, trained_with = _open_run(folder, parallel, averaged)
     if text_tokenizer is None or vision_tokenizer is None:
         missing = "--text-tokenizer" if text_tokenizer is None else "--vision-tokenizer"
         raise UserError(f"{folder} is a training run, which holds no tokenizers; give {missing}")
@@ -87,6 +89,15 @@ def open_bundle(
             f"{vision_tokenizer} has {vision.config.codebook_size} codes, the model's vocabulary "
             f"{vocabulary.codebook_size}; give the vision tokenizer that the model was trained with"
         )
+    for kind, path, fingerprint in (
+        ("text tokenizer", text_tokenizer, language.text_tokenizer.fingerprint),
+        ("vision tokenizer", vision_tokenizer, vision.fingerprint),
+    ):
+        if trained_with.get(kind, fingerprint) != fingerprint:
+            raise UserError(
+                f"{path} is not the {kind} that {folder} was trained with ({fingerprint[:12]}, not "
+                f"{trained_with[kind][:12]}); its ids mean other things: give that one"
+            )
     return ModelBundle(model, config, language, vision.eval())
 
 
@@ -129,8 +140,8 @@ def load_whole(model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> N
 
 def _open_run(
     folder: Path, parallel: ParallelConfig | None, averaged: bool | None
-) -> tuple[torch.nn.Module, ModelConfig, Vocabulary, str | None]:
-    """Load a run's checkpoint."""
+) -> tuple[torch.nn.Module, ModelConfig, Vocabulary, str | None, dict[str, str]]:
+    """Load a run's checkpoint; the last of the results is the fingerprints of the tokenizers behind it."""
     from emu3_megatron.training.checkpoint import Record, load_model_for_inference
     from emu3_megatron.training.checkpoint_files import resolve
 
@@ -138,4 +149,7 @@ def _open_run(
     chunks, config, vocabulary = load_model_for_inference(checkpoint, parallel, averaged=averaged)
     if len(chunks) != 1:
         raise UserError("generation needs pipeline_model_parallel_size=1")
-    return chunks[0], config, vocabulary, dialect_of_run(Record.read(checkpoint).config)
+    record = Record.read(checkpoint)
+    datasets = [source["dataset"] for source in record.plan.get("sources", {}).values()]
+    tokenizers = {kind: data[kind] for data in datasets for kind in TOKENIZERS if data[kind]}
+    return chunks[0], config, vocabulary, dialect_of_run(record.config), tokenizers

@@ -53,6 +53,8 @@ class TrainingData:
             if data.validation
             else None
         )
+        if held_out:
+            require_equal_tokenizers(plan.mixture.tokenizers, held_out.mixture.tokenizers)
         return cls(vocabulary=vocabulary, plan=plan, validation_plan=held_out)
 
     @staticmethod
@@ -92,6 +94,16 @@ def _prepare_missing(data: DataConfig, sources: Mapping[str, SourceConfig]) -> N
                 logger.info("making %s by %s", path, data.prepare)
                 prepare(Path(path))
         torch.distributed.barrier()
+
+
+def require_equal_tokenizers(training: Mapping[str, str], held_out: Mapping[str, str]) -> None:
+    """Refuse held-out data of other tokenizers (fingerprints by kind): its loss would say nothing."""
+    for kind in training.keys() & held_out.keys():
+        if training[kind] != held_out[kind]:
+            raise UserError(
+                f"data.validation was made with another {kind} ({held_out[kind][:12]}) than data.sources "
+                f"({training[kind][:12]}): tokenize it again with theirs"
+            )
 
 
 def _load_function(name: str) -> Callable[[Path], None]:

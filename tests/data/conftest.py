@@ -26,10 +26,16 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
         num_shards: int = 2,
         text: int = 30,
         seed: int = 0,
+        **manifest: str,
     ) -> Path:
         rng = np.random.default_rng(seed)
         with DatasetWriter(
-            tmp_path / name, name, vocabulary=VOCABULARY, num_shards=num_shards, dialect_name="emu3"
+            tmp_path / name,
+            name,
+            vocabulary=VOCABULARY,
+            num_shards=num_shards,
+            dialect_name="emu3",
+            **manifest,
         ) as writer:
             for number in range(documents):
                 kind = kinds[number % len(kinds)]

@@ -270,6 +270,18 @@ def test_bad_mixtures_are_refused(make_dataset) -> None:
         Mixture([Source(path=folder)], vocabulary=Vocabulary.preset("emu3"))
 
 
+@pytest.mark.parametrize("kind", ["text_tokenizer", "vision_tokenizer"])
+def test_one_mixture_has_one_tokenizer_of_each_kind(make_dataset, kind: str) -> None:
+    """Ids of the same range and another tokenizer would be trained on without a sound."""
+    sources = [
+        Source(path=str(make_dataset(name, "p", 5, **{f"{kind}_fingerprint": fingerprint})))
+        for name, fingerprint in (("a", "1" * 64), ("b", ""), ("c", "1" * 64), ("d", "2" * 64))
+    ]
+    assert Mixture(sources[:3]).tokenizers == {kind.replace("_", " "): "1" * 64}
+    with pytest.raises(UserError, match=f"'a' and 'd' were made with different {kind.replace('_', ' ')}s"):
+        Mixture(sources)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from emu3_megatron.data import MultimodalDataset
+from emu3_megatron.text import train_sentencepiece
 from tests.end_to_end.conftest import TRAINING as SETTINGS
 from tests.end_to_end.conftest import Quickstart
 from tests.end_to_end.programs import TRAINING, Programs, start
@@ -230,6 +231,9 @@ def test_generation_refuses_what_does_not_belong_to_the_run(
     vision = ("--vision-tokenizer", quickstart.run / "vision-tokenizer")
     assert "tokenizer" in program(*command, *prompt).error
     assert "none" in program(*command, *prompt, *vision, "--text-tokenizer", tmp_path / "none.model").error
+    train_sentencepiece(["other words, other pieces"] * 9, tmp_path / "other.model", 300)
+    other = program(*command, *prompt, *vision, "--text-tokenizer", tmp_path / "other.model").error
+    assert "other.model is not the text tokenizer" in other
     assert not (tmp_path / "out.png").exists()
 
 
