@@ -1,4 +1,4 @@
-"""Perceptual distance of pictures, LPIPS (Zhang et al. 2018): features of a trained network, compared and weighed.
+"""Perceptual distance of pictures, LPIPS (Zhang et al. 2018): compared features of a trained network.
 
 The weights of the features come with the package `lpips`, whose files are read without importing it: it would
 import torchvision, and a torchvision built for another torch does not load. The backbone is torchvision's

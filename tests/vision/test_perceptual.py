@@ -16,8 +16,8 @@ from emu3_megatron.errors import UserError
 from emu3_megatron.vision import perceptual
 from emu3_megatron.vision.perceptual import Network, PerceptualDistance
 
-VGG = [(0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256),
-       (17, 256, 512), (19, 512, 512), (21, 512, 512), (24, 512, 512), (26, 512, 512), (28, 512, 512)]  # fmt: skip
+VGG = [(0, 3, 64), (2, 64, 64), (5, 64, 128), (7, 128, 128), (10, 128, 256), (12, 256, 256), (14, 256, 256)]
+VGG += [(17, 256, 512), (19, 512, 512), (21, 512, 512), (24, 512, 512), (26, 512, 512), (28, 512, 512)]
 ALEX = [(0, 3, 64, 11), (3, 64, 192, 5), (6, 192, 384), (8, 384, 256), (10, 256, 256)]
 
 
@@ -120,9 +120,9 @@ def test_what_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (tmp_path / "text.pth").write_text("not weights")
     with pytest.raises(UserError, match="not a file of weights"):
         PerceptualDistance("vgg", tmp_path / "text.pth")
+    part = {"features.0.weight": torch.zeros(64, 3, 3, 3), "features.0.bias": torch.zeros(64)}
+    torch.save(part, tmp_path / "part.pth")
     with pytest.raises(UserError, match=r"features\.2\.weight is missing, vgg needs \[64, 64, 3, 3\]"):
-        broken = {"features.0.weight": torch.zeros(64, 3, 3, 3), "features.0.bias": torch.zeros(64)}
-        torch.save(broken, tmp_path / "part.pth")
         PerceptualDistance("vgg", tmp_path / "part.pth")
     path = random_backbone(tmp_path, "alex")
     with pytest.raises(ValueError, match=r"\[16, 40\]: LPIPS needs 32 pixels"):
