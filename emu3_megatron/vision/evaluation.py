@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -217,7 +217,7 @@ class FeatureNetwork:
         if not self.path.is_file():
             raise UserError(f"features is {path}: no such file; give a TorchScript file, or leave rFID out")
         try:
-            self._module = torch.jit.load(str(path), map_location=device).eval()
+            self._module: Any = torch.jit.load(str(path), map_location=device).eval()
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"features {path}: not a TorchScript file ({one_line(error)[:80]}); write one with "

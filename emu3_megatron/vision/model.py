@@ -33,7 +33,10 @@ from emu3_megatron.vision.layers import (
 )
 
 DISTANCES_AT_ONCE = 1 << 22
-"""Elements of the [rows, codes] distances held at a time by `nearest_codes`: 16 MiB in fp32."""
+"""Most elements of the [rows, codes] distances that `nearest_codes` holds at a time: 16 MiB in fp32."""
+
+DISTANCES_IN_CACHE = 1 << 19
+"""The same on a CPU, where they should stay in its cache: twice as fast."""
 
 
 class Middle(nn.Module):
@@ -183,7 +186,8 @@ def nearest_codes(rows_RD: Tensor, codebook_KD: Tensor) -> Tensor:
     One matrix product per chunk of rows, so that the [R, K] distances never exist as a whole.
     """
     norms_K = codebook_KD.square().sum(1)
-    chunk = max(1, DISTANCES_AT_ONCE // codebook_KD.shape[0])
+    at_once = DISTANCES_IN_CACHE if codebook_KD.device.type == "cpu" else DISTANCES_AT_ONCE
+    chunk = max(1, at_once // codebook_KD.shape[0])
     found = []
     for part_rD in rows_RD.split(chunk):
         # The reference's order of operations, so that rounding (hence near ties) falls the same way.

@@ -92,7 +92,7 @@ def _encode_frame(tokenizer: VisionTokenizer, pixels_NCHW: Tensor, stripe: int) 
     encoder = tokenizer.encoder
     pixels_NCHW = pixels_NCHW.to(encoder.conv_in.weight.dtype)
     x_NCHW = _convolved(encoder.conv_in, _rows(pixels_NCHW), pixels_NCHW.shape, stripe)
-    for level in encoder.down:
+    for level in _levels(encoder.down):
         x_NCHW = _blocks(level, x_NCHW, None, stripe)
         if level.downsample is not None:
             x_NCHW = _convolved(level.downsample.conv, _rows(x_NCHW), x_NCHW.shape, stripe, before=0)
@@ -104,7 +104,7 @@ def _decode_frame(tokenizer: VisionTokenizer, x_NZhw: Tensor, codes_NDhw: Tensor
     dtype = decoder.conv_in.weight.dtype
     x_NCHW, codes_NDhw = decoder.conv_in(x_NZhw.to(dtype)), codes_NDhw.to(dtype)
     x_NCHW = decoder.mid(x_NCHW, codes_NDhw)
-    for level in reversed(decoder.up):
+    for level in reversed(_levels(decoder.up)):
         x_NCHW = _blocks(level, x_NCHW, codes_NDhw, stripe)
         if level.upsample is not None:
             batch, channels, height, width = x_NCHW.shape
@@ -114,8 +114,13 @@ def _decode_frame(tokenizer: VisionTokenizer, x_NZhw: Tensor, codes_NDhw: Tensor
     return _convolved(decoder.conv_out, normalised, x_NCHW.shape, stripe)
 
 
+def _levels(modules: nn.ModuleList) -> list[Level]:
+    return [module for module in modules if isinstance(module, Level)]
+
+
 def _blocks(level: Level, x_NCHW: Tensor, codes_NDhw: Tensor | None, stripe: int) -> Tensor:
     for index, block in enumerate(level.block):
+        assert isinstance(block, ResidualBlock)
         x_NCHW = _residual(block, x_NCHW, codes_NDhw, stripe)
         if len(level.attn) > 0:
             x_NCHW = level.attn[index](x_NCHW, codes_NDhw)
