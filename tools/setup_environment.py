@@ -23,6 +23,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 SUPPORTED = ((3, 10), (3, 12))
+ALONE = ["lpips"]
+"""Installed without what they ask for: lpips is read for its weights only, and the torchvision that it asks for
+breaks transformers beside a torch of another build."""
 BUILD_TOOLS = ["setuptools>=68", "wheel", "pybind11"]
 
 
@@ -145,6 +148,7 @@ def make_environment(folder: Path, extras: str) -> None:
             "--editable",
             f".[{extras}]",
         )
+        run(*pip, "install", "--quiet", "--constraint", constraints, "--no-deps", *ALONE)
     stamp.write_text(wanted_stamp(extras))
 
 

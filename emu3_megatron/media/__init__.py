@@ -2,6 +2,7 @@
 
 from emu3_megatron.media.errors import MediaError
 from emu3_megatron.media.files import Media, read_media
+from emu3_megatron.media.folders import MediaFolder, list_media
 from emu3_megatron.media.geometry import Geometry, ResizeRule, fixed_geometry
 from emu3_megatron.media.images import decode_image, decode_images
 from emu3_megatron.media.load import load_clip, load_stills
@@ -18,6 +19,7 @@ __all__ = [
     "Geometry",
     "Media",
     "MediaError",
+    "MediaFolder",
     "Preprocessor",
     "ResizeRule",
     "VideoInfo",
@@ -25,6 +27,7 @@ __all__ = [
     "decode_images",
     "fixed_geometry",
     "frame_source",
+    "list_media",
     "load_clip",
     "load_stills",
     "probe_video",

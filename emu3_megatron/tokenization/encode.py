@@ -22,13 +22,11 @@ class BucketEncoder:
     Args:
         tokenizer: the vision tokenizer, on its device, in evaluation mode.
         max_pixels: pixels times frames of a batch; a larger sample makes a batch of its own.
-        precision: ``fp32``, or ``bf16`` for the network (codes are looked up in fp32).
     """
 
-    def __init__(self, tokenizer: VisionTokenizer, *, max_pixels: int, precision: str = "fp32") -> None:
+    def __init__(self, tokenizer: VisionTokenizer, *, max_pixels: int) -> None:
         self._tokenizer = tokenizer
         self._max_pixels = max_pixels
-        self._precision = precision
         self._buckets: dict[tuple[int, ...], list[tuple[int, torch.Tensor]]] = {}
         self._codes: dict[int, Codes] = {}
         self.seconds = 0.0
@@ -63,18 +61,7 @@ class BucketEncoder:
     def _encode(self, bucket: list[tuple[int, torch.Tensor]]) -> None:
         """Encode one bucket."""
         begin = time.perf_counter()
-        codes = self._codes_of(torch.stack([sample for _, sample in bucket])).cpu().numpy()
+        codes = self._tokenizer.encode(torch.stack([sample for _, sample in bucket])).cpu().numpy()
         for (key, _), code in zip(bucket, codes, strict=True):
             self._codes[key] = code
         self.seconds += time.perf_counter() - begin
-
-    @torch.no_grad()
-    def _codes_of(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Codes of a batch of images or clips."""
-        if self._precision == "fp32":
-            return self._tokenizer.encode(pixels)
-        device = self._tokenizer.device
-        with torch.autocast(device.type, torch.bfloat16):
-            latents = self._tokenizer.encode_latents(pixels.to(device))
-        codes = self._tokenizer.codes_of(latents.float())
-        return codes.squeeze(1) if pixels.dim() == 4 else codes

@@ -46,7 +46,7 @@ class Toolkit:
         vocabulary = choose_vocabulary(config.vocabulary, text, vision)
         fingerprint = vision.fingerprint if vision else ""  # of the weights as they lie in the file
         if vision:
-            _lay_out_for_speed(vision)
+            vision.for_inference(dtype=torch.bfloat16 if config.precision == "bf16" else torch.float32)
         return cls(
             dialect=Dialect.preset(config.dialect, vocabulary, text),
             vision=vision,
@@ -63,7 +63,7 @@ class Toolkit:
         """An encoder of batches, where there is a vision tokenizer."""
         if self.vision is None:
             return None
-        return BucketEncoder(self.vision, max_pixels=config.batch_pixels, precision=config.precision)
+        return BucketEncoder(self.vision, max_pixels=config.batch_pixels)
 
     def identity(self) -> dict[str, Any]:
         """Fingerprints of all that decides the ids, as JSON."""
@@ -91,13 +91,6 @@ def _load_vision(config: TokenizationConfig) -> VisionTokenizer | None:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"device {config.device!r} cannot be used: {reason}") from error
-
-
-def _lay_out_for_speed(vision: VisionTokenizer) -> None:
-    """Store the weights of 2D convolutions channels last: a third faster on a CPU, with equal codes."""
-    for weight in vision.parameters():
-        if weight.dim() == 4:
-            weight.data = weight.data.contiguous(memory_format=torch.channels_last)
 
 
 def choose_vocabulary(name: str, text: TextTokenizer, vision: VisionTokenizer | None) -> Vocabulary:

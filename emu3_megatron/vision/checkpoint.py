@@ -70,6 +70,12 @@ def save(tokenizer: VisionTokenizer, folder: Path, layout: Layout) -> None:
     """Write `tokenizer` to `folder`: the weights first, then ``config.json``."""
     if layout not in get_args(Layout):
         raise ValueError(f"layout is {layout!r}: choose one of {', '.join(get_args(Layout))}")
+    dtypes = {value.dtype for value in tokenizer.state_dict().values() if value.is_floating_point()}
+    if len(dtypes) > 1:
+        raise ValueError(
+            f"weights are {' and '.join(sorted(map(str, dtypes)))}: for_inference() has rounded some; save "
+            "the tokenizer as it was loaded"
+        )
     config = tokenizer.config
     save_weights(to_layout(tokenizer.state_dict(), layout), folder / WEIGHTS_FILE)
     values = config.to_transformers() if layout == "transformers" else config.to_emu3()
@@ -95,18 +101,22 @@ def load_weights(tokenizer: VisionTokenizer, folder: Path) -> None:
         theirs = transformers_key(key)
         value = stored.pop(theirs, None) if theirs in stored else stored.pop(key, None)
         if value is None:
-            raise ValueError(f"{folder}: tensor {theirs} (released name {key}) is missing: save it again")
+            raise ValueError(
+                f"{folder}: tensor {theirs} (released name {key}) is missing, its {CONFIG_FILE} asks for it: "
+                "take both files from one folder, or save the tokenizer again"
+            )
         if PROJECTION.search(key) and value.dim() == 4:
             value = value[:, :, 0, 0]
         if value.shape != like.shape:
             raise ValueError(
                 f"{folder}: tensor {theirs} has shape {list(value.shape)}, its {CONFIG_FILE} asks for "
-                f"{list(like.shape)}: the two files belong to different models"
+                f"{list(like.shape)}: the two files belong to different models; take both from one folder"
             )
         found[key] = value.contiguous()
     if stored:
         raise ValueError(
-            f"{folder}: {len(stored)} unexpected tensors, the first is {min(stored)}; is it another model?"
+            f"{folder}: {len(stored)} unexpected tensors, the first is {min(stored)}: the weights are not "
+            f"those of its {CONFIG_FILE}; take both from one folder"
         )
     tokenizer.load_state_dict(found, assign=True)
     tokenizer.requires_grad_(True)

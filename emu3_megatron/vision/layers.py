@@ -14,6 +14,12 @@ from emu3_megatron.vision.config import NORM_GROUPS
 
 NORM_EPSILON = 1e-6
 
+ATTENTION_AT_ONCE = 1 << 26
+"""Most elements of the [queries, keys] weights of one attention call: 256 MiB in fp32."""
+
+ATTENTION_BLOCK = 256
+"""Queries are cut at multiples of this, where the kernels cut too: the rounding stays the same."""
+
 
 def swish(x: Tensor) -> Tensor:
     """``x * sigmoid(x)``, any shape. Without gradients it overwrites `x`."""
@@ -43,6 +49,21 @@ class SpatialNorm(nn.Module):
 
 def _nearest(x_NChw: Tensor, size: torch.Size) -> Tensor:
     return x_NChw if x_NChw.shape[-2:] == size else F.interpolate(x_NChw, size=size, mode="nearest")
+
+
+def attend(q_N1SC: Tensor, k_N1SC: Tensor, v_N1SC: Tensor) -> Tensor:
+    """Softmax attention over the positions of each frame, [N, 1, S, C], without [S, S] weights at large S.
+
+    One head of 1,024 channels is more than flash kernels on GPUs take (256), and what takes their place may
+    hold all weights. Queries do not depend on each other, so that they can be cut into parts.
+    """
+    batch, _, positions, _ = q_N1SC.shape
+    fitting = ATTENTION_AT_ONCE // (batch * positions)
+    if fitting >= positions:
+        return F.scaled_dot_product_attention(q_N1SC, k_N1SC, v_N1SC)
+    rows = max(1, fitting // ATTENTION_BLOCK) * ATTENTION_BLOCK
+    parts = (F.scaled_dot_product_attention(part, k_N1SC, v_N1SC) for part in q_N1SC.split(rows, dim=2))
+    return torch.cat(list(parts), 2)
 
 
 def _norm(channels: int, embed_dim: int | None) -> nn.Module:
@@ -89,7 +110,7 @@ class AttentionBlock(nn.Module):
         """Shape and dtype of `x_NCHW`."""
         y_NSC = _normalise(self.norm, x_NCHW, codes_NDhw).flatten(2).transpose(1, 2)
         q_N1SC, k_N1SC, v_N1SC = (layer(y_NSC).unsqueeze(1) for layer in (self.q, self.k, self.v))
-        y_NSC = self.proj_out(F.scaled_dot_product_attention(q_N1SC, k_N1SC, v_N1SC).squeeze(1))
+        y_NSC = self.proj_out(attend(q_N1SC, k_N1SC, v_N1SC).squeeze(1))
         return x_NCHW + y_NSC.transpose(1, 2).reshape(x_NCHW.shape)
 
 

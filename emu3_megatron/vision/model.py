@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from emu3_megatron.vision import checkpoint
 from emu3_megatron.vision.config import NORM_GROUPS, VisionTokenizerConfig
+from emu3_megatron.vision.inputs import Fit, check_codes, check_pixels, cut, fit_pixels
 from emu3_megatron.vision.layers import (
     NORM_EPSILON,
     AttentionBlock,
@@ -32,10 +33,10 @@ from emu3_megatron.vision.layers import (
 )
 
 DISTANCES_AT_ONCE = 1 << 22
-"""Elements of the [rows, codes] distances held at a time by `nearest_codes`: 16 MiB in fp32."""
+"""Most elements of the [rows, codes] distances that `nearest_codes` holds at a time: 16 MiB in fp32."""
 
-PIXEL_TOLERANCE = 0.1
-"""Pixels may overshoot [-1, 1] by this much (resampling does) before they are refused."""
+DISTANCES_IN_CACHE = 1 << 19
+"""The same on a CPU, where they should stay in its cache: twice as fast."""
 
 
 class Middle(nn.Module):
@@ -111,10 +112,14 @@ class Encoder(nn.Module):
 
     def frames(self, pixels_NCHW: Tensor) -> Tensor:
         """The 2D network: [N, C, H, W] to [N, Z, h, w]."""
-        x_NCHW = self.conv_in(pixels_NCHW)
+        x_NCHW = self.conv_in(pixels_NCHW.to(self.conv_in.weight.dtype))
         for level in self.down:
             x_NCHW = level(x_NCHW)
-        return self.conv_out(swish(self.norm_out(self.mid(x_NCHW))))
+        return self.latents(self.mid(x_NCHW))
+
+    def latents(self, x_NChw: Tensor) -> Tensor:
+        """The last norm and convolution, in their own precision: [N, C, h, w] to [N, Z, h, w]."""
+        return self.conv_out(swish(self.norm_out(x_NChw.to(self.conv_out.weight.dtype))))
 
     def time(self, x_BZThw: Tensor) -> Tensor:
         """The layers over time: [B, Z, T, h, w] to [B, Z, t, h, w]."""
@@ -159,7 +164,9 @@ class Decoder(nn.Module):
 
     def frames(self, x_NZhw: Tensor, codes_NDhw: Tensor) -> Tensor:
         """The 2D network: [N, Z, h, w] to [N, C, H, W]."""
-        x_NCHW = self.mid(self.conv_in(x_NZhw), codes_NDhw)
+        dtype = self.conv_in.weight.dtype
+        x_NCHW, codes_NDhw = self.conv_in(x_NZhw.to(dtype)), codes_NDhw.to(dtype)
+        x_NCHW = self.mid(x_NCHW, codes_NDhw)
         for level in reversed(self.up):
             x_NCHW = level(x_NCHW, codes_NDhw)
         return self.conv_out(swish(self.norm_out(x_NCHW, codes_NDhw)))
@@ -179,7 +186,8 @@ def nearest_codes(rows_RD: Tensor, codebook_KD: Tensor) -> Tensor:
     One matrix product per chunk of rows, so that the [R, K] distances never exist as a whole.
     """
     norms_K = codebook_KD.square().sum(1)
-    chunk = max(1, DISTANCES_AT_ONCE // codebook_KD.shape[0])
+    at_once = DISTANCES_IN_CACHE if codebook_KD.device.type == "cpu" else DISTANCES_AT_ONCE
+    chunk = max(1, at_once // codebook_KD.shape[0])
     found = []
     for part_rD in rows_RD.split(chunk):
         # The reference's order of operations, so that rounding (hence near ties) falls the same way.
@@ -236,44 +244,50 @@ class VisionTokenizer(nn.Module):
         return checkpoint.fingerprint(self)
 
     @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
+    def encode(self, pixels: Tensor, *, fit: Fit = "refuse") -> Tensor:
         """Codes of images or clips.
 
         Args:
             pixels: floating point in [-1, 1]; images [B, 3, H, W] or clips [B, T, 3, H, W].
+            fit: what to do with sizes that are not multiples of the factors; see `inputs.Fit`.
 
         Returns:
             int64 codes, [B, h, w] for images and [B, t, h, w] for clips.
 
         Raises:
-            ValueError: for another shape or dtype, sizes that are not multiples of the factors, NaN, or
-                pixels far outside [-1, 1].
+            ValueError: for another shape or dtype, sizes that do not fit, NaN, or pixels far outside [-1, 1].
         """
-        self._check_pixels(pixels)
-        latents_BDthw = self.encode_latents(pixels.to(self.device, self.dtype))
-        codes_Bthw = self.codes_of(latents_BDthw)
+        check_pixels(pixels, self.config.in_channels)
+        pixels = fit_pixels(
+            pixels, fit, spatial_factor=self.spatial_factor, temporal_factor=self.temporal_factor
+        )
+        codes_Bthw = self.codes_of(self.encode_latents(pixels.to(self.device, self.dtype)))
         return codes_Bthw.squeeze(1) if pixels.dim() == 4 else codes_Bthw
 
     @torch.no_grad()
-    def decode(self, codes: Tensor) -> Tensor:
+    def decode(
+        self, codes: Tensor, *, size: tuple[int, int] | None = None, frames: int | None = None
+    ) -> Tensor:
         """Pixels of codes; they may overshoot [-1, 1].
 
         Args:
             codes: integers in ``0 .. codebook_size - 1``; images [B, h, w] or clips [B, t, h, w].
+            size: height and width of what was encoded with ``fit="pad"``: the additions are cut off.
+            frames: its number of frames, for the same purpose.
 
         Returns:
-            [B, 3, H, W] or [B, T, 3, H, W], in the dtype of the weights.
+            [B, 3, H, W] or [B, T, 3, H, W], in the dtype of the codebook.
 
         Raises:
-            ValueError: for another shape or dtype, or a code outside the codebook.
+            ValueError: for another shape or dtype, a code outside the codebook, or a size beyond the codes'.
         """
-        self._check_codes(codes)
+        check_codes(codes, self.config.codebook_size)
         image = codes.dim() == 3
         codes_Bthw = codes.to(self.device, torch.int64)
         quantized_BDthw = self.vectors_of(codes_Bthw.unsqueeze(1) if image else codes_Bthw)
         # Of the frames that an image's latents stand for, the first is the image.
         pixels_BTCHW = self.decode_latents(quantized_BDthw, frames=[0] if image else None)
-        return pixels_BTCHW.squeeze(1) if image else pixels_BTCHW
+        return cut(pixels_BTCHW.squeeze(1) if image else pixels_BTCHW, size=size, frames=frames)
 
     def encode_latents(self, pixels: Tensor) -> Tensor:
         """Latents before quantization, [B, D, t, h, w], of images [B, 3, H, W] or clips [B, T, 3, H, W].
@@ -282,9 +296,11 @@ class VisionTokenizer(nn.Module):
         its latents, of few channels, are repeated.
         """
         image = pixels.dim() == 4
-        batch = pixels.shape[0]
         x_NZhw = self.encoder.frames(pixels if image else pixels.flatten(0, 1))
-        x_BTZhw = x_NZhw.unflatten(0, (batch, -1))
+        return self.latents_over_time(x_NZhw.unflatten(0, (len(pixels), -1)), image)
+
+    def latents_over_time(self, x_BTZhw: Tensor, image: bool) -> Tensor:
+        """The part of `encode_latents` after the 2D network."""
         x_BZThw = x_BTZhw.transpose(1, 2)
         if image:
             x_BZThw = x_BZThw.expand(-1, -1, self.temporal_factor, -1, -1)
@@ -304,13 +320,47 @@ class VisionTokenizer(nn.Module):
 
         The 2D network, nearly all of the work, runs on the wanted frames only.
         """
-        batch = quantized_BDthw.shape[0]
+        pixels_NCHW = self.decoder.frames(*self.frames_to_decode(quantized_BDthw, frames=frames))
+        return pixels_NCHW.to(self.dtype).unflatten(0, (len(quantized_BDthw), -1))
+
+    def frames_to_decode(
+        self, quantized_BDthw: Tensor, *, frames: Sequence[int] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The part of `decode_latents` before the 2D network: the two inputs of `Decoder.frames`."""
         both_BZthw = torch.cat((self.post_quant_conv(quantized_BDthw), quantized_BDthw))
         both_BTZhw = self.decoder.time(both_BZthw).transpose(1, 2)
         if frames is not None:
             both_BTZhw = both_BTZhw[:, list(frames)]
-        x_NZhw, codes_NDhw = (part.flatten(0, 1) for part in both_BTZhw.chunk(2))
-        return self.decoder.frames(x_NZhw, codes_NDhw).unflatten(0, (batch, -1))
+        x_BTZhw, codes_BTDhw = both_BTZhw.chunk(2)
+        return x_BTZhw.flatten(0, 1), codes_BTDhw.flatten(0, 1)
+
+    @torch.no_grad()
+    def for_inference(
+        self, *, dtype: torch.dtype = torch.float32, channels_last: bool = True
+    ) -> VisionTokenizer:
+        """Lay the weights of the 2D networks out for speed, in place; nothing else should be done with them.
+
+        The layers over time, the encoder's last norm and convolution and the codebook stay as they are: they
+        cost nothing, and codes hang on them. Pixels and codes keep their types. Take `fingerprint` before.
+
+        Args:
+            dtype: arithmetic of the 2D networks: float32, or bfloat16 where the hardware has it. bfloat16
+                changes some codes: docs/vision-tokenizer.md has figures.
+            channels_last: memory order of convolutions. It changes the order of additions, so that a code may
+                differ from the reference's where two codebook vectors are nearly equally near.
+
+        Returns:
+            This tokenizer.
+        """
+        kept = (self.encoder.norm_out, self.encoder.conv_out)
+        for network in (self.encoder, self.decoder):
+            for name, part in network.named_children():
+                if name not in ("time_conv", "time_res_stack") and part not in kept:
+                    part.to(dtype)
+        for weight in self.parameters():
+            if channels_last and weight.dim() == 4:
+                weight.data = weight.data.contiguous(memory_format=torch.channels_last)
+        return self
 
     def save_pretrained(
         self, folder: str | os.PathLike[str], *, layout: Literal["transformers", "emu3"] = "transformers"
@@ -334,42 +384,3 @@ class VisionTokenizer(nn.Module):
             tokenizer = cls(config)
         checkpoint.load_weights(tokenizer, Path(folder))
         return tokenizer.eval()
-
-    def _check_pixels(self, pixels: Tensor) -> None:
-        channels = self.config.in_channels
-        if pixels.dim() not in (4, 5) or pixels.shape[-3] != channels or pixels.numel() == 0:
-            raise ValueError(
-                f"pixels have shape {list(pixels.shape)}: give images [B, {channels}, H, W] or clips "
-                f"[B, T, {channels}, H, W], channels before height"
-            )
-        if not pixels.is_floating_point():
-            raise ValueError(f"pixels are {pixels.dtype}: give floating point in [-1, 1] (uint8 / 127.5 - 1)")
-        height, width = pixels.shape[-2:]
-        factor = self.spatial_factor
-        if height % factor or width % factor:
-            raise ValueError(
-                f"pixels are {height}x{width}: both must be multiples of {factor}; resize, crop or pad"
-            )
-        if pixels.dim() == 5 and pixels.shape[1] % self.temporal_factor:
-            raise ValueError(
-                f"clips have {pixels.shape[1]} frames: the number must be a multiple of "
-                f"{self.temporal_factor}; cut the clip or repeat its last frame"
-            )
-        low, high = (float(value) for value in pixels.aminmax())
-        if not (low >= -1 - PIXEL_TOLERANCE and high <= 1 + PIXEL_TOLERANCE):
-            raise ValueError(
-                f"pixels range from {low} to {high}: they must lie in [-1, 1] (uint8 / 127.5 - 1)"
-            )
-
-    def _check_codes(self, codes: Tensor) -> None:
-        if codes.dim() not in (3, 4) or codes.numel() == 0:
-            raise ValueError(
-                f"codes have shape {list(codes.shape)}: give images [B, h, w] or clips [B, t, h, w]"
-            )
-        if codes.is_floating_point() or codes.dtype == torch.bool:
-            raise ValueError(f"codes are {codes.dtype}: give integers")
-        low, high = (int(value) for value in codes.aminmax())
-        if low < 0 or high >= self.config.codebook_size:
-            raise ValueError(
-                f"codes range from {low} to {high}: they must lie in 0 to {self.config.codebook_size - 1}"
-            )

@@ -49,10 +49,35 @@ def adopt(model: Emu3VQVAE, config: VisionTokenizerConfig) -> VisionTokenizer:
 
 def reference_codes(model: Emu3VQVAE, pixels: torch.Tensor) -> torch.Tensor:
     """Codes [B, h, w] or [B, t, h, w], uncropped."""
+    return _quantized(model, pixels)[0]
+
+
+def _quantized(model: Emu3VQVAE, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes, and the latents [B, t, D, h, w] that were quantized."""
+    kept = SimpleNamespace()
+
+    def keep(_: object, latents: tuple[torch.Tensor], codes: torch.Tensor) -> None:
+        kept.latents, kept.codes = latents[0], codes
+
     with torch.no_grad():
         # `encode` crops to the images' sizes and mishandles clips there: keep what the quantizer said.
-        kept = SimpleNamespace(codes=None)
-        hook = model.quantize.register_forward_hook(lambda _m, _i, output: setattr(kept, "codes", output))
+        hook = model.quantize.register_forward_hook(keep)
         model.encode(pixels, image_sizes=torch.tensor([pixels.shape[-2:]] * len(pixels)))
         hook.remove()
-    return kept.codes.squeeze(1) if pixels.dim() == 4 else kept.codes
+    return (kept.codes.squeeze(1) if pixels.dim() == 4 else kept.codes), kept.latents
+
+
+def count_near_ties(model: Emu3VQVAE, pixels: torch.Tensor, codes: torch.Tensor) -> int:
+    """How many codes differ from the reference's; asserts that each of them is a near tie.
+
+    That is, one of the two nearest, whose distances differ by less than 1e-6 relative in fp64.
+    """
+    theirs, latents = _quantized(model, pixels)
+    assert codes.shape == theirs.shape
+    rows = latents.movedim(2, -1).flatten(0, -2)[(codes != theirs).flatten()].double()
+    book = model.quantize.embedding.weight.double()
+    distances, order = torch.cdist(rows, book).square().topk(2, largest=False)
+    chosen = codes[codes != theirs]
+    assert (order == chosen[:, None]).any(1).all(), "a code is none of the reference's two nearest"
+    assert (distances[:, 1] - distances[:, 0] <= 1e-6 * distances[:, 0]).all(), "a code differs without a tie"
+    return len(chosen)
