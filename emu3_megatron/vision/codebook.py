@@ -20,6 +20,9 @@ UNUSED_COUNT = 1e-3
 OUT_OF_REACH = 1e4
 """Where removed codes are put: no latent is near."""
 
+ROWS_AT_ONCE = 1 << 17
+"""Latents whose distances to newly drawn codes are held at a time."""
+
 SPREAD_ROUNDS = 16
 """Rounds in which the first codes are drawn: more spread them better, as in k-means++."""
 
@@ -194,7 +197,8 @@ def _spread(rows_RD: Tensor, weights_R: Tensor, codes: int, generator: torch.Gen
         part = rows_RD[_choose(chances_R, size, generator)]
         drawn.append(part)
         if size:
-            distance_R = torch.minimum(distance_R, torch.cdist(rows_RD, part).amin(1).square())
+            nearest = [torch.cdist(rows, part).amin(1) for rows in rows_RD.split(ROWS_AT_ONCE)]
+            distance_R = torch.minimum(distance_R, torch.cat(nearest).square())
             chances_R = distance_R * weights_R + 1e-12
     return torch.cat(drawn)
 

@@ -70,7 +70,7 @@ class Draws(Dataset["Draw | Exception"]):
         return drawn
 
     def draw(self, step: int, again: int = 0) -> Draw:
-        """Draw for a step; `again` above 0 gives other draws of the same kind."""
+        """Draw for a step; another `again` gives another draw of the same kind."""
         seed = _step_seed(self.config.seed, step, self.rank) + again * 0x9E3779B97F4A7C15
         generator = torch.Generator().manual_seed(seed % (1 << 63))
         clips = self._is_clip_step(step)

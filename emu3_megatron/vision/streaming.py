@@ -91,6 +91,8 @@ class StreamedDataset:
         self._images, self._videos, self._config = PackedPaths(images), PackedPaths(videos), config
         self.num_images, self.num_clips = len(self._images), len(self._videos)
         self._complained: set[str] = set()
+        self._kept: dict[str, Image.Image] = {}
+        self._room = config.cache_mib << 20
 
     def images(self, indices: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] of int64 indices [B], the middle of each picture: for looking at."""
@@ -131,7 +133,7 @@ class StreamedDataset:
         for _ in range(BAD_IN_A_ROW):
             path = paths[int(torch.randint(len(paths), (), generator=generator))]
             try:
-                frames = _read_frames(path, self._config, generator) if clip else [_open_image(path)]
+                frames = _read_frames(path, self._config, generator) if clip else [self._image(path)]
             except FileNotFoundError as error:
                 raise ValueError(f"{path}: no such file; correct the manifest") from error
             except DAMAGED as error:
@@ -142,6 +144,17 @@ class StreamedDataset:
         raise ValueError(
             f"{BAD_IN_A_ROW} files drawn in a row cannot be used, the last is {path}; see the warnings above"
         )
+
+    def _image(self, path: str) -> Image.Image:
+        """Decode, or take from the cache: which is never emptied, since every image is as likely to come."""
+        image = self._kept.get(path)
+        if image is None:
+            image = _open_image(path)
+            size = 4 * image.width * image.height  # PIL pads RGB to four bytes
+            if size <= self._room:
+                self._room -= size
+                self._kept[path] = image
+        return image
 
     def _complain(self, path: str, error: Exception) -> None:
         if path not in self._complained:

@@ -204,7 +204,8 @@ class VisionTrainer:
         rows, weights = [rows_RD.detach()], [weights_R]
         wanted = self.config.loss.codebook_rows // world_size()
         while sum(map(len, rows)) < wanted:
-            batch = self._on_device(self.draws.draw(self.step, again=len(rows)).batch)
+            # Of later steps, so that images and clips are mixed as in the training.
+            batch = self._on_device(self.draws.draw(self.step + len(rows), again=1).batch)
             with self._arithmetic():
                 latents_BDthw = self.tokenizer.encode_latents(batch.pixels).float()
             more_RD, _, more_R = self._rows(latents_BDthw, _foreground(batch))

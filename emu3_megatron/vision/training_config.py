@@ -38,6 +38,8 @@ class DataConfig:
     frame_rate: float | None = None
     """With `stream`: frames of a clip per second, as near as whole steps of the video's frames allow; None:
     the video's own."""
+    cache_mib: int = 0
+    """With `stream`: MiB of decoded images that each drawing process keeps; no part of the result."""
     workers: int = 0
     """Worker processes that draw batches ahead, for each training process; no part of the result."""
 

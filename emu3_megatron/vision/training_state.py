@@ -21,6 +21,7 @@ FREE_TO_CHANGE = frozenset(
         "log_every",
         "tensorboard",
         "sample_every",
+        "data.cache_mib",
         "data.workers",
         "loss.perceptual_weights",
     }
