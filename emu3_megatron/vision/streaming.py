@@ -9,14 +9,14 @@ import math
 import os
 import struct
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import av
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from emu3_megatron.vision.corpus import Batch, background_colours, fitted, manifest_media
@@ -42,7 +42,7 @@ class PackedPaths(Sequence[str]):
         encoded = [os.fsencode(path) for path in paths]
         lengths = np.fromiter((len(path) for path in encoded), np.int64, len(encoded))
         self._ends = np.cumsum(lengths)
-        self._bytes = np.frombuffer(b"".join(encoded), np.uint8)
+        self._bytes = np.frombuffer(b"".join([*encoded, b"\0"]), np.uint8)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -67,7 +67,7 @@ class _Window:
         width, height = self.size
         left, top, right, bottom = self.box
         if (right - left, bottom - top) == (width, height):
-            image = image.crop((round(left), round(top), round(left) + width, round(top) + height))
+            image = image.crop((int(left), int(top), int(right), int(bottom)))
         else:
             image = image.resize(self.size, Image.Resampling.BICUBIC, box=self.box)
         if self.flip:
@@ -96,18 +96,11 @@ class StreamedDataset:
 
     def images(self, indices: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] of int64 indices [B], the middle of each picture: for looking at."""
-        height, width = self._config.height, self._config.width
-        pictures = [fitted(_open_image(self._images[i]), height, width) for i in indices.tolist()]
-        return torch.from_numpy(np.stack(pictures))
+        return self._look(self._images, indices, _open_image)
 
     def clips(self, indices: Tensor) -> Tensor:
         """uint8 [B, T, 3, H, W] of int64 indices [B], the middle of the first frames: for looking at."""
-        height, width = self._config.height, self._config.width
-        clips = []
-        for index in indices.tolist():
-            frames = _read_frames(self._videos[index], self._config, None)
-            clips.append(np.stack([fitted(frame, height, width) for frame in frames]))
-        return torch.from_numpy(np.stack(clips))
+        return self._look(self._videos, indices, lambda path: _read_frames(path, self._config, None))
 
     def draw(self, *, clips: bool, size: int, crop: int | None, generator: torch.Generator) -> Batch:
         """Draw `size` images or clips, each cut at random to a square of `crop` pixels (None: H x W).
@@ -144,6 +137,27 @@ class StreamedDataset:
         raise ValueError(
             f"{BAD_IN_A_ROW} files drawn in a row cannot be used, the last is {path}; see the warnings above"
         )
+
+    def _look(
+        self, paths: PackedPaths, indices: Tensor, read: Callable[[str], Image.Image | list[Image.Image]]
+    ) -> Tensor:
+        """The middle of what `read` gives for every index; of the next one where a file is damaged."""
+        height, width = self._config.height, self._config.width
+        found: list[np.ndarray] = []
+        for index in indices.tolist():
+            for path in (paths[(index + more) % len(paths)] for more in range(BAD_IN_A_ROW)):
+                try:
+                    seen = read(path)
+                except DAMAGED as error:
+                    self._complain(path, error)
+                    continue
+                frames = seen if isinstance(seen, list) else [seen]
+                fit = np.stack([fitted(frame, height, width) for frame in frames])
+                found.append(fit if isinstance(seen, list) else fit[0])
+                break
+            else:
+                raise ValueError(f"{BAD_IN_A_ROW} files in a row cannot be used, the last is {path}")
+        return torch.from_numpy(np.stack(found))
 
     def _image(self, path: str) -> Image.Image:
         """Decode, or take from the cache: which is never emptied, since every image is as likely to come."""
@@ -202,7 +216,7 @@ def _media(config: DataConfig) -> Iterator[tuple[str, str]]:
 
 def _open_image(path: str) -> Image.Image:
     with Image.open(path) as image:
-        return image.convert("RGB")
+        return ImageOps.exif_transpose(image).convert("RGB")
 
 
 def _read_frames(path: str, config: DataConfig, generator: torch.Generator | None) -> list[Image.Image]:
@@ -246,7 +260,11 @@ def _window(
     high = max(largest, low)
     chance = [float(value) for value in torch.rand(4, generator=generator, dtype=torch.float64)]
     scale = math.exp(math.log(low) + chance[0] * (math.log(high) - math.log(low)))
+    flip = config.flip and chance[3] < 0.5
+    if scale == 1.0:  # whole pixels, which need no resampling
+        x, y = int(chance[1] * (width - columns + 1)), int(chance[2] * (height - rows + 1))
+        return _Window((x, y, x + columns, y + rows), (columns, rows), flip)
     across, down = min(columns / scale, width), min(rows / scale, height)
     left, top = chance[1] * (width - across), chance[2] * (height - down)
-    flip = config.flip and chance[3] < 0.5
-    return _Window((left, top, left + across, top + down), (columns, rows), flip)
+    box = (left, top, min(left + across, width), min(top + down, height))
+    return _Window(box, (columns, rows), flip)

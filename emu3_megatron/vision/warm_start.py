@@ -130,33 +130,34 @@ def _read(path: Path) -> dict[str, Tensor]:
 def _make_time_identity(tokenizer: VisionTokenizer) -> dict[str, float]:
     """Let the layers over time pass every latent; give the units of the weights that this makes unusual."""
     encoder, decoder = tokenizer.encoder, tokenizer.decoder
-    small = SMALL if tokenizer.config.temporal_steps else 1.0
+    for block in (*encoder.time_res_stack, *decoder.time_res_stack):
+        for parameter in block.get_submodule("conv2").parameters():
+            parameter.zero_()
+    if tokenizer.config.temporal_steps == 0:
+        return {}
     units: dict[nn.Parameter, float] = {}
     for stack, taps in ((encoder.time_conv, 2), (decoder.time_conv, 1)):
         for index, layer in enumerate(stack):
             conv = layer.get_submodule("conv.conv")
             # A swish halves small values, so each of these layers doubles them.
-            _pass_through(layer.get_submodule("conv"), 2.0 * (small if index == 0 else 1.0), taps)
-            units[conv.get_parameter("weight")] = small if index == 0 else 1.0
-            units[conv.get_parameter("bias")] = small
-    for block in (*encoder.time_res_stack, *decoder.time_res_stack):
-        for parameter in block.get_submodule("conv2").parameters():
-            parameter.zero_()
+            _pass_through(layer.get_submodule("conv"), 2.0 * (SMALL if index == 0 else 1.0), taps)
+            units[conv.get_parameter("weight")] = SMALL if index == 0 else 1.0
+            units[conv.get_parameter("bias")] = SMALL
     for block in encoder.time_res_stack:
         norm = block.get_submodule("norm1")
         assert isinstance(norm, nn.BatchNorm3d)
         assert norm.running_var is not None
-        norm.running_var.fill_(small**2)
-        norm.weight.fill_((small**2 + norm.eps) ** 0.5 / small)
+        norm.running_var.fill_(SMALL**2)
+        norm.weight.fill_((SMALL**2 + norm.eps) ** 0.5 / SMALL)
         units[norm.weight] = float(norm.weight[0])
-        units |= dict.fromkeys(block.get_submodule("conv2").parameters(), small)
+        units |= dict.fromkeys(block.get_submodule("conv2").parameters(), SMALL)
     readers = [tokenizer.quant_conv.conv.weight, decoder.conv_in.weight]
     for module in decoder.modules():
         if isinstance(module, SpatialNorm):
             readers += [module.conv_y.weight, module.conv_b.weight]
     for weight in readers:
-        weight.div_(small)
-        units[weight] = 1 / small
+        weight.div_(SMALL)
+        units[weight] = 1 / SMALL
     return {name: units[p] for name, p in tokenizer.named_parameters() if units.get(p, 1.0) != 1.0}
 
 

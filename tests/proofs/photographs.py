@@ -59,11 +59,13 @@ def write_manifest(path: Path, names: tuple[str, ...]) -> Path:
     return path
 
 
-def photograph(name: str) -> Tensor:
-    """Pixels [1, 3, H, W] in [-1, 1], cut to whole blocks."""
+def photograph(name: str, side: int | None = None) -> Tensor:
+    """Pixels [1, 3, H, W] in [-1, 1], cut to whole blocks, or to the middle `side` x `side`."""
     image = np.array(Image.open(FOLDER / name).convert("RGB"))
-    height, width = (side - side % BLOCK for side in image.shape[:2])
-    return torch.from_numpy(image[:height, :width]).permute(2, 0, 1)[None] / 127.5 - 1
+    height, width = (length - length % BLOCK if side is None else side for length in image.shape[:2])
+    top, left = ((image.shape[i] - length) // 2 for i, length in enumerate((height, width)))
+    cut = image[top : top + height, left : left + width]
+    return torch.from_numpy(cut).permute(2, 0, 1)[None] / 127.5 - 1
 
 
 def block_means(pixels_1CHW: Tensor, levels: tuple[int, int, int]) -> Tensor:
@@ -99,12 +101,16 @@ class Score:
 
 
 def score(
-    tokenizer: VisionTokenizer, names: tuple[str, ...], levels: tuple[int, int, int] = (32, 32, 32)
+    tokenizer: VisionTokenizer,
+    names: tuple[str, ...],
+    *,
+    levels: tuple[int, int, int] = (32, 32, 32),
+    side: int | None = None,
 ) -> Score:
-    """Measure whole photographs at their own size."""
+    """Measure photographs at their own size, whole or the middle `side` x `side`."""
     reconstructed, baseline, codes = {}, {}, []
     for name in names:
-        pixels = photograph(name)
+        pixels = photograph(name, side)
         codes.append(tokenizer.encode(pixels))
         reconstructed[name] = psnr(tokenizer.decode(codes[-1]), pixels)
         baseline[name] = psnr(block_means(pixels, levels), pixels)

@@ -111,7 +111,7 @@ def test_averages_follow_weights_take_moved_codes_and_give_the_weights_back() ->
     with torch.no_grad():
         before = tokenizer.decoder.conv_out.weight.clone()
         tokenizer.decoder.conv_out.weight += 1
-        tokenizer.codebook += 1
+        tokenizer.codebook.add_(1)
     moved = torch.zeros(len(tokenizer.codebook), dtype=torch.bool)
     moved[3] = True
     averages.update(tokenizer, moved)
