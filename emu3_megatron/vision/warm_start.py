@@ -151,11 +151,12 @@ def _make_time_identity(tokenizer: VisionTokenizer) -> dict[str, float]:
         norm.weight.fill_((SMALL**2 + norm.eps) ** 0.5 / SMALL)
         units[norm.weight] = float(norm.weight[0])
         units |= dict.fromkeys(block.get_submodule("conv2").parameters(), SMALL)
-    readers = [tokenizer.quant_conv.conv.weight, decoder.conv_in.weight]
+    readers: list[nn.Module] = [tokenizer.quant_conv.conv, decoder.conv_in]
     for module in decoder.modules():
         if isinstance(module, SpatialNorm):
-            readers += [module.conv_y.weight, module.conv_b.weight]
-    for weight in readers:
+            readers += [module.conv_y, module.conv_b]
+    for reader in readers:
+        weight = reader.get_parameter("weight")
         weight.div_(SMALL)
         units[weight] = 1 / SMALL
     return {name: units[p] for name, p in tokenizer.named_parameters() if units.get(p, 1.0) != 1.0}
