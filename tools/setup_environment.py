@@ -24,8 +24,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CPU_INDEX = "https://download.pytorch.org/whl/cpu"
 SUPPORTED = ((3, 10), (3, 12))
 ALONE = ["lpips"]
-"""Installed without what they ask for: lpips is read for its weights only, and the torchvision that it asks for
-breaks transformers beside a torch of another build."""
+"""Installed without what they ask for: lpips is read for its weights only, and the torchvision that it asks
+for breaks transformers beside a torch of another build."""
 BUILD_TOOLS = ["setuptools>=68", "wheel", "pybind11"]
 
 

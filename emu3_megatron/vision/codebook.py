@@ -6,10 +6,10 @@ Shapes: R rows (latents), D length of a codebook vector, K codes.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from emu3_megatron.vision.model import nearest_codes
+from emu3_megatron.vision.processes import gathered, summed, take_from_first, world_size
 
 DEAD_SHARE = 0.02
 """A code is dead when its average count falls below this share of a uniform code's count."""
@@ -19,6 +19,9 @@ UNUSED_COUNT = 1e-3
 
 OUT_OF_REACH = 1e4
 """Where removed codes are put: no latent is near."""
+
+ROWS_AT_ONCE = 1 << 17
+"""Latents whose distances to newly drawn codes are held at a time."""
 
 SPREAD_ROUNDS = 16
 """Rounds in which the first codes are drawn: more spread them better, as in k-means++."""
@@ -43,11 +46,21 @@ class EmaCodebook:
         self.initialised = False
         self.counts_K = torch.zeros(len(vectors_KD), device=vectors_KD.device)
         self.sums_KD = torch.zeros_like(self.vectors_KD)
+        self._moved_K = torch.zeros(len(vectors_KD), dtype=torch.bool, device=vectors_KD.device)
 
     @torch.no_grad()
-    def initialise(self, rows_RD: Tensor, weights_R: Tensor, iterations: int = 10) -> None:
-        """Place the codes by weighted k-means on the latents of all processes."""
-        rows_RD, weights_R = _gathered(rows_RD.detach().float()), _gathered(weights_R)
+    def initialise(
+        self, rows_RD: Tensor, weights_R: Tensor, iterations: int = 10, *, step_share: float = 1.0
+    ) -> None:
+        """Place the codes by weighted k-means on the latents of all processes.
+
+        Args:
+            rows_RD: latents of this process.
+            weights_R: their weights.
+            iterations: of k-means.
+            step_share: latents of one training step over those given: the averages begin as if over steps.
+        """
+        rows_RD, weights_R = gathered(rows_RD.detach().float()), gathered(weights_R)
         generator = torch.Generator().manual_seed(self.seed)
         self.vectors_KD.copy_(_spread(rows_RD, weights_R, len(self.vectors_KD), generator))
         for _ in range(iterations):
@@ -55,7 +68,18 @@ class EmaCodebook:
             counts_K, sums_KD = self._statistics(rows_RD, codes_R, weights_R)
             used = counts_K > 0
             self.vectors_KD[used] = sums_KD[used] / counts_K[used, None]
-        self.counts_K.copy_(counts_K)
+        self.counts_K.copy_(counts_K * step_share)
+        self.sums_KD.copy_(self.vectors_KD * self.counts_K[:, None])
+        self.initialised = True
+        self._moved_K.fill_(True)
+        self._agree()
+
+    @torch.no_grad()
+    def adopt(self, known: int) -> None:
+        """Take the first `known` vectors as they are, and the others as dead: revival gives them places."""
+        self.counts_K.fill_(0)
+        self.counts_K[:known] = 1
+        self.vectors_KD[known:] = OUT_OF_REACH
         self.sums_KD.copy_(self.vectors_KD * self.counts_K[:, None])
         self.initialised = True
 
@@ -64,8 +88,7 @@ class EmaCodebook:
         """Move every code towards the weighted mean of the latents that chose it."""
         counts_K, sums_KD = self._statistics(rows_RD.detach().float(), codes_R, weights_R)
         if world_size() > 1:
-            both = torch.cat((counts_K[:, None], sums_KD), 1)
-            dist.all_reduce(both)
+            both = summed(torch.cat((counts_K[:, None], sums_KD), 1))
             counts_K, sums_KD = both[:, 0], both[:, 1:]
         self.counts_K.lerp_(counts_K, 1 - self.decay)
         self.sums_KD.lerp_(sums_KD, 1 - self.decay)
@@ -83,14 +106,16 @@ class EmaCodebook:
         dead = int(dead_K.sum())
         if dead == 0:
             return 0
-        rows_RD, codes_R = _gathered(rows_RD.detach().float()), _gathered(codes_R)
-        errors_R = (rows_RD - self.vectors_KD[codes_R]).square().sum(1) * _gathered(weights_R) + 1e-12
+        rows_RD, codes_R = gathered(rows_RD.detach().float()), gathered(codes_R)
+        errors_R = (rows_RD - self.vectors_KD[codes_R]).square().sum(1) * gathered(weights_R) + 1e-12
         generator = torch.Generator().manual_seed(self.seed + step)
         chosen = torch.multinomial(errors_R.cpu(), min(dead, len(rows_RD)), generator=generator)
         places = dead_K.nonzero()[: len(chosen), 0]
         self.vectors_KD[places] = rows_RD[chosen.to(rows_RD.device)]
         self.counts_K[places] = 10 * DEAD_SHARE * mean_count
         self.sums_KD[places] = self.vectors_KD[places] * self.counts_K[places, None]
+        self._moved_K[places] = True
+        self._agree()
         return len(chosen)
 
     @torch.no_grad()
@@ -120,6 +145,8 @@ class EmaCodebook:
         self.vectors_KD[removed] = OUT_OF_REACH
         self.counts_K[removed] = 0
         self.sums_KD[removed] = 0
+        self._moved_K |= removed
+        self._agree()
         return int(left.sum())
 
     @torch.no_grad()
@@ -135,6 +162,11 @@ class EmaCodebook:
         unused[0] = False
         self.vectors_KD[unused] = self.vectors_KD[0].clone()
 
+    def take_moved(self) -> Tensor:
+        """Which codes were given another place since the last call, bool [K]."""
+        moved_K, self._moved_K = self._moved_K, torch.zeros_like(self._moved_K)
+        return moved_K
+
     def state_dict(self) -> dict[str, Tensor | bool]:
         """Everything but the vectors, which belong to the tokenizer."""
         return {"initialised": self.initialised, "counts": self.counts_K, "sums": self.sums_KD}
@@ -145,23 +177,13 @@ class EmaCodebook:
         self.counts_K.copy_(torch.as_tensor(state["counts"]))
         self.sums_KD.copy_(torch.as_tensor(state["sums"]))
 
+    def _agree(self) -> None:
+        take_from_first((self.vectors_KD, self.counts_K, self.sums_KD))
+
     def _statistics(self, rows_RD: Tensor, codes_R: Tensor, weights_R: Tensor) -> tuple[Tensor, Tensor]:
         counts_K = torch.zeros_like(self.counts_K).index_add_(0, codes_R, weights_R)
         sums_KD = torch.zeros_like(self.vectors_KD).index_add_(0, codes_R, rows_RD * weights_R[:, None])
         return counts_K, sums_KD
-
-
-def world_size() -> int:
-    """Number of processes; 1 where none were set up."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-
-
-def _gathered(rows: Tensor) -> Tensor:
-    if world_size() == 1:
-        return rows
-    parts = [torch.empty_like(rows) for _ in range(world_size())]
-    dist.all_gather(parts, rows.contiguous())
-    return torch.cat(parts)
 
 
 def _spread(rows_RD: Tensor, weights_R: Tensor, codes: int, generator: torch.Generator) -> Tensor:
@@ -175,7 +197,8 @@ def _spread(rows_RD: Tensor, weights_R: Tensor, codes: int, generator: torch.Gen
         part = rows_RD[_choose(chances_R, size, generator)]
         drawn.append(part)
         if size:
-            distance_R = torch.minimum(distance_R, torch.cdist(rows_RD, part).amin(1).square())
+            nearest = [torch.cdist(rows, part).amin(1) for rows in rows_RD.split(ROWS_AT_ONCE)]
+            distance_R = torch.minimum(distance_R, torch.cat(nearest).square())
             chances_R = distance_R * weights_R + 1e-12
     return torch.cat(drawn)
 

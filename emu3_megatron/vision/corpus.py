@@ -1,12 +1,14 @@
 """Training data of the vision tokenizer: small corpora held in memory as bytes, and batches drawn from them.
 
+Corpora that do not fit into memory are drawn from the disk by `emu3_megatron.vision.streaming`.
+
 Shapes: M items of the corpus, B batch, T frames of a clip, N frames, H W height and width.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -82,14 +84,14 @@ def load_manifests(
     Raises:
         ValueError: for a line that is not JSON, a file that cannot be decoded, or nothing to train on.
     """
-    rows = [(Path(path).parent, row) for path in manifests for row in _rows(Path(path), splits)]
+    media = [entry for path in manifests for entry in manifest_media(Path(path), splits)]
     images: list[np.ndarray] = []
     clips: list[np.ndarray] = []
-    for folder, row in tqdm(rows, desc="decode media", unit="file", disable=None if progress else True):
-        if "image" in row and (limit is None or len(images) < limit):
-            images.append(_read_image(folder / row["image"], height, width))
-        elif "video" in row and frames and (limit is None or len(clips) < limit):
-            clip = _read_video(folder / row["video"], height, width, frames)
+    for kind, path in tqdm(media, desc="decode media", unit="file", disable=None if progress else True):
+        if kind == "image" and (limit is None or len(images) < limit):
+            images.append(_read_image(path, height, width))
+        elif kind == "video" and frames and (limit is None or len(clips) < limit):
+            clip = _read_video(path, height, width, frames)
             if clip is not None:
                 clips.append(clip)
     if not images and not clips:
@@ -98,24 +100,28 @@ def load_manifests(
     return InMemoryDataset(_stacked(images, (3, height, width)), _stacked(clips, (frames, 3, height, width)))
 
 
-def _rows(path: Path, splits: Sequence[str]) -> list[dict[str, str]]:
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}, line {number}: not JSON ({error}); a manifest has one object per line"
-            ) from None
-        if not isinstance(row, dict):
-            raise ValueError(
-                f"{path}, line {number}: a {type(row).__name__}; a manifest has one object per line"
-            )
-        if not splits or row.get("split", "train") in splits:
-            rows.append(row)
-    return rows
+def manifest_media(path: Path, splits: Sequence[str]) -> Iterator[tuple[str, Path]]:
+    """Kind ("image" or "video") and file of every row of a manifest that has one, read line by line.
+
+    Raises `ValueError` for a line that is not a JSON object.
+    """
+    with open(path, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise ValueError(
+                    f"{path}, line {number}: not JSON ({error}); a manifest has one object per line"
+                ) from None
+            if not isinstance(row, dict):
+                raise ValueError(
+                    f"{path}, line {number}: a {type(row).__name__}; a manifest has one object per line"
+                )
+            kind = next((kind for kind in ("image", "video") if kind in row), None)
+            if kind and (not splits or row.get("split", "train") in splits):
+                yield kind, path.parent / row[kind]
 
 
 def _stacked(arrays: list[np.ndarray], shape: tuple[int, ...]) -> Tensor:
@@ -125,7 +131,7 @@ def _stacked(arrays: list[np.ndarray], shape: tuple[int, ...]) -> Tensor:
 def _read_image(path: Path, height: int, width: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
-            return _fitted(image.convert("RGB"), height, width)
+            return fitted(image.convert("RGB"), height, width)
     except OSError as error:
         raise ValueError(
             f"{path}: cannot be decoded as an image ({error}); remove it from the manifest"
@@ -137,7 +143,7 @@ def _read_video(path: Path, height: int, width: int, frames: int) -> np.ndarray 
     try:
         with av.open(str(path)) as container:
             for frame in container.decode(video=0):
-                found.append(_fitted(frame.to_image(), height, width))
+                found.append(fitted(frame.to_image(), height, width))
                 if len(found) == frames:
                     return np.stack(found)
     except (av.error.FFmpegError, IndexError) as error:
@@ -147,8 +153,8 @@ def _read_video(path: Path, height: int, width: int, frames: int) -> np.ndarray 
     return None
 
 
-def _fitted(image: Image.Image, height: int, width: int) -> np.ndarray:
-    """RGB bytes [3, height, width]: scaled to cover the size, then cut in the middle."""
+def fitted(image: Image.Image, height: int, width: int) -> np.ndarray:
+    """RGB bytes [3, height, width]: `image` scaled to cover the size, then cut in the middle."""
     scale = max(height / image.height, width / image.width)
     if scale != 1:
         size = (max(width, round(image.width * scale)), max(height, round(image.height * scale)))

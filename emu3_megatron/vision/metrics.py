@@ -63,8 +63,13 @@ class CodebookUse:
 
 def codebook_use(codes: Tensor, codebook_size: int) -> CodebookUse:
     """Usage of integer `codes` of any shape."""
-    counts_K = torch.bincount(codes.flatten(), minlength=codebook_size).double()
+    return codebook_use_of_counts(torch.bincount(codes.flatten(), minlength=codebook_size))
+
+
+def codebook_use_of_counts(counts_K: Tensor) -> CodebookUse:
+    """Usage where each code of the codebook was seen as often as `counts_K` says."""
+    counts_K = counts_K.double()
     shares = counts_K[counts_K > 0] / counts_K.sum()
     bits = float(-(shares * shares.log2()).sum())
     used = int((counts_K > 0).sum())
-    return CodebookUse(used=used, fraction=used / codebook_size, perplexity=math.pow(2, bits), bits=bits)
+    return CodebookUse(used=used, fraction=used / len(counts_K), perplexity=math.pow(2, bits), bits=bits)

@@ -109,7 +109,7 @@ class PerceptualDistance(nn.Module):
                 "give larger pictures or crops"
             )
         total_N = x_NCHW.new_zeros(len(x_NCHW))
-        both_MCHW = (torch.cat((x_NCHW, y_NCHW)) - self.shift) / self.scale
+        both_MCHW = (torch.cat((x_NCHW, y_NCHW)) - self.get_buffer("shift")) / self.get_buffer("scale")
         tapped = 0
         for index, layer in enumerate(self.features):
             both_MCHW = layer(both_MCHW)

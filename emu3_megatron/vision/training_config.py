@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Literal
 
 from emu3_megatron.vision.config import VisionTokenizerConfig
+from emu3_megatron.vision.perceptual import LEAST_SIDE, Network
 
 
 @dataclass(kw_only=True)
@@ -24,6 +26,22 @@ class DataConfig:
     """Values of a row's `split` to train on; rows without one count as "train"; empty takes all."""
     limit: int | None = None
     """At most this many images, and as many clips."""
+    stream: bool = False
+    """Whether to decode media when they are drawn, each time cut elsewhere: for corpora of any size and
+    pictures of mixed sizes. Otherwise all are decoded at the start, to one size, and held."""
+    folders: list[str] = field(default_factory=list)
+    """With `stream`: folders whose images and videos are trained on, beside those of the manifests."""
+    scale: tuple[float, float] = (0.5, 1.0)
+    """With `stream`: least and largest factor by which a picture is scaled before it is cut."""
+    flip: bool = True
+    """With `stream`: whether half of the draws are mirrored."""
+    frame_rate: float | None = None
+    """With `stream`: frames of a clip per second, as near as whole steps of the video's frames allow; None:
+    the video's own."""
+    cache_mib: int = 0
+    """With `stream`: MiB of decoded images that each drawing process keeps; no part of the result."""
+    workers: int = 0
+    """Worker processes that draw batches ahead, for each training process; no part of the result."""
 
 
 @dataclass(kw_only=True)
@@ -84,6 +102,37 @@ class LossConfig:
     """Codes closer than this many median nearest distances are merged into one; 0: none."""
     merge_at: float = 0.6
     """Share of the steps after which codes are merged; the rest of the training gets used to it."""
+    codebook_rows: int = 0
+    """Latents, over all processes, among which the codes are placed; 0: those of one step. Several for each
+    code are needed."""
+    perceptual_weight: float = 0.0
+    """LPIPS (Zhang et al. 2018), beside the squared error of weight 1; 0: none."""
+    perceptual_network: Network = "vgg"
+    """Backbone of LPIPS."""
+    perceptual_weights: str | None = None
+    """File of the backbone's weights, as torchvision publishes it; None: torch's cache, or a download."""
+
+
+@dataclass(kw_only=True)
+class DiscriminatorConfig:
+    """The adversary, a PatchGAN trained with the hinge loss."""
+
+    weight: float = 0.0
+    """Of the adversarial loss; 0: there is no discriminator."""
+    adaptive: bool = True
+    """Whether `weight` multiplies the ratio of gradients at the decoder's last layer (Esser et al. 2021)."""
+    start: int = 0
+    """First step of the discriminator and of its loss."""
+    channels: int = 64
+    """Of its first layer; they double in every further one, up to eightfold."""
+    layers: int = 3
+    """Halvings of height and width."""
+    learning_rate_share: float = 1.0
+    """Its learning rate over the tokenizer's."""
+
+    def least_side(self) -> int:
+        """Pixels of a picture's side that leave one logit."""
+        return 3 * int(2**self.layers)
 
 
 @dataclass(kw_only=True)
@@ -100,6 +149,14 @@ class VisionTrainingConfig:
     """Steps, batches, learning rate."""
     loss: LossConfig = field(default_factory=LossConfig)
     """Losses and codebook."""
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    """The adversary."""
+    warm_start: str | None = None
+    """Weights to begin with: a file of an image MoVQ, or the folder of a vision tokenizer."""
+    average_decay: float = 0.0
+    """Of the moving averages of the weights, which then are the result; 0: the last weights are."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Arithmetic of convolutions and matrix products; weights, optimizer and losses are fp32 always."""
     seed: int = 0
     """Of the weights, the data order and the codebook."""
     batch_statistics: bool = False
@@ -118,25 +175,54 @@ class VisionTrainingConfig:
 
     def check(self, processes: int) -> None:
         """Raise `ValueError` where the parts do not fit each other, or the number of processes."""
-        schedule, factor = self.schedule, self.model.spatial_factor
-        if schedule.crop is not None and schedule.crop % factor:
-            raise ValueError(f"schedule.crop is {schedule.crop}: it must be a multiple of {factor} pixels")
-        if self.data.height % factor or self.data.width % factor:
+        self._check_sizes()
+        self._check_losses()
+        for name in ("batch_size", "whole_batch_size", "clip_batch_size"):
+            if getattr(self.schedule, name) % processes:
+                raise ValueError(
+                    f"schedule.{name} is {getattr(self.schedule, name)}: it must be a multiple of the "
+                    f"{processes} processes"
+                )
+        if not 0 <= self.average_decay < 1:
+            raise ValueError(f"average_decay is {self.average_decay}: it must be at least 0 and less than 1")
+        if self.warm_start is not None and self.loss.continuous_steps:
             raise ValueError(
-                f"data.height is {self.data.height}, data.width {self.data.width}: both must be multiples of "
+                f"loss.continuous_steps is {self.loss.continuous_steps} with warm_start: the codebook is "
+                "loaded and not placed anew, so it must be 0"
+            )
+
+    def _check_sizes(self) -> None:
+        factor, data, crop = self.model.spatial_factor, self.data, self.schedule.crop
+        if crop is not None and crop % factor:
+            raise ValueError(f"schedule.crop is {crop}: it must be a multiple of {factor} pixels")
+        if data.height % factor or data.width % factor:
+            raise ValueError(
+                f"data.height is {data.height}, data.width {data.width}: both must be multiples of "
                 f"{factor} pixels"
             )
-        if self.data.frames % self.model.temporal_downsample_factor:
+        if data.frames % self.model.temporal_downsample_factor:
             raise ValueError(
-                f"data.frames is {self.data.frames}: it must be a multiple of "
+                f"data.frames is {data.frames}: it must be a multiple of "
                 f"{self.model.temporal_downsample_factor}, frames to a code"
             )
-        for name in ("batch_size", "whole_batch_size", "clip_batch_size"):
-            if getattr(schedule, name) % processes:
-                raise ValueError(
-                    f"schedule.{name} is {getattr(schedule, name)}: it must be a multiple of the {processes} "
-                    "processes"
-                )
+        if data.folders and not data.stream:
+            raise ValueError("data.folders is given without data.stream: set data.stream to true")
+        low, high = data.scale
+        if not 0 < low <= high:
+            raise ValueError(f"data.scale is {[low, high]}: give a least and a largest factor above 0")
+
+    def _check_losses(self) -> None:
+        side = min(self.data.height, self.data.width, self.schedule.crop or self.data.height)
+        if self.loss.perceptual_weight and side < LEAST_SIDE:
+            raise ValueError(
+                f"pictures or crops are {side} pixels with loss.perceptual_weight: LPIPS needs {LEAST_SIDE}"
+            )
+        least = self.discriminator.least_side()
+        if self.discriminator.weight and side < least:
+            raise ValueError(
+                f"pictures or crops are {side} pixels with discriminator.layers {self.discriminator.layers}: "
+                f"it needs {least}; use fewer layers"
+            )
 
 
 def learning_rate(schedule: ScheduleConfig, step: int) -> float:

@@ -28,7 +28,8 @@ from emu3_megatron.vision.training_config import (
 )
 
 ROOT = Path(__file__).parents[2]
-EXAMPLES = sorted((ROOT / "examples" / "configs").glob("*/vision.yaml"))
+CONFIGS = ROOT / "examples" / "configs"
+EXAMPLES = sorted([*CONFIGS.glob("*/vision.yaml"), *CONFIGS.glob("vision-tokenizer/*.yaml")])
 
 MODEL = VisionTokenizerConfig(
     channels=32, channel_multiplier=(1, 1, 1), num_res_blocks=0, attention_resolutions=(), codebook_size=64
@@ -211,9 +212,7 @@ def test_an_empty_dataset_is_refused(tmp_path: Path) -> None:
         InMemoryDataset(torch.zeros(1, 3, 16, 16), squares().clips(torch.arange(0)))
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "examples" / "configs").glob("*/vision.yaml")), ids=lambda p: p.parent.name
-)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: f"{path.parent.name}/{path.stem}")
 def test_the_example_configurations_are_valid(path: Path) -> None:
     parser = ArgumentParser()
     parser.add_class_arguments(VisionTrainingConfig)
