@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdlib>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -18,7 +19,15 @@ namespace {
 template <class T>
 using InputArray = py::array_t<T, py::array::c_style>;
 
-// Hands a vector over to numpy without a copy.
+// Hands an array over to numpy without a copy.
+template <class T>
+py::array_t<T> to_array(emu3::Buffer<T>&& values) {
+    const auto size = static_cast<py::ssize_t>(values.size());
+    if (size == 0) return py::array_t<T>(0);
+    T* data = values.release();
+    return py::array_t<T>(size, data, py::capsule(data, [](void* pointer) { std::free(pointer); }));
+}
+
 template <class T>
 py::array_t<T> to_array(std::vector<T>&& values) {
     auto* owned = new std::vector<T>(std::move(values));
