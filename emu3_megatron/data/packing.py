@@ -1,6 +1,7 @@
 """Packing documents into windows of the context length.
 
-The work is done in C++ (csrc/packer_online.cpp, csrc/packer_offline.cpp); `emu3_megatron.data.packing_reference` is the same in plain Python.
+The work is done in C++ (csrc/packer_online.cpp, csrc/packer_offline.cpp);
+`emu3_megatron.data.packing_reference` is the same in plain Python.
 The rules, and what they cost and give, are in docs/packing.md.
 """
 
