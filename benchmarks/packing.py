@@ -3,10 +3,11 @@
 Lengths as pre-training data has them: 40% text (log-normal, mean about 700), 50% images (4,300 +- 400), 10%
 video (log-uniform, 4k to 60k). Images and videos longer than the window are left out beforehand, so that
 every packer gets the same documents; ours cuts longer texts, for the others they are cut beforehand. Every
-case runs in a process of its own. Printed: CPU seconds (median of the repeats, which take turns over the cases) from an
-int32 array of lengths to the arrays of the plan, and from the same call the fill, the bound it stands against
-(Martello-Toth), and the peak of memory over that of the input. Public packers run where they are installed
-(``pip install lightbinpack trl pyarrow``). Figures and where they were measured are in docs/packing.md.
+case runs in a process of its own. Printed: CPU seconds (median of the repeats, which take turns over the
+cases) from an int32 array of lengths to the arrays of the plan, and from the same call the fill, the bound it
+stands against (Martello-Toth), and the peak of memory over that of the input. Public packers run where they
+are installed (``pip install lightbinpack trl pyarrow``). Figures and where they were measured are in
+docs/packing.md.
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import multiprocessing
-import resource
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +28,7 @@ from emu3_megatron.data.bounds import least_windows, least_windows_with_cuts
 from emu3_megatron.data.packing import pack
 
 Case = tuple[str, Callable[[np.ndarray, np.ndarray, int], int], bool]
-"""Name; from lengths, which may be split, and the window to a number of windows; whether to cut texts first."""
+"""Name; from lengths, which may be split, and the window to a number of windows; whether to cut first."""
 
 
 def draw(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -98,13 +100,25 @@ def cases(documents: int) -> Iterator[Case]:
         yield "greedy knapsack", greedy_knapsack, True
 
 
-def measure(queue: Any, case: Case, lengths: np.ndarray, splittable: np.ndarray, capacity: int) -> None:
+def resident(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (the most since it was reset) of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def measure(queue: Any, name: str, documents: int, folder: str, capacity: int) -> None:
     """In a process of its own: CPU seconds, windows, bytes of memory taken above the input."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    _, run, cuts = next(case for case in cases(documents) if case[0] == name)
+    lengths = np.load(Path(folder) / ("pieces.npy" if cuts else "lengths.npy"))
+    splittable = np.load(Path(folder) / "splittable.npy")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
     start = time.process_time()
-    windows = case[1](lengths, splittable, capacity)
+    windows = run(lengths, splittable, capacity)
     seconds = time.process_time() - start
-    queue.put((seconds, windows, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024))
+    queue.put((seconds, windows, resident("VmHWM") - before))
 
 
 def main() -> None:
@@ -113,7 +127,7 @@ def main() -> None:
     parser.add_argument("--documents", type=int, default=1_000_000, help="documents drawn")
     parser.add_argument("--repeats", type=int, default=5, help="calls per case; medians are printed")
     arguments = parser.parse_args()
-    context = multiprocessing.get_context("fork")
+    context = multiprocessing.get_context("spawn")  # a fresh heap: freed memory would hide what is taken
     for capacity in (5120, 131_072):
         lengths, splittable = draw(arguments.documents)
         kept = (lengths <= capacity) | splittable
@@ -130,14 +144,18 @@ def main() -> None:
         )
         print(f"{'packer':28}{'CPU s':>10}{'M doc/s':>9}{'fill':>9}{'windows':>11}{'bytes/doc':>11}")
         results: dict[str, list[tuple[float, int, float]]] = {}
-        for _ in range(arguments.repeats):
-            for case in cases(arguments.documents):
-                queue = context.Queue()
-                given = pieces if case[2] else lengths
-                child = context.Process(target=measure, args=(queue, case, given, splittable, capacity))
-                child.start()
-                results.setdefault(case[0], []).append(queue.get())
-                child.join()
+        with tempfile.TemporaryDirectory() as folder:
+            for name, array in (("lengths", lengths), ("splittable", splittable), ("pieces", pieces)):
+                np.save(Path(folder) / f"{name}.npy", array)
+            for _ in range(arguments.repeats):
+                for name, *_ in cases(arguments.documents):
+                    queue = context.Queue()
+                    child = context.Process(
+                        target=measure, args=(queue, name, arguments.documents, folder, capacity)
+                    )
+                    child.start()
+                    results.setdefault(name, []).append(queue.get())
+                    child.join()
         for name, runs in results.items():
             seconds = statistics.median(run[0] for run in runs)
             windows, memory = runs[0][1], statistics.median(run[2] for run in runs)

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from emu3_megatron.data.manifest import Manifest, canonical_sha256
 from emu3_megatron.data.permutation import Integers, derive_key, permute
 from emu3_megatron.data.reader import MultimodalDataset
+from emu3_megatron.data.stock import is_stock, open_stock
 from emu3_megatron.data.template import Decisions, Template
 from emu3_megatron.errors import UserError
 from emu3_megatron.files import write_json_atomic
@@ -39,7 +40,7 @@ class Source:
     """One dataset in a mixture."""
 
     path: str
-    """Folder of the dataset (the one with manifest.json)."""
+    """Folder of the dataset (the one with manifest.json), or prefix of plain text in Megatron's format."""
     weight: float = 1.0
     """Share of the mixture's tokens, relative to the other sources' weights."""
     name: str = ""
@@ -222,15 +223,17 @@ class Mixture:
         taken_down = read_takedown(takedown) if takedown is not None else frozenset()
         if not 1 <= len(sources) <= MAX_SOURCES:
             raise UserError(f"a mixture needs 1 to {MAX_SOURCES} sources, got {len(sources)}")
+        vocabulary = _vocabulary(sources) if vocabulary is None else vocabulary
         self.sources: list[OpenSource] = []
         for source in sources:
             if not 0 < source.weight < float("inf"):
                 raise UserError(
                     f"source {source.path}: weight={source.weight} must be above 0; leave it out instead"
                 )
-            if vocabulary is None:
-                vocabulary = Manifest.load(source.path).vocabulary
-            dataset = MultimodalDataset.open(source.path, vocabulary=vocabulary)
+            if is_stock(source.path):
+                dataset = open_stock(source.path, vocabulary)
+            else:
+                dataset = MultimodalDataset.open(source.path, vocabulary=vocabulary)
             if len(dataset) == 0:
                 raise UserError(f"source {source.path}: the dataset has no documents; leave it out")
             self.sources.append(OpenSource(source, dataset, template or Template(), taken_down))
@@ -238,8 +241,6 @@ class Mixture:
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise UserError(f"source names must differ, {', '.join(repeated)} repeats: give each a `name`")
-        if vocabulary is None:
-            raise UserError("a mixture needs a vocabulary")
         self.vocabulary = vocabulary
         self.tokenizers = self._same_tokenizers()
         """Fingerprints of the text and vision tokenizer, by the names in a manifest's identity."""
@@ -275,6 +276,17 @@ class Mixture:
         ]
         total = sum(rates)
         return [rate / total for rate in rates]
+
+
+def _vocabulary(sources: Sequence[Source]) -> Vocabulary:
+    """The vocabulary of the first source that states one."""
+    for source in sources:
+        if not is_stock(source.path):
+            return Manifest.load(source.path).vocabulary
+    raise UserError(
+        "files in Megatron's format do not say what their ids mean: a mixture of nothing else needs a "
+        "`vocabulary`"
+    )
 
 
 def read_takedown(path: str | os.PathLike[str]) -> frozenset[str]:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -312,17 +312,58 @@ class _Index:
             self._unverified = int(np.count_nonzero(~self._verified))
 
 
+class DocumentShard(Protocol):
+    """What a dataset is made of: `Shard`, or text in another format."""
+
+    record: ShardRecord
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        ...
+
+    def path(self, suffix: str) -> Path:
+        """One of the shard's files."""
+        ...
+
+    def describe(self, documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
+        """``(length, caption, kind)`` of documents."""
+        ...
+
+    def document(self, number: int) -> list[tuple[npt.NDArray[np.int32], int]]:
+        """Segments of a document."""
+        ...
+
+    def find(self, sample_ids: Collection[str]) -> list[int]:
+        """Numbers of the documents with these sample ids."""
+        ...
+
+    def name(self, number: int) -> dict[str, Any]:
+        """Sample id and task of a document."""
+        ...
+
+
 class MultimodalDataset:
     """A dataset: the shards of a folder, as one sequence of documents.
 
     Use `open`. Instances pickle (files are opened again) and may be read from several threads.
     """
 
-    def __init__(self, folder: Path, manifest: Manifest, *, open_files: int = OPEN_FILES) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: Manifest,
+        *,
+        open_files: int = OPEN_FILES,
+        shards: Sequence[DocumentShard] | None = None,
+    ) -> None:
         self.folder = folder
         self.manifest = manifest
         self._files = FileCache(open_files)
-        self.shards = [Shard(folder / record.shard, record, self._files) for record in manifest.shards]
+        self.shards: Sequence[DocumentShard] = (
+            [Shard(folder / record.shard, record, self._files) for record in manifest.shards]
+            if shards is None
+            else shards
+        )
         self._starts = np.zeros(len(self.shards) + 1, dtype=np.int64)
         np.cumsum([record.documents for record in manifest.shards], out=self._starts[1:])
 
@@ -414,7 +455,7 @@ class MultimodalDataset:
                 result[places] = values
         return results
 
-    def _locate(self, number: int) -> tuple[Shard, int]:
+    def _locate(self, number: int) -> tuple[DocumentShard, int]:
         if not 0 <= number < len(self):
             raise IndexError(f"document {number} of {self.folder}: must lie in [0, {len(self)})")
         owner = int(np.searchsorted(self._starts, number, side="right")) - 1

@@ -22,6 +22,7 @@ from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Modality
 from emu3_megatron.vocabulary import Vocabulary
 from tests.data.builders import VOCABULARY
+from tests.proofs import plan_scale
 
 FIELDS = ("tokens", "labels", "modality", "cu_seqlens", "source", "document", "start", "length")
 
@@ -414,3 +415,10 @@ def test_no_packing_beats_the_bound(lengths: list[int]) -> None:
 def test_the_bound_sees_pairs_that_do_not_fit() -> None:
     assert least_windows(np.full(10, 31), 60) == 10
     assert least_windows(np.array([40, 40, 25, 25]), 60) == 3
+
+
+def test_the_scale_proof_in_small(tmp_path: Path) -> None:
+    """`tests/proofs/plan_scale.py`: no window of a large mixture waits for the whole plan."""
+    seconds, memory = plan_scale.prove(tmp_path, tokens=2e7, shards=7, tries=1)
+    assert seconds > 0
+    assert memory < plan_scale.BYTES
