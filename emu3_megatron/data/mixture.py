@@ -170,6 +170,8 @@ class Drawn:
     @classmethod
     def concatenate(cls, parts: Sequence[Drawn]) -> Drawn:
         """Put draws after each other."""
+        if len(parts) == 1:
+            return parts[0]
 
         def joined(arrays: list[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
             return np.concatenate([np.zeros(0, dtype=dtype), *arrays]).astype(dtype, copy=False)

@@ -104,9 +104,10 @@ def test_stock_megatron_text_is_a_source(make_dataset, tmp_path: Path) -> None:
             assert window.tokens[here].tolist() == rendered[start : start + len(here)]
     with pytest.raises(UserError, match="do not say what their ids mean"):
         Mixture([Source(path=str(prefix))])
-    with pytest.raises(UserError, match="document 0 has ids .* made with another tokenizer"):
-        small = Vocabulary.build("small", text_size=20, codebook_size=4)
-        Mixture([Source(path=str(prefix))], vocabulary=small).sources[0].dataset.document(0)
+    small = Vocabulary.build("small", text_size=20, codebook_size=4)
+    other = Mixture([Source(path=str(prefix))], vocabulary=small).sources[0].dataset
+    with pytest.raises(UserError, match=r"document 0 has ids .* made with another tokenizer"):
+        other.document(0)
     with open(f"{prefix}.bin", "r+b") as stream:
         stream.truncate(40)
     with pytest.raises(UserError, match=r"corpus_text_document\.bin: 40 bytes, but"):
