@@ -166,7 +166,7 @@ class WindowLoader:
         self._reader.plan.finish_background()
         loader = DataLoader(
             self._reader,
-            sampler=steps,  # type: ignore[arg-type]  # endless, which only a map-style sampler's type forbids
+            sampler=steps,
             batch_size=None,
             num_workers=self._num_workers,
             prefetch_factor=self._prefetch_steps,

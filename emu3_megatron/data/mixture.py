@@ -77,7 +77,7 @@ class OpenSource:
     @property
     def identity(self) -> dict[str, Any]:
         """What determines the documents this source gives, and their order."""
-        identity = {
+        identity: dict[str, Any] = {
             "name": self.name,
             "weight": self.weight,
             "template": asdict(self.template),

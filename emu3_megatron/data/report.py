@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from emu3_megatron.data.bounds import least_windows, least_windows_with_cuts
 from emu3_megatron.data.mixture import Drawn
@@ -100,7 +101,7 @@ def advice(plan: Plan) -> Iterator[str]:
         yield f"advice       there is enough text ({have:.1%} of the tokens): switch `fill` on"
 
 
-def _whole_windows(sizes: np.ndarray, units: int) -> np.ndarray:
+def _whole_windows(sizes: npt.NDArray[np.int64], units: int) -> npt.NDArray[np.int64]:
     """Texts longer than a window as full windows and a rest."""
     rest = sizes % units
     return np.concatenate([np.full(int((sizes // units).sum()), units), rest[rest > 0]])
