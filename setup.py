@@ -10,6 +10,7 @@ setup(
         Pybind11Extension(
             "emu3_megatron._kernels",
             sorted(glob("csrc/*.cpp")),
+            depends=sorted(glob("csrc/*.hpp")),
             cxx_std=17,
             extra_compile_args=["-O3", "-Wall", "-Wextra"],
         )

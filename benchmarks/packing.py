@@ -1,29 +1,34 @@
-"""Packer throughput and fill: ``python benchmarks/packing.py [--documents N] [--repeats 5]``.
+"""Packer speed, fill and memory side by side: ``python benchmarks/packing.py [--documents N] [--repeats 5]``.
 
-Lengths as pre-training data has them: 40% text (log-normal, mean about 700), 50% images (4,300 +- 400),
-10% video (log-uniform, 4k to 60k). Prints, for each policy, the median over the repeats of CPU seconds per
-million documents given, from an int32 array of lengths to the arrays of the plan, and the fill of the same
-call. Figures and where they were measured are in docs/packing.md.
+Lengths as pre-training data has them: 40% text (log-normal, mean about 700), 50% images (4,300 +- 400), 10%
+video (log-uniform, 4k to 60k). Images and videos longer than the window are left out beforehand, so that
+every packer gets the same documents; ours cuts longer texts, for the others they are cut beforehand. Every
+case runs in a process of its own. Printed: CPU seconds (median of the repeats, which take turns over the
+cases) from an int32 array of lengths to the arrays of the plan, and from the same call the fill, the bound it
+stands against (Martello-Toth), and the peak of memory over that of the input. Public packers run where they
+are installed (``pip install lightbinpack trl pyarrow``). Figures and where they were measured are in
+docs/packing.md.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
+import multiprocessing
 import statistics
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from emu3_megatron.data.bounds import least_windows, least_windows_with_cuts
 from emu3_megatron.data.packing import pack
 
-CASES: dict[str, dict[str, Any]] = {
-    "online, 64 open windows": {"policy": "online", "open_windows": 64},
-    "online, 1,024 open windows": {"policy": "online"},
-    "online, 1,024, fill": {"policy": "online", "fill": True},
-    "offline": {"policy": "offline"},
-    "offline, fill": {"policy": "offline", "fill": True},
-}
+Case = tuple[str, Callable[[np.ndarray, np.ndarray, int], int], bool]
+"""Name; from lengths, which may be split, and the window to a number of windows; whether to cut first."""
 
 
 def draw(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -36,26 +41,127 @@ def draw(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     return np.maximum(1, lengths.round()).astype(np.int32), kind == 0
 
 
+def cut(lengths: np.ndarray, capacity: int) -> np.ndarray:
+    """The same with texts longer than a window cut into windows and a rest."""
+    whole, rest = np.divmod(lengths, capacity)
+    pieces = np.concatenate([rest[rest > 0], np.full(int(whole.sum()), capacity, dtype=lengths.dtype)])
+    return np.random.default_rng(0).permutation(pieces) if whole.any() else lengths
+
+
+def ours(**options: Any) -> Callable[[np.ndarray, np.ndarray, int], int]:
+    return lambda lengths, splittable, capacity: (
+        pack(lengths, capacity, splittable=splittable, **options).num_windows
+    )
+
+
+def lightbinpack(lengths: np.ndarray, _: np.ndarray, capacity: int) -> int:
+    from lightbinpack import pack as pack_theirs
+
+    return len(pack_theirs(lengths.tolist(), capacity, strategy="obfd"))
+
+
+def trl(lengths: np.ndarray, _: np.ndarray, capacity: int) -> int:
+    """TRL packs Arrow tables of tokens; bytes stand for tokens here."""
+    import pyarrow
+    from trl.data_utils import _pack_bfd
+
+    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+    column = pyarrow.LargeListArray.from_arrays(offsets, np.zeros(offsets[-1], dtype=np.int8))
+    return len(_pack_bfd(pyarrow.table({"input_ids": column}), capacity))
+
+
+def greedy_knapsack(lengths: np.ndarray, _: np.ndarray, capacity: int) -> int:
+    """Window by window, the longest document that still fits: the loop of many training programs."""
+    from bisect import bisect_right
+
+    left = np.sort(lengths).tolist()
+    windows = 0
+    while left:
+        room = capacity
+        while (place := bisect_right(left, room)) > 0:
+            room -= left.pop(place - 1)
+        windows += 1
+    return windows
+
+
+def cases(documents: int) -> Iterator[Case]:
+    yield "ours, online, 64 open", ours(policy="online", open_windows=64), False
+    yield "ours, online, 1,024 open", ours(policy="online"), False
+    yield "ours, online, fill", ours(policy="online", fill=True), False
+    yield "ours, offline", ours(policy="offline"), False
+    yield "ours, offline, fill", ours(policy="offline", fill=True), False
+    for module, case in (
+        ("lightbinpack", ("lightbinpack, obfd", lightbinpack, True)),
+        ("trl", ("TRL, bfd", trl, True)),
+    ):
+        if importlib.util.find_spec(module) is not None:
+            yield case
+    if documents <= 100_000:  # quadratic in the number of documents
+        yield "greedy knapsack", greedy_knapsack, True
+
+
+def resident(field: str) -> int:
+    """``VmRSS`` (now) or ``VmHWM`` (the most since it was reset) of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def measure(queue: Any, name: str, documents: int, folder: str, capacity: int) -> None:
+    """In a process of its own: CPU seconds, windows, bytes of memory taken above the input."""
+    _, run, cuts = next(case for case in cases(documents) if case[0] == name)
+    lengths = np.load(Path(folder) / ("pieces.npy" if cuts else "lengths.npy"))
+    splittable = np.load(Path(folder) / "splittable.npy")
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    before = resident("VmRSS")
+    start = time.process_time()
+    windows = run(lengths, splittable, capacity)
+    seconds = time.process_time() - start
+    queue.put((seconds, windows, resident("VmHWM") - before))
+
+
 def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--documents", type=int, default=1_000_000, help="documents drawn")
-    parser.add_argument("--repeats", type=int, default=5, help="calls per case; the median is printed")
+    parser.add_argument("--repeats", type=int, default=5, help="calls per case; medians are printed")
     arguments = parser.parse_args()
-    lengths, splittable = draw(arguments.documents)
-    print(f"{'policy':28}{'window':>9}{'CPU s / 1M':>12}{'M doc/s':>9}{'fill':>9}{'cuts':>9}{'dropped':>9}")
+    context = multiprocessing.get_context("spawn")  # a fresh heap: freed memory would hide what is taken
     for capacity in (5120, 131_072):
-        for name, options in CASES.items():
-            seconds = []
+        lengths, splittable = draw(arguments.documents)
+        kept = (lengths <= capacity) | splittable
+        lengths, splittable = lengths[kept], splittable[kept]
+        pieces = cut(lengths, capacity)
+        tokens = int(lengths.sum(dtype=np.int64))
+        whole = least_windows(pieces, capacity)
+        cuts = least_windows_with_cuts(
+            lengths[~splittable], int(lengths[splittable].sum(dtype=np.int64)), capacity
+        )
+        print(
+            f"window {capacity:,}: {len(lengths):,} documents; fill at most {tokens / whole / capacity:.5f} "
+            f"whole, {tokens / cuts / capacity:.5f} with cuts"
+        )
+        print(f"{'packer':28}{'CPU s':>10}{'M doc/s':>9}{'fill':>9}{'windows':>11}{'bytes/doc':>11}")
+        results: dict[str, list[tuple[float, int, float]]] = {}
+        with tempfile.TemporaryDirectory() as folder:
+            for name, array in (("lengths", lengths), ("splittable", splittable), ("pieces", pieces)):
+                np.save(Path(folder) / f"{name}.npy", array)
             for _ in range(arguments.repeats):
-                start = time.process_time()
-                packed = pack(lengths, capacity, splittable=splittable, **options)
-                seconds.append(time.process_time() - start)
-            per_million = statistics.median(seconds) / arguments.documents * 1e6
-            fill = packed.length.sum() / (packed.num_windows * capacity)
+                for name, *_ in cases(arguments.documents):
+                    queue = context.Queue()
+                    child = context.Process(
+                        target=measure, args=(queue, name, arguments.documents, folder, capacity)
+                    )
+                    child.start()
+                    results.setdefault(name, []).append(queue.get())
+                    child.join()
+        for name, runs in results.items():
+            seconds = statistics.median(run[0] for run in runs)
+            windows, memory = runs[0][1], statistics.median(run[2] for run in runs)
             print(
-                f"{name:28}{capacity:9,}{per_million:12.4f}{1 / per_million:9.1f}{fill:9.5f}"
-                f"{np.count_nonzero(packed.start):9,}{len(packed.dropped):9,}"
+                f"{name:28}{seconds:10.4f}{len(lengths) / seconds / 1e6:9.1f}"
+                f"{tokens / windows / capacity:9.5f}{windows:11,}{memory / len(lengths):11.1f}"
             )
 
 

@@ -3,11 +3,15 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sys/mman.h>
+
+#include <cstdlib>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
 
+#include "index.hpp"
 #include "packer.hpp"
 #include "permutation.hpp"
 
@@ -18,7 +22,15 @@ namespace {
 template <class T>
 using InputArray = py::array_t<T, py::array::c_style>;
 
-// Hands a vector over to numpy without a copy.
+// Hands an array over to numpy without a copy.
+template <class T>
+py::array_t<T> to_array(emu3::Buffer<T>&& values) {
+    const auto size = static_cast<py::ssize_t>(values.size());
+    if (size == 0) return py::array_t<T>(0);
+    T* data = values.release();
+    return py::array_t<T>(size, data, py::capsule(data, [](void* pointer) { std::free(pointer); }));
+}
+
 template <class T>
 py::array_t<T> to_array(std::vector<T>&& values) {
     auto* owned = new std::vector<T>(std::move(values));
@@ -66,13 +78,61 @@ py::array_t<int64_t> permute(const InputArray<int64_t>& positions, int64_t size,
     return to_array(std::move(values));
 }
 
+// Maps a file without keeping it open: Python's own mmap holds a descriptor for as long as it lives, so that a
+// thousand shards would take a thousand of them.
+py::array_t<uint8_t> map_file(int descriptor, size_t size) {
+    if (size == 0) return py::array_t<uint8_t>(0);
+    void* data = mmap(nullptr, size, PROT_READ, MAP_SHARED, descriptor, 0);
+    if (data == MAP_FAILED) {
+        PyErr_SetFromErrno(PyExc_OSError);
+        throw py::error_already_set();
+    }
+    struct Mapping {
+        void* data;
+        size_t size;
+    };
+    const py::capsule owner(new Mapping{data, size}, [](void* pointer) {
+        auto* mapping = static_cast<Mapping*>(pointer);
+        munmap(mapping->data, mapping->size);
+        delete mapping;
+    });
+    py::array_t<uint8_t> array(static_cast<py::ssize_t>(size), static_cast<uint8_t*>(data), owner);
+    array.attr("setflags")(py::arg("write") = false);
+    return array;
+}
+
+// Documents of a shard by its index: tokens, tokens of a pair's caption, kind (0 text, 1 pair, 2 other).
+py::tuple describe(const InputArray<uint8_t>& index, const InputArray<int64_t>& documents, int64_t num_sequences,
+                   int64_t num_documents) {
+    check_one_dimension(documents, "documents");
+    const int64_t needed = emu3::ShardIndex::kHeader + 13 * num_sequences + 8 * (num_documents + 1);
+    if (num_sequences < 0 || num_documents < 0 || index.size() != needed)
+        throw std::invalid_argument("an index of " + std::to_string(index.size()) + " bytes, not the " +
+                                    std::to_string(needed) + " that its counts ask for");
+    const py::ssize_t count = documents.size();
+    py::array_t<int64_t> length(count), caption(count), kind(count);
+    const emu3::ShardIndex shard(index.data(), num_sequences, num_documents);
+    const int64_t* numbers = documents.data();
+    emu3::Description out{length.mutable_data(), caption.mutable_data(), kind.mutable_data()};
+    {
+        const py::gil_scoped_release released;
+        shard.describe(numbers, count, out);
+    }
+    return py::make_tuple(length, caption, kind);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, module) {
-    module.doc() = "C++ kernels of emu3_megatron: the packer and the keyed permutation.";
+    module.doc() = "C++ kernels of emu3_megatron: the packer, the keyed permutation, the reader of indices.";
     module.def("pack", &pack, py::arg("lengths"), py::arg("splittable"), py::kw_only(), py::arg("capacity"),
                py::arg("align"), py::arg("online"), py::arg("open_windows"), py::arg("fill"), py::arg("min_piece"),
                "Pack documents into windows: (window_offsets, document, start, length, dropped).");
     module.def("permute", &permute, py::arg("positions"), py::arg("size"), py::arg("key"),
                "Image of each position under the keyed permutation of range(size).");
+    module.def("map_file", &map_file, py::arg("descriptor"), py::arg("size"),
+               "A file's bytes as a read-only array, mapped; the descriptor may be closed at once.");
+    module.def("describe", &describe, py::arg("index"), py::arg("documents"), py::kw_only(),
+               py::arg("num_sequences"), py::arg("num_documents"),
+               "Sizes of a shard's documents: (length, caption, kind).");
 }

@@ -9,8 +9,13 @@ from __future__ import annotations
 import os
 import re
 import zipfile
+from bisect import bisect_right
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, fields
 from pathlib import Path
+from threading import RLock, Thread
 from typing import Any
 
 import numpy as np
@@ -97,3 +102,131 @@ class BlockCache:
 
     def _path(self, number: int, num_windows: int) -> Path:
         return self.folder / f"block-{number:08d}-windows-{num_windows:08d}.npz"
+
+
+class BlockStore:
+    """The blocks of a plan: in memory, in the cache's folder, or built now; each is built once at a time.
+
+    Safe to use from several threads. Pickling leaves the blocks in memory behind.
+
+    Args:
+        build: Makes a block from its number.
+        cache: Where built blocks are kept; None keeps them in memory only.
+        limit: Blocks kept in memory.
+    """
+
+    def __init__(self, build: Callable[[int], Block], cache: BlockCache | None, limit: int) -> None:
+        self._build, self._cache, self._limit = build, cache, limit
+        self._starts = [0]
+        self._counts: dict[int, int] = {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._blocks: OrderedDict[int, Block] = OrderedDict()
+        self._pending: dict[int, Future[Block]] = {}
+        self._background: Thread | None = None
+        self._lock = RLock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        left = ("_blocks", "_pending", "_background", "_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in left}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._forget()
+
+    def get(self, number: int) -> Block:
+        """Block `number`; waits where another thread is already building it."""
+        with self._lock:
+            block = self._blocks.get(number)
+            if block is not None:
+                self._blocks.move_to_end(number)
+                return block
+            waiting = self._pending.get(number)
+            mine = waiting is None
+            future = self._pending.setdefault(number, Future())
+        if not mine:
+            return future.result()
+        try:
+            block = self._load(number)
+        except BaseException as error:
+            with self._lock:
+                del self._pending[number]
+            future.set_exception(error)
+            raise
+        with self._lock:
+            del self._pending[number]
+            self._blocks[number] = block
+            self._counts[number] = block.num_windows
+            while len(self._blocks) > self._limit:
+                self._blocks.popitem(last=False)
+        future.set_result(block)
+        return block
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """The block that holds window `index`, and the window's number in it."""
+        while (number := self._known(index)) is None:
+            self._extend()
+        return number, index - self._starts[number]
+
+    def windows_before(self, number: int) -> int:
+        """Number of the first window of block `number`."""
+        while len(self._starts) <= number:
+            self._extend()
+        return self._starts[number]
+
+    def build_ahead(self, index: int) -> None:
+        """Have the block of window `index`, and the one after it, made ready by a background thread."""
+        with self._lock:
+            known = self._known(index)
+            first = len(self._starts) - 1 if known is None else known
+            wanted = [number for number in (first, first + 1) if number not in self._blocks]
+            busy = self._background is not None and self._background.is_alive()
+            # With room for fewer, a block built ahead would push out the one in use.
+            if not wanted or busy or self._limit < 3:
+                return
+            self._background = Thread(target=self._prepare, args=(wanted,), daemon=True, name="plan-blocks")
+            self._background.start()
+
+    def finish_background(self) -> None:
+        """Wait until no background thread builds, so that the process may fork."""
+        thread = self._background
+        if thread is not None:
+            thread.join()
+
+    def _prepare(self, numbers: list[int]) -> None:
+        try:
+            for number in numbers:
+                self.get(number)
+        except Exception:  # whoever needs the block meets the error again, with a place to report it
+            return
+
+    def _known(self, index: int) -> int | None:
+        return bisect_right(self._starts, index) - 1 if index < self._starts[-1] else None
+
+    def _extend(self) -> None:
+        """Learn where one more block ends, from the cache's file names if they tell."""
+        with self._lock:
+            number = len(self._starts) - 1
+            count = self._count(number)
+        if count is None:
+            count = self.get(number).num_windows
+        with self._lock:
+            if len(self._starts) == number + 1:
+                self._starts.append(self._starts[-1] + count)
+
+    def _count(self, number: int) -> int | None:
+        if number not in self._counts and self._cache is not None:
+            self._counts.update(self._cache.counts())
+        return self._counts.get(number)
+
+    def _load(self, number: int) -> Block:
+        if self._cache is None:
+            return self._build(number)
+        with self._lock:
+            count = self._count(number)
+        block = self._cache.load(number, count) if count is not None else None
+        if block is None:
+            block = self._build(number)
+            self._cache.store(number, block)
+        return block

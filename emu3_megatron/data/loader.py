@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import atexit
+import itertools
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+from emu3_megatron.data.balance import spread
 from emu3_megatron.data.plan import Plan
 from emu3_megatron.data.window import NO_SOURCE, Window
 from emu3_megatron.errors import UserError
@@ -86,9 +87,12 @@ class WindowLoader:
     """Iterates optimizer steps; yields for each the list of micro-batches of one data-parallel rank.
 
     Step ``k`` (from 0) uses the windows ``start + k * G`` to ``start + (k + 1) * G - 1`` of the plan, where G
-    is the global batch size: micro-batch ``j`` of rank ``r`` holds those from ``(j * DP + r) * B`` on.
-    So the windows of a step, and their order over steps, depend on nothing but the plan, `start` and G. The
+    is the global batch size. So the windows of a step depend on nothing but the plan, `start` and G. The
     whole state is `windows_consumed`: give it as `start` to go on, with any other layout.
+
+    Within a step, `balance.spread` gives every rank as many windows and, as nearly as possible, the same
+    work. With one rank, or one window a rank, there is nothing to spread: micro-batch ``j`` of rank ``r``
+    then holds the windows from ``(j * DP + r) * B`` on.
 
     Args:
         plan: The windows.
@@ -99,6 +103,7 @@ class WindowLoader:
         data_parallel_size: Number of ranks.
         num_workers: Processes that build batches ahead; 0 builds them in the caller.
         prefetch_steps: Steps that each worker builds ahead.
+        balance: Spread heavy windows over the ranks; without it micro-batches keep the plan's order.
 
     Raises:
         UserError: sizes that do not divide, or a rank out of range.
@@ -115,6 +120,7 @@ class WindowLoader:
         data_parallel_size: int = 1,
         num_workers: int = 0,
         prefetch_steps: int = 2,
+        balance: bool = True,
     ) -> None:
         if min(global_batch_size, micro_batch_size, data_parallel_size, prefetch_steps) < 1:
             raise UserError(
@@ -132,27 +138,34 @@ class WindowLoader:
             raise UserError(f"start={start} and num_workers={num_workers} must not be negative")
         self.windows_consumed = start
         """Windows that all ranks have been given: the state to save, and the `start` to resume with."""
-        self._plan = plan
         self._step_windows = global_batch_size
-        self._micro_batch_size = micro_batch_size
-        self._rank, self._ranks = data_parallel_rank, data_parallel_size
+        self._reader = _StepReader(
+            plan,
+            global_batch_size,
+            micro_batch_size,
+            rank=data_parallel_rank,
+            ranks=data_parallel_size,
+            balance=balance,
+        )
         self._num_workers, self._prefetch_steps = num_workers, prefetch_steps
 
     @property
     def num_micro_batches(self) -> int:
         """Micro-batches per step and rank."""
-        return self._step_windows // (self._micro_batch_size * self._ranks)
+        return self._reader.num_micro_batches
 
     def __iter__(self) -> Iterator[list[Batch]]:
         """Steps without end, from `windows_consumed` on."""
-        steps = _Steps(self)
+        steps = itertools.count(self.windows_consumed, self._step_windows)
         if self._num_workers == 0:
-            for micro_batches in steps:
+            for first in steps:
                 self.windows_consumed += self._step_windows
-                yield [_build(self._plan, numbers) for numbers in micro_batches]
+                yield self._reader.read(first)
             return
+        # A thread that builds blocks must not be half way through one when the workers are forked.
+        self._reader.plan.finish_background()
         loader = DataLoader(
-            _PlanDataset(self._plan),
+            self._reader,
             sampler=steps,
             batch_size=None,
             num_workers=self._num_workers,
@@ -174,36 +187,37 @@ class WindowLoader:
             iterator._shutdown_workers()
 
 
-class _Steps:
-    """Endless: for each step the window numbers of this rank's micro-batches."""
+class _StepReader(Dataset["list[Batch] | UserError"]):
+    """What the workers hold: the first window of a step in, this rank's micro-batches out."""
 
-    def __init__(self, loader: WindowLoader) -> None:
-        self._first = loader.windows_consumed
-        self._step_windows = loader._step_windows
-        size, self._count = loader._micro_batch_size, loader.num_micro_batches
-        self._offsets = [(j * loader._ranks + loader._rank) * size for j in range(self._count)]
-        self._size = size
+    def __init__(
+        self, plan: Plan, step_windows: int, micro_batch_size: int, *, rank: int, ranks: int, balance: bool
+    ) -> None:
+        self.plan = plan
+        self._step_windows, self._micro_batch_size = step_windows, micro_batch_size
+        self._rank, self._ranks, self._balance = rank, ranks, balance
+        self.num_micro_batches = step_windows // (micro_batch_size * ranks)
 
-    def __iter__(self) -> Iterator[list[list[int]]]:
-        first = self._first
-        while True:
-            yield [list(range(first + at, first + at + self._size)) for at in self._offsets]
-            first += self._step_windows
+    def windows(self, first: int) -> list[list[int]]:
+        """Numbers of the windows of each micro-batch."""
+        size, count = self._micro_batch_size, self.num_micro_batches
+        if self._balance and self._ranks > 1 and size * count > 1:
+            places = spread(self.plan.costs(first, self._step_windows), self._ranks)[self._rank]
+            return (first + places).reshape(count, size).tolist()
+        starts = [first + (micro_batch * self._ranks + self._rank) * size for micro_batch in range(count)]
+        return [list(range(start, start + size)) for start in starts]
 
+    def read(self, first: int) -> list[Batch]:
+        """The micro-batches of the step that begins with window `first`."""
+        batches = [
+            Batch.collate([self.plan.window(number) for number in numbers]) for numbers in self.windows(first)
+        ]
+        self.plan.build_ahead(first + self._step_windows)
+        return batches
 
-def _build(plan: Plan, numbers: list[int]) -> Batch:
-    return Batch.collate([plan.window(number) for number in numbers])
-
-
-class _PlanDataset(Dataset["list[Batch] | UserError"]):
-    """What the workers hold: the windows of a step in, its micro-batches (or what is wrong with them) out."""
-
-    def __init__(self, plan: Plan) -> None:
-        self._build = partial(_build, plan)
-
-    def __getitem__(self, micro_batches: Any) -> list[Batch] | UserError:
+    def __getitem__(self, first: Any) -> list[Batch] | UserError:
         try:
-            return [self._build(numbers) for numbers in micro_batches]
+            return self.read(first)
         except UserError as error:
             return error  # as a value: the loader would put a worker's traceback into the message
 

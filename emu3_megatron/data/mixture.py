@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from emu3_megatron.data.manifest import Manifest
+from emu3_megatron.data.manifest import Manifest, canonical_sha256
 from emu3_megatron.data.permutation import Integers, derive_key, permute
 from emu3_megatron.data.reader import MultimodalDataset
+from emu3_megatron.data.stock import is_stock, open_stock
 from emu3_megatron.data.template import Decisions, Template
 from emu3_megatron.errors import UserError
+from emu3_megatron.files import write_json_atomic
 from emu3_megatron.vocabulary import Vocabulary
 
 SCAN_DOCUMENTS = 1 << 20
 """Documents described at a time when a source is measured."""
+
+MEASURE_VERSION = 1
+"""Raised whenever a source's mean would come out differently."""
 
 TOKENIZERS = ("text tokenizer", "vision tokenizer")
 """Parts of a dataset's identity that must be equal within a mixture."""
@@ -32,7 +40,7 @@ class Source:
     """One dataset in a mixture."""
 
     path: str
-    """Folder of the dataset (the one with manifest.json)."""
+    """Folder of the dataset (the one with manifest.json), or prefix of plain text in Megatron's format."""
     weight: float = 1.0
     """Share of the mixture's tokens, relative to the other sources' weights."""
     name: str = ""
@@ -48,26 +56,44 @@ class OpenSource:
     order, so every epoch holds every document exactly once.
     """
 
-    def __init__(self, source: Source, dataset: MultimodalDataset, template: Template) -> None:
+    def __init__(
+        self,
+        source: Source,
+        dataset: MultimodalDataset,
+        template: Template,
+        takedown: frozenset[str] = frozenset(),
+    ) -> None:
         self.name = source.name or dataset.manifest.name
         self.weight = source.weight
         self.dataset = dataset
         self.template = source.template or template
+        self.taken_down = dataset.find(takedown)
+        """Numbers of the documents that are never drawn, ascending."""
+
+    @property
+    def _taken_down_fingerprint(self) -> str:
+        return canonical_sha256(self.taken_down.tolist()) if len(self.taken_down) else ""
 
     @property
     def identity(self) -> dict[str, Any]:
         """What determines the documents this source gives, and their order."""
-        return {
+        identity: dict[str, Any] = {
             "name": self.name,
             "weight": self.weight,
             "template": asdict(self.template),
             "dataset": self.dataset.manifest.identity,
         }
+        # Only where there are some, so that plans made before the list existed keep their fingerprint.
+        if len(self.taken_down):
+            identity["taken down"] = self._taken_down_fingerprint
+        return identity
 
     def draw(self, first: int, last: int, *, seed: int, capacity: int) -> Drawn:
-        """The documents at positions ``first`` to ``last - 1``, described and decided."""
+        """The documents at positions ``first`` to ``last - 1``, described and decided.
+
+        Documents taken down keep their positions and are left out, so the others stay where they were.
+        """
         size = len(self.dataset)
-        documents = np.empty(last - first, dtype=np.int64)
         parts = []
         position = first
         while position < last:
@@ -76,26 +102,50 @@ class OpenSource:
             here = permute(
                 np.arange(offset, offset + count), size, derive_key("permutation", seed, self.name, epoch)
             )
-            documents[position - first : position - first + count] = here
+            if len(self.taken_down):
+                here = here[~np.isin(here, self.taken_down)]
             described = self.dataset.describe(here)
             key = derive_key("template", seed, self.name, epoch)
             decided = self.template.decide(here, described, key=key, capacity=capacity)
-            parts.append((described[2], decided))
+            parts.append(Drawn(document=here, kind=described[2], decided=decided))
             position += count
-        return Drawn.join(documents, parts)
+        return Drawn.concatenate(parts)
 
-    def mean_tokens(self, *, capacity: int) -> float:
+    def mean_tokens(self, *, capacity: int, cache: str | os.PathLike[str] | None = None) -> float:
         """Mean tokens that a draw adds to the windows, over an epoch; what cannot fit counts as none.
+
+        Reads the whole index once; the answer is kept in the folder `cache`, named after what determines it.
 
         Raises:
             UserError: no document fits a window.
         """
+        question = {
+            "version": MEASURE_VERSION,
+            "template": asdict(self.template),
+            "dataset": self.dataset.fingerprint,
+            "taken down": self._taken_down_fingerprint,
+            "capacity": capacity,
+        }
+        path = None if cache is None else Path(cache) / f"mean-{canonical_sha256(question)[:32]}.json"
+        if path is not None:
+            try:
+                return float.fromhex(json.loads(path.read_bytes())["mean_tokens"])
+            except (OSError, ValueError, KeyError, TypeError):
+                pass  # not there, or damaged: measured again
+        mean = self._measure(capacity)
+        if path is not None:
+            write_json_atomic(path, {**question, "mean_tokens": mean.hex()})
+        return mean
+
+    def _measure(self, capacity: int) -> float:
         total, least = 0.0, 0
         for first in range(0, len(self.dataset), SCAN_DOCUMENTS):
-            described = self.dataset.describe(
-                np.arange(first, min(first + SCAN_DOCUMENTS, len(self.dataset)))
-            )
-            total += float(self.template.expected_tokens(described, capacity=capacity).sum())
+            numbers = np.arange(first, min(first + SCAN_DOCUMENTS, len(self.dataset)))
+            described = self.dataset.describe(numbers)
+            expected = self.template.expected_tokens(described, capacity=capacity)
+            if len(self.taken_down):
+                expected[np.isin(numbers, self.taken_down)] = 0.0
+            total += float(expected.sum())
             shortest = int(described[0].min()) + self.template.bos + self.template.eos
             least = min(least or shortest, shortest)
         if total == 0.0:
@@ -118,19 +168,34 @@ class Drawn:
     """What the template decided."""
 
     @classmethod
-    def join(cls, documents: Integers, parts: Sequence[tuple[Integers, Decisions]]) -> Drawn:
-        """Put the epochs' parts after each other."""
+    def concatenate(cls, parts: Sequence[Drawn]) -> Drawn:
+        """Put draws after each other."""
+        if len(parts) == 1:
+            return parts[0]
 
         def joined(arrays: list[npt.NDArray[Any]], dtype: Any) -> npt.NDArray[Any]:
             return np.concatenate([np.zeros(0, dtype=dtype), *arrays]).astype(dtype, copy=False)
 
         return cls(
-            document=documents,
-            kind=joined([kind for kind, _ in parts], np.int64),
+            document=joined([part.document for part in parts], np.int64),
+            kind=joined([part.kind for part in parts], np.int64),
             decided=Decisions(
-                length=joined([decided.length for _, decided in parts], np.int64),
-                caption_after=joined([decided.caption_after for _, decided in parts], np.bool_),
-                caption_tokens=joined([decided.caption_tokens for _, decided in parts], np.int64),
+                length=joined([part.decided.length for part in parts], np.int64),
+                caption_after=joined([part.decided.caption_after for part in parts], np.bool_),
+                caption_tokens=joined([part.decided.caption_tokens for part in parts], np.int64),
+            ),
+        )
+
+    def take(self, order: Integers) -> Drawn:
+        """These draws, in this order."""
+        decided = self.decided
+        return Drawn(
+            document=self.document[order],
+            kind=self.kind[order],
+            decided=Decisions(
+                length=decided.length[order],
+                caption_after=decided.caption_after[order],
+                caption_tokens=decided.caption_tokens[order],
             ),
         )
 
@@ -142,6 +207,7 @@ class Mixture:
         sources: At least one, with distinct names and weights above 0.
         template: For sources without one of their own.
         vocabulary: Where given, every dataset must have it; else the first dataset's is required of all.
+        takedown: File of sample ids, one a line; their documents are never drawn, whatever source has them.
 
     Raises:
         UserError: no source, a bad weight, names that repeat, an empty dataset, datasets of different
@@ -154,27 +220,29 @@ class Mixture:
         *,
         template: Template | None = None,
         vocabulary: Vocabulary | None = None,
+        takedown: str | os.PathLike[str] | None = None,
     ) -> None:
+        taken_down = read_takedown(takedown) if takedown is not None else frozenset()
         if not 1 <= len(sources) <= MAX_SOURCES:
             raise UserError(f"a mixture needs 1 to {MAX_SOURCES} sources, got {len(sources)}")
+        vocabulary = _vocabulary(sources) if vocabulary is None else vocabulary
         self.sources: list[OpenSource] = []
         for source in sources:
             if not 0 < source.weight < float("inf"):
                 raise UserError(
                     f"source {source.path}: weight={source.weight} must be above 0; leave it out instead"
                 )
-            if vocabulary is None:
-                vocabulary = Manifest.load(source.path).vocabulary
-            dataset = MultimodalDataset.open(source.path, vocabulary=vocabulary)
+            if is_stock(source.path):
+                dataset = open_stock(source.path, vocabulary)
+            else:
+                dataset = MultimodalDataset.open(source.path, vocabulary=vocabulary)
             if len(dataset) == 0:
                 raise UserError(f"source {source.path}: the dataset has no documents; leave it out")
-            self.sources.append(OpenSource(source, dataset, template or Template()))
+            self.sources.append(OpenSource(source, dataset, template or Template(), taken_down))
         names = [source.name for source in self.sources]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
             raise UserError(f"source names must differ, {', '.join(repeated)} repeats: give each a `name`")
-        if vocabulary is None:
-            raise UserError("a mixture needs a vocabulary")
         self.vocabulary = vocabulary
         self.tokenizers = self._same_tokenizers()
         """Fingerprints of the text and vision tokenizer, by the names in a manifest's identity."""
@@ -198,14 +266,41 @@ class Mixture:
                     )
         return {kind: fingerprint for kind, (_, fingerprint) in known.items()}
 
-    def draw_shares(self, *, capacity: int) -> list[Fraction]:
+    def draw_shares(self, *, capacity: int, cache: str | os.PathLike[str] | None = None) -> list[Fraction]:
         """Share of the draws that each source gets so that its share of tokens is its weight's.
 
-        A draw adds on average `OpenSource.mean_tokens`; both are exact over whole epochs.
+        A draw adds on average `OpenSource.mean_tokens`, which is kept in the folder `cache`; both are exact
+        over whole epochs.
         """
         rates = [
-            Fraction(source.weight) / Fraction(source.mean_tokens(capacity=capacity))
+            Fraction(source.weight) / Fraction(source.mean_tokens(capacity=capacity, cache=cache))
             for source in self.sources
         ]
         total = sum(rates)
         return [rate / total for rate in rates]
+
+
+def _vocabulary(sources: Sequence[Source]) -> Vocabulary:
+    """The vocabulary of the first source that states one."""
+    for source in sources:
+        if not is_stock(source.path):
+            return Manifest.load(source.path).vocabulary
+    raise UserError(
+        "files in Megatron's format do not say what their ids mean: a mixture of nothing else needs a "
+        "`vocabulary`"
+    )
+
+
+def read_takedown(path: str | os.PathLike[str]) -> frozenset[str]:
+    """Sample ids of a takedown list: UTF-8, one a line; empty lines and ``#`` lines count for nothing.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(
+            f"takedown list {path}: cannot be read ({error}); give a text file of sample ids"
+        ) from error
+    return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))

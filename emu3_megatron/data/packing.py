@@ -1,6 +1,7 @@
 """Packing documents into windows of the context length.
 
-The work is done in C++ (csrc/packer.cpp); `emu3_megatron.data.packing_reference` is the same in plain Python.
+The work is done in C++ (csrc/packer_online.cpp, csrc/packer_offline.cpp);
+`emu3_megatron.data.packing_reference` is the same in plain Python.
 The rules, and what they cost and give, are in docs/packing.md.
 """
 
@@ -80,7 +81,8 @@ def pack(
         raise ValueError(f"policy={policy!r} must be one of {', '.join(POLICIES)}")
     flags = None
     if splittable is not None:
-        flags = np.ascontiguousarray(np.asarray(splittable) != 0, dtype=np.uint8)
+        given = np.asarray(splittable)
+        flags = np.ascontiguousarray(given if given.dtype == np.bool_ else given != 0).view(np.uint8)
     offsets, document, start, length, dropped = _kernels.pack(
         _as_int32(lengths),
         flags,

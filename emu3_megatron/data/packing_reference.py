@@ -1,4 +1,4 @@
-"""The packer in plain Python: slow, short, and the definition of what csrc/packer.cpp must answer."""
+"""The packer in plain Python: slow, short, and the definition of what csrc/packer_*.cpp must answer."""
 
 from __future__ import annotations
 

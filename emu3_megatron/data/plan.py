@@ -8,20 +8,20 @@ keys derived from the seed. Nothing depends on ranks, workers, batch sizes or re
 from __future__ import annotations
 
 import os
-from collections import Counter, OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from threading import RLock
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from emu3_megatron.data.block import Block, BlockCache
+from emu3_megatron.data.balance import attention_costs
+from emu3_megatron.data.block import Block, BlockCache, BlockStore
 from emu3_megatron.data.manifest import canonical_sha256
 from emu3_megatron.data.mixture import Drawn, Mixture
-from emu3_megatron.data.packing import MIN_PIECE, OPEN_WINDOWS, POLICIES, Policy, pack
+from emu3_megatron.data.packing import MIN_PIECE, OPEN_WINDOWS, POLICIES, PackedWindows, Policy, pack
 from emu3_megatron.data.permutation import derive_key, permute
 from emu3_megatron.data.reader import Kind
+from emu3_megatron.data.statistics import PlanStatistics, count_windows
 from emu3_megatron.data.window import Window, WindowBuilder
 from emu3_megatron.errors import UserError
 
@@ -36,39 +36,6 @@ CACHED_BLOCKS = 4
 
 SHARE_BITS = 62
 """Draw shares are rounded to multiples of 2^-62 and then counted in exact integers."""
-
-NAMED_DROPS = 20
-"""`PlanStatistics.dropped_names` stops at so many."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class PlanStatistics:
-    """What a range of windows holds. Token counts include BOS and EOS."""
-
-    windows: int
-    """Number of windows."""
-    tokens: int
-    """Tokens of documents."""
-    tokens_per_source: dict[str, int]
-    """The same by source."""
-    padding_alignment: int
-    """Padding that rounds documents up to the alignment."""
-    padding_tail: int
-    """Padding at the ends of windows."""
-    documents: int
-    """Documents and pieces of documents."""
-    splits: int
-    """Pieces that continue a text begun elsewhere: the number of cuts."""
-    dropped: int
-    """Documents of the blocks touched that fit no window."""
-    dropped_names: list[str]
-    """The first of them: source, sample id, tokens."""
-
-    @property
-    def fill(self) -> float:
-        """Share of the windows' places that hold tokens of documents."""
-        places = self.tokens + self.padding_alignment + self.padding_tail
-        return self.tokens / places if places else 0.0
 
 
 class Plan:
@@ -131,23 +98,11 @@ class Plan:
         self.open_windows, self.fill, self.min_piece = open_windows, fill, min_piece
         self.block_draws = block_draws
         self._shares = [
-            round(share * 2**SHARE_BITS) for share in mixture.draw_shares(capacity=context_length)
+            round(share * 2**SHARE_BITS)
+            for share in mixture.draw_shares(capacity=context_length, cache=cache)
         ]
-        self._cache = BlockCache(cache, self.fingerprint) if cache is not None else None
-        self._cached_blocks = cached_blocks
-        self._blocks: OrderedDict[int, Block] = OrderedDict()
-        self._starts = [0]
-        self._counts: dict[int, int] = {}
-        self._lock = RLock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        del state["_lock"]
-        return {**state, "_blocks": OrderedDict()}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._lock = RLock()
+        blocks = BlockCache(cache, self.fingerprint) if cache is not None else None
+        self._store = BlockStore(self._build, blocks, cached_blocks)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -226,98 +181,57 @@ class Plan:
 
     def block(self, number: int) -> Block:
         """Block `number`, from memory, the cache folder, or built now."""
-        with self._lock:
-            block = self._blocks.pop(number, None)
-            if block is None:
-                block = self._load(number)
-            self._blocks[number] = block
-            while len(self._blocks) > self._cached_blocks:
-                self._blocks.popitem(last=False)
-            self._counts[number] = block.num_windows
-            return block
+        return self._store.get(number)
 
     def windows_before(self, number: int) -> int:
         """Number of the first window of block `number`."""
-        with self._lock:
-            while len(self._starts) <= number:
-                self._extend()
-            return self._starts[number]
+        return self._store.windows_before(number)
 
-    def statistics(self, num_windows: int, start: int = 0) -> PlanStatistics:
-        """Count what windows ``start`` to ``start + num_windows - 1`` hold, without reading their tokens."""
-        tokens: Counter[int] = Counter()
-        documents = splits = aligned = 0
-        dropped: list[str] = []
-        num_dropped = 0
-        for block, first, last in self._ranges(start, start + num_windows):
-            pieces = slice(int(block.window_offsets[first]), int(block.window_offsets[last]))
-            lengths = block.length[pieces].astype(np.int64)
-            for number in np.unique(block.source[pieces]):
-                tokens[int(number)] += int(lengths[block.source[pieces] == number].sum())
-            documents += len(lengths)
-            splits += int(np.count_nonzero(block.start[pieces]))
-            aligned += int((-(-lengths // self.alignment) * self.alignment).sum())
-            num_dropped += len(block.dropped_document)
-            dropped += self._drop_names(block, NAMED_DROPS - len(dropped))
-        total = sum(tokens.values())
-        return PlanStatistics(
-            windows=num_windows,
-            tokens=total,
-            tokens_per_source={name: tokens[number] for number, name in enumerate(self.mixture.names)},
-            padding_alignment=aligned - total,
-            padding_tail=num_windows * self.context_length - aligned,
-            documents=documents,
-            splits=splits,
-            dropped=num_dropped,
-            dropped_names=dropped,
-        )
+    def build_ahead(self, index: int) -> None:
+        """Begin to build, in the background, what will be read from window `index` on."""
+        self._store.build_ahead(index)
 
-    def _ranges(self, first: int, last: int) -> Iterator[tuple[Block, int, int]]:
-        """The blocks that hold windows ``first`` to ``last - 1``, with the range in each."""
+    def finish_background(self) -> None:
+        """Wait for what `build_ahead` began; before this process forks."""
+        self._store.finish_background()
+
+    def ranges(self, first: int, last: int) -> Iterator[tuple[Block, int, int]]:
+        """The blocks that hold windows ``first`` to ``last - 1``, each with its range: block, from, to."""
         while first < last:
             block, local = self._locate(first)
             count = min(last - first, block.num_windows - local)
             yield block, local, local + count
             first += count
 
-    def _drop_names(self, block: Block, limit: int) -> list[str]:
-        columns = (block.dropped_source, block.dropped_document, block.dropped_length)
-        names = []
-        for number, document, length in list(zip(*columns, strict=True))[: max(0, limit)]:
-            source = self.mixture.sources[int(number)]
-            names.append(f"{source.name}: {source.dataset.sample_id(int(document))} ({length} tokens)")
-        return names
+    def costs(self, first: int, count: int) -> npt.NDArray[np.int64]:
+        """Attention cost of windows ``first`` to ``first + count - 1``, ``[count]``, see `balance`."""
+        costs = []
+        for block, start, end in self.ranges(first, first + count):
+            borders = block.window_offsets[start : end + 1]
+            lengths = block.length[borders[0] : borders[-1]].astype(np.int64)
+            places = -(-lengths // self.alignment) * self.alignment
+            used = np.add.reduceat(places, borders[:-1] - borders[0])
+            padding = self.context_length - used
+            costs.append(attention_costs(places, borders - borders[0]) + padding * padding)
+        return np.concatenate([np.zeros(0, dtype=np.int64), *costs])
+
+    def statistics(self, num_windows: int, start: int = 0) -> PlanStatistics:
+        """Count what windows ``start`` to ``start + num_windows - 1`` hold, without reading their tokens."""
+        return count_windows(self, num_windows, start)
 
     def _locate(self, index: int) -> tuple[Block, int]:
-        with self._lock:
-            while self._starts[-1] <= index:
-                self._extend()
-            number = int(np.searchsorted(self._starts, index, side="right")) - 1
-            return self.block(number), index - self._starts[number]
+        number, local = self._store.locate(index)
+        return self._store.get(number), local
 
-    def _extend(self) -> None:
-        """Learn where one more block ends, from the cache's file names if they tell."""
-        number = len(self._starts) - 1
-        if number not in self._counts and self._cache is not None:
-            self._counts.update(self._cache.counts())
-        count = self._counts[number] if number in self._counts else self.block(number).num_windows
-        self._starts.append(self._starts[-1] + count)
-
-    def _load(self, number: int) -> Block:
-        if self._cache is None:
-            return self._build(number)
-        count = self._counts.get(number)
-        if count is None:
-            self._counts.update(self._cache.counts())
-            count = self._counts.get(number)
-        block = self._cache.load(number, count) if count is not None else None
-        if block is None:
-            block = self._build(number)
-            self._cache.store(number, block)
-        return block
+    def draws(self, number: int) -> tuple[npt.NDArray[np.int16], Drawn]:
+        """What block `number` is packed from, in its order: source of each draw ``[N]``, and the draws."""
+        drawn = self._draw(number)
+        source = np.repeat(np.arange(len(drawn), dtype=np.int16), [len(each.document) for each in drawn])
+        order = self._shuffled(len(source), "draws", number)
+        return source[order], Drawn.concatenate(drawn).take(order)
 
     def _draw(self, number: int) -> list[Drawn]:
-        """What block `number` takes from each source: the next positions of its stream."""
+        """The same by source: the next positions of its stream."""
         drawn = []
         for source, share in zip(self.mixture.sources, self._shares, strict=True):
             first, last = (
@@ -326,26 +240,23 @@ class Plan:
             drawn.append(source.draw(first, last, seed=self.seed, capacity=self.context_length))
         return drawn
 
-    def _build(self, number: int) -> Block:
-        drawn = self._draw(number)
-        source = np.repeat(np.arange(len(drawn), dtype=np.int16), [len(each.document) for each in drawn])
-        order = self._shuffled(len(source), "draws", number)
-        source = source[order]
-        document = np.concatenate([each.document for each in drawn])[order]
-        kind = np.concatenate([each.kind for each in drawn])[order]
-        length = np.concatenate([each.decided.length for each in drawn])[order]
-        after = np.concatenate([each.decided.caption_after for each in drawn])[order]
-        caption = np.concatenate([each.decided.caption_tokens for each in drawn])[order]
-        packed = pack(
-            length,
+    def pack(self, drawn: Drawn) -> PackedWindows:
+        """Pack draws in their order, as the plan does with those of a block."""
+        return pack(
+            drawn.decided.length,
             self.context_length,
-            splittable=kind == Kind.TEXT,
+            splittable=drawn.kind == Kind.TEXT,
             align=self.alignment,
             policy=self.policy,
             open_windows=self.open_windows,
             fill=self.fill,
             min_piece=self.min_piece,
         )
+
+    def _build(self, number: int) -> Block:
+        """Make block `number`: a pure function of the plan and the number."""
+        source, drawn = self.draws(number)
+        packed = self.pack(drawn)
         windows = self._shuffled(packed.num_windows, "windows", number)
         counts = np.diff(packed.window_offsets)[windows]
         offsets = np.zeros(len(windows) + 1, dtype=np.int64)
@@ -355,17 +266,17 @@ class Plan:
         return Block(
             window_offsets=offsets,
             source=source[owner],
-            document=document[owner],
-            caption_after=after[owner],
-            caption_tokens=caption[owner].astype(np.int32),
+            document=drawn.document[owner],
+            caption_after=drawn.decided.caption_after[owner],
+            caption_tokens=drawn.decided.caption_tokens[owner].astype(np.int32),
             start=packed.start[pieces],
             length=packed.length[pieces],
             dropped_source=source[packed.dropped],
-            dropped_document=document[packed.dropped],
-            dropped_length=length[packed.dropped],
+            dropped_document=drawn.document[packed.dropped],
+            dropped_length=drawn.decided.length[packed.dropped],
         )
 
-    def _shuffled(self, size: int, purpose: str, number: int) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _shuffled(self, size: int, purpose: str, number: int) -> npt.NDArray[np.int64]:
         if size == 0:
             return np.zeros(0, dtype=np.int64)
         return permute(np.arange(size), size, derive_key(purpose, self.seed, number))

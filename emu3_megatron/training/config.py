@@ -67,6 +67,8 @@ class DataConfig:
     run."""
     seed: int | None = None
     """Seed of the plan's order; the run's `seed` where not set."""
+    takedown: str | None = None
+    """File of sample ids, one a line, whose documents are never read; part of the plan."""
     num_workers: int = 1
     """Reader threads or processes of a rank; 0 reads in the training process (ours)."""
     prepare: str | None = None

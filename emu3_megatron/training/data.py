@@ -45,11 +45,10 @@ class TrainingData:
         """
         data = config.data
         _prepare_missing(data, {**data.sources, **data.validation})
-        seed = config.seed if data.seed is None else data.seed
-        plan = _plan(config, data.sources, seed)
+        plan = open_plan(config)
         vocabulary = plan.mixture.vocabulary
         held_out = (
-            _plan(config, data.validation, seed + VALIDATION_SEED_OFFSET, vocabulary)
+            _plan(config, data.validation, _seed(config) + VALIDATION_SEED_OFFSET, vocabulary)
             if data.validation
             else None
         )
@@ -114,6 +113,19 @@ def _load_function(name: str) -> Callable[[Path], None]:
         raise UserError(f"data.prepare={name!r} is not an importable `module:function` ({error})") from error
 
 
+def open_plan(config: TrainingConfig) -> Plan:
+    """The order of a run's training windows; its blocks are kept in the run's folder.
+
+    Raises:
+        UserError: a dataset is missing, damaged, or has another vocabulary than the rest.
+    """
+    return _plan(config, config.data.sources, _seed(config))
+
+
+def _seed(config: TrainingConfig) -> int:
+    return config.seed if config.data.seed is None else config.data.seed
+
+
 def _plan(
     config: TrainingConfig,
     sources: Mapping[str, SourceConfig],
@@ -128,6 +140,7 @@ def _plan(
         ],
         template=data.template,
         vocabulary=vocabulary,
+        takedown=data.takedown,
     )
     return Plan(
         mixture,

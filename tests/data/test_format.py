@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -17,8 +18,11 @@ import pytest
 from emu3_megatron.data import (
     DatasetWriter,
     Manifest,
+    Mixture,
     MultimodalDataset,
+    Plan,
     ShardWriter,
+    Source,
     read_shard_record,
     write_manifest,
 )
@@ -71,6 +75,43 @@ def test_stock_megatron_reads_the_same_tokens_and_modes(make_dataset) -> None:
                 assert their_mode == mode
                 sequence += 1
         assert sequence == len(theirs)
+
+
+def test_stock_megatron_text_is_a_source(make_dataset, tmp_path: Path) -> None:
+    """Written by megatron-core's builder: the same tokens through a mixture's windows; sizes are checked."""
+    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    torch = pytest.importorskip("torch")
+    rng = np.random.default_rng(0)
+    documents = [rng.integers(0, VOCABULARY.text_size, 5 + 3 * number) for number in range(20)]
+    prefix = tmp_path / "corpus_text_document"
+    builder = indexed.IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)
+    for ids in documents:
+        builder.add_document(torch.from_numpy(ids), [2, len(ids) - 2])
+    builder.finalize(f"{prefix}.idx")
+    mixture = Mixture([Source(path=str(prefix)), Source(path=str(make_dataset("a", "p", 10)))])
+    text = pickle.loads(pickle.dumps(mixture.sources[0].dataset))
+    assert [np.concatenate([ids for ids, _ in text.document(n)]).tolist() for n in range(20)] == [
+        ids.tolist() for ids in documents
+    ]
+    assert text.sample_id(3) == "corpus_text_document:3"
+    plan = Plan(mixture, seed=1, context_length=128, block_draws=64)
+    for index in range(20):
+        window = plan.window(index)
+        for place in np.flatnonzero(window.source == 0).tolist():
+            here = window.cu_seqlens[place] + np.arange(window.length[place])
+            rendered = [VOCABULARY.bos, *documents[int(window.document[place])], VOCABULARY.eos]
+            start = int(window.start[place])
+            assert window.tokens[here].tolist() == rendered[start : start + len(here)]
+    with pytest.raises(UserError, match="do not say what their ids mean"):
+        Mixture([Source(path=str(prefix))])
+    small = Vocabulary.build("small", text_size=20, codebook_size=4)
+    other = Mixture([Source(path=str(prefix))], vocabulary=small).sources[0].dataset
+    with pytest.raises(UserError, match=r"document 0 has ids .* made with another tokenizer"):
+        other.document(0)
+    with open(f"{prefix}.bin", "r+b") as stream:
+        stream.truncate(40)
+    with pytest.raises(UserError, match=r"corpus_text_document\.bin: 40 bytes, but"):
+        Mixture([Source(path=str(prefix))], vocabulary=VOCABULARY)
 
 
 def test_the_reader_in_the_documentation_reads_the_same(make_dataset) -> None:

@@ -13,11 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from emu3_megatron.data import Mixture, MultimodalDataset, Plan, Source, Template, Window, WindowDataset
+from emu3_megatron.data.bounds import least_windows, least_windows_with_cuts
+from emu3_megatron.data.mixture import OpenSource
+from emu3_megatron.data.packing import pack
 from emu3_megatron.data.permutation import permute, permute_reference, uniform
+from emu3_megatron.data.report import report
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Modality
 from emu3_megatron.vocabulary import Vocabulary
 from tests.data.builders import VOCABULARY
+from tests.proofs import plan_scale
 
 FIELDS = ("tokens", "labels", "modality", "cu_seqlens", "source", "document", "start", "length")
 
@@ -314,3 +319,106 @@ def test_statistics_add_up(make_dataset) -> None:
     assert statistics.padding_tail == tails
     assert statistics.splits == sum(int(np.count_nonzero(window.start)) for window in windows)
     assert statistics.fill == tokens / (50 * 128)
+
+
+def test_a_source_is_measured_once(make_dataset, tmp_path: Path, monkeypatch) -> None:
+    """Reading a whole index takes long where it is large; what came out is kept beside the blocks."""
+    folder = make_dataset("a", "p", 30)
+    first = plan_of(folder, cache=tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenSource, "_measure", lambda *_: pytest.fail("measured again"))
+        again = plan_of(folder, cache=tmp_path / "cache")
+    assert again._shares == first._shares == plan_of(folder)._shares
+    (path,) = (tmp_path / "cache").glob("mean-*.json")
+    path.write_text(path.read_text()[:30])
+    assert plan_of(folder, cache=tmp_path / "cache")._shares == first._shares
+
+
+def test_blocks_ahead_are_built_in_the_background(make_dataset, monkeypatch) -> None:
+    plan = plan_of(make_dataset("a", "p", 30))
+    plan.window(0)
+    plan.build_ahead(0)
+    plan.finish_background()
+    border = plan.windows_before(1)
+    truth = plan_of(make_dataset("a", "p", 30)).window(border)
+    assert 1 in plan._store._blocks
+    assert equal(plan.window(border), truth)
+
+
+def test_a_block_that_cannot_be_built_fails_where_it_is_needed(make_dataset, monkeypatch) -> None:
+    plan = plan_of(make_dataset("a", "p", 30))
+    plan.window(0)
+
+    def fail(_: int) -> None:
+        raise UserError("damaged")
+
+    monkeypatch.setattr(plan._store, "_build", fail)
+    plan.build_ahead(0)
+    plan.finish_background()
+    with pytest.raises(UserError, match="damaged"):
+        plan.block(1)
+
+
+def test_cut_captions_are_counted_and_named(make_dataset) -> None:
+    plan = plan_of(
+        make_dataset("a", "p", 30, text=40), context_length=40, template=Template(overlong="cut_caption")
+    )
+    statistics = plan.statistics(60)
+    source = plan.mixture.sources[0]
+    expected = 0
+    for index in range(60):
+        window = plan.window(index)
+        for number, length in zip(window.document.tolist(), window.length.tolist(), strict=True):
+            expected += number >= 0 and sum(source.dataset.lengths(number)) + 2 > length
+    assert statistics.captions_cut == expected > 0
+    assert all(name.startswith("a: a-") for name in statistics.captions_cut_names)
+    assert plan_of(make_dataset("a", "p", 30, text=40)).statistics(20).captions_cut == 0
+
+
+def test_report_names_what_is_lost_and_what_would_help(make_dataset) -> None:
+    """A span of about 530 tokens leaves a hole in a window of 600; more text would fill it."""
+    folders = make_dataset("v", "v", 20), make_dataset("t", "t", 9, text=20)
+    plan = plan_of(*folders, weights=(20, 1), context_length=600, fill=True)
+    text = "\n".join(report(plan, 40, sampled=10))
+    assert f"fill         {plan.statistics(40).fill:.4%}" in text
+    for word in (
+        "padding",
+        "too long",
+        "texts cut",
+        "epochs",
+        "block ends",
+        "possible",
+        "modality     vision",
+    ):
+        assert word in text
+    assert "advice" in text
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=30))
+def test_no_packing_beats_the_bound(lengths: list[int]) -> None:
+    bound = least_windows(np.array(lengths), 60)
+    assert -(-sum(lengths) // 60) <= bound <= pack(lengths, 60, policy="offline").num_windows
+    assert (
+        least_windows_with_cuts(np.array(lengths), 30, 60)
+        <= pack(
+            [*lengths, 30],
+            60,
+            splittable=[False] * len(lengths) + [True],
+            policy="offline",
+            fill=True,
+            min_piece=1,
+        ).num_windows
+    )
+
+
+def test_the_bound_sees_pairs_that_do_not_fit() -> None:
+    assert least_windows(np.full(10, 31), 60) == 10
+    assert least_windows(np.array([40, 40, 25, 25]), 60) == 3
+
+
+def test_the_scale_proof_in_small(tmp_path: Path) -> None:
+    """`tests/proofs/plan_scale.py`: no window of a large mixture waits for the whole plan."""
+    seconds, memory = plan_scale.prove(tmp_path, tokens=2e7, shards=7, tries=1)
+    assert seconds > 0
+    assert memory < plan_scale.BYTES

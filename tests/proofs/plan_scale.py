@@ -1,0 +1,123 @@
+"""The plan of a mixture of a trillion tokens in 1,000 shards opens, and gives any window, at once.
+
+``make prove NAME=plan-scale`` writes texts of about 20,000 tokens as shards whose tokens are holes in files
+(they take no disk), builds an epoch of the plan ahead, and then, each in a fresh process, opens the plan and
+reads the window at a random place. Passes if the median takes less than 2 s and the largest process less than
+1 GB.
+``ARGS="--tokens 1e9 --shards 10"`` makes it small.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+
+from emu3_megatron.data import Mixture, Plan, Source, write_manifest
+from emu3_megatron.data.format import TEXT_MODE, checksum_bytes, crc32c, index_bytes, shard_stem
+from emu3_megatron.files import write_json_atomic
+from emu3_megatron.vocabulary import Vocabulary
+
+ROOT = Path(__file__).resolve().parents[2]
+VOCABULARY = Vocabulary.preset("tiny")
+CONTEXT_LENGTH = 131_072
+LENGTHS = tuple(range(12_000, 28_001, 1000))
+SECONDS, BYTES = 2.0, 1e9
+
+OPEN = """
+import json, resource, sys, time
+started = time.perf_counter()
+from tests.proofs.plan_scale import open_plan
+plan = open_plan(sys.argv[1])
+window = plan.window(int(sys.argv[2]))
+assert int(window.length.sum()) > 0
+print(json.dumps([time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024]))
+"""
+
+
+def write_shards(folder: Path, tokens: float, shards: int) -> int:
+    """Shards whose every token is 0, their ``.bin`` a hole; returns the number of documents."""
+    each = max(1, round(tokens / shards / np.mean(LENGTHS)))
+    checksum_of = {length: crc32c(bytes(4 * length)) for length in LENGTHS}
+    for shard in range(shards):
+        stem = folder / shard_stem("scale", shard, shards)
+        lengths = np.random.default_rng(shard).choice(LENGTHS, each).astype(np.int32)
+        modes = np.full(each, TEXT_MODE, dtype=np.int8)
+        index = index_bytes(lengths, modes, np.arange(each + 1, dtype=np.int64))
+        sums = np.array([checksum_of[length] for length in lengths.tolist()], dtype=np.uint32)
+        contents = {".idx": index, ".crc": checksum_bytes(index, sums), ".jsonl": b""}
+        size = 4 * int(lengths.sum(dtype=np.int64))
+        for suffix, data in contents.items():
+            Path(f"{stem}{suffix}").write_bytes(data)
+        with open(f"{stem}.bin", "wb") as stream:
+            stream.truncate(size)
+        sizes = {".bin": size, **{suffix: len(data) for suffix, data in contents.items()}}
+        record = {
+            "shard": stem.name,
+            "vocabulary_fingerprint": VOCABULARY.fingerprint,
+            "documents": each,
+            "sequences": each,
+            "tokens": size // 4,
+            "text_tokens": size // 4,
+            "longest_document": int(lengths.max()),
+            "files": {suffix: {"bytes": count, "sha256": "0" * 64} for suffix, count in sizes.items()},
+        }
+        write_json_atomic(f"{stem}.json", record)
+    write_manifest(folder, "scale", shards, vocabulary=VOCABULARY)
+    return each * shards
+
+
+def open_plan(folder: str) -> Plan:
+    """The plan, as a run would open it."""
+    mixture = Mixture([Source(path=folder)])
+    return Plan(mixture, seed=1, context_length=CONTEXT_LENGTH, fill=True, cache=Path(folder) / "plan")
+
+
+def prove(folder: Path, tokens: float, shards: int, tries: int) -> tuple[float, float]:
+    """Median seconds and largest memory of opening the plan and reading one window."""
+    documents = write_shards(folder, tokens, shards)
+    started = time.perf_counter()
+    plan = open_plan(str(folder))
+    opened = time.perf_counter() - started
+    windows = plan.windows_before(-(-documents // plan.block_draws))
+    built = time.perf_counter() - started - opened
+    print(
+        f"{documents:,} documents in {shards:,} shards; measured in {opened:.1f} s, an epoch of {windows:,} "
+        f"windows planned in {built:.1f} s ({documents / built / 1e6:.2f} M documents/s)"
+    )
+    results = []
+    for index in np.random.default_rng(0).integers(0, windows, tries).tolist():
+        command = [sys.executable, "-c", OPEN, str(folder), str(index)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        results.append(json.loads(done.stdout))
+        print(f"window {index:,}: {results[-1][0]:.2f} s, {results[-1][1] / 1e6:.0f} MB")
+    return statistics.median(seconds for seconds, _ in results), max(memory for _, memory in results)
+
+
+def main() -> int:
+    """Run, print the verdict, and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--tokens", type=float, default=1e12)
+    parser.add_argument("--shards", type=int, default=1000)
+    parser.add_argument("--tries", type=int, default=5)
+    parser.add_argument("--folder", help="where to write about 4 GB; a temporary folder by default")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
+        seconds, memory = prove(Path(name), arguments.tokens, arguments.shards, arguments.tries)
+    passed = seconds < SECONDS and memory < BYTES
+    print(
+        f"{'pass' if passed else 'FAIL'}: {seconds:.2f} s, below {SECONDS:g}; {memory / 1e6:.0f} MB, below "
+        f"{BYTES / 1e6:.0f}"
+    )
+    return int(not passed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
