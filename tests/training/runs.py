@@ -90,7 +90,9 @@ def train(
     )
 
 
-def launch_layouts(folder: Path, config: Path, layouts: dict[str, list[str]], *, processes: int) -> None:
+def launch_layouts(
+    folder: Path, config: Path, layouts: dict[str, list[str]], *, processes: int, timeout: float = 500
+) -> None:
     """Train every layout into ``folder/NAME``, in one launch."""
     jobs = [["--config", str(config), "--run", str(folder / name), *rest] for name, rest in layouts.items()]
     (folder / "jobs.json").write_text(json.dumps(jobs))
@@ -101,7 +103,7 @@ def launch_layouts(folder: Path, config: Path, layouts: dict[str, list[str]], *,
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=timeout,
         check=False,
     )
     if done.returncode:
