@@ -107,6 +107,11 @@ class GatedFeedForward(MLP):
         return output, bias
 
 
+LEAST_FUSED_WEIGHTS = 2**24
+"""Weights of a rank's output layer from which its gradient goes straight into megatron-core's buffer. Smaller
+ones spend little on a gradient of their own for each micro-batch, which is then added as every other is."""
+
+
 class OutputLayer(tensor_parallel.ColumnParallelLinear):
     """The output layer: logits, or losses without logits.
 
@@ -128,6 +133,7 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         weights: torch.Tensor | None = None,
         vocabulary_size: int,
         chunk_size: int | None = None,
+        z_loss: float = 0.0,
     ) -> TokenLosses | WeightedLoss:
         common: dict[str, Any] = {
             "vocabulary_size": vocabulary_size,
@@ -137,7 +143,38 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         }
         if weights is None:
             return vocabulary_parallel_linear_cross_entropy(hidden, self.weight, labels, **common)
-        return weighted_linear_cross_entropy(hidden, self.weight, labels, weights, **common)
+        buffer = self._gradient_buffer()
+        loss = weighted_linear_cross_entropy(
+            hidden, self.weight, labels, weights, z_loss=z_loss, weight_gradient=buffer, **common
+        )
+        if buffer is None:
+            return loss
+        return loss._replace(total=_GradientIsInTheBuffer.apply(loss.total, self.weight))
+
+    def _gradient_buffer(self) -> torch.Tensor | None:
+        """megatron-core's fp32 gradient of the weight, where it exists and is worth going straight to."""
+        if not torch.is_grad_enabled() or self.weight.numel() < LEAST_FUSED_WEIGHTS:
+            return None
+        return getattr(self.weight, "main_grad", None)
+
+
+class _GradientIsInTheBuffer(torch.autograd.Function):
+    """Passes a loss through, and in backward says of a weight that its gradient has been added already.
+
+    megatron-core's data-parallel hook, which starts the reduction, wants to see a gradient all the same; it
+    drops it unread. The weight itself stands in, since it has the shape and costs nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        ctx.weight.grad_added_to_main_grad = True
+        ctx.weight.grad = ctx.weight.detach()
+        return gradients[0], None
 
 
 def uses_transformer_engine(config: ModelConfig, *, cuda: bool) -> bool:

@@ -153,13 +153,17 @@ class LossConfig:
     control_weight: float = 1.0
     """BOS, EOS, BOI, IMG, EOI (ours)."""
     chunk_size: int | None = None
-    """Tokens whose logits exist at a time; where not set, as many as keep them near 16 MiB."""
+    """Tokens whose logits exist at a time; where not set, as many as keep them near 16 MiB, at least 128."""
+    z_loss: float = 0.0
+    """Coefficient of the squared logarithm of the softmax's denominator, weighted as the cross entropy and
+    trained on, but not counted in `loss`; 1e-4 is common, 0 is off (ours)."""
 
     def __post_init__(self) -> None:
         """Check that something is trained."""
         weights = self.by_class()
         require(min(weights) >= 0, f"loss weights {weights} must not be negative")
         require(max(weights) > 0, "every loss weight is zero; nothing would be trained")
+        require(self.z_loss >= 0, f"loss.z_loss={self.z_loss} must not be negative; 0 is off")
         require(
             self.chunk_size is None or self.chunk_size > 0,
             f"loss.chunk_size={self.chunk_size} must be positive",
