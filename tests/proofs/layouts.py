@@ -18,8 +18,7 @@ from tests.training import layouts, runs
 
 LAYERS = ["--model.num_layers", "8"]
 """Four interleaved stages of two groups need eight layers."""
-COMMON = [*LAYERS, "--checkpoint.interval", "1000"]
-AT_ONCE = 6
+AT_ONCE = 10
 """Layouts of one launch; each leaves process groups behind until its processes end."""
 WITH_DROPOUT = {2: ["tp2-sp", "pp2-interleaved", "cp2"], 4: ["tp2-cp2-sp", "tp2-pp2", "cp2-dp2"]}
 DROPOUT = [
@@ -33,9 +32,9 @@ def launch(folder: Path, config: Path, jobs: dict[str, list[str]], processes: in
     """Train every job into ``folder/NAME``, a few at a time."""
     names = list(jobs)
     for begin in range(0, len(names), AT_ONCE):
-        part = {name: [*COMMON, *jobs[name]] for name in names[begin : begin + AT_ONCE]}
+        part = {name: [*LAYERS, *jobs[name]] for name in names[begin : begin + AT_ONCE]}
         print(f"{processes} processes: {', '.join(part)}", file=sys.stderr, flush=True)
-        runs.launch_layouts(folder, config, part, processes=processes, timeout=3600)
+        runs.launch_layouts(folder, config, part, processes=processes, save=False, timeout=3600)
 
 
 def compare(folder: Path, reference: Path, jobs: dict[str, list[str]], processes: int) -> list[str]:
@@ -72,7 +71,7 @@ def main() -> int:
             prepare(folder / "data" / name)
         config = runs.write_configuration(folder, folder / "data")
         reference = folder / "reference"
-        done = runs.train(config, reference, *COMMON)
+        done = runs.train(config, reference, *LAYERS)
         if done.returncode:
             print(done.stderr, file=sys.stderr)
             return 1
