@@ -212,6 +212,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Committed checkpoints to keep; at least 2, so that one damaged folder never ends a run."""
+    asynchronous: bool = True
+    """Write files behind the steps that follow, from a copy in host memory (ours)."""
     load: str | None = None
     """Checkpoint folder whose weights start this run (the hand-over from stage 1 to stage 2): step, windows
     and optimizer start afresh. A run that has checkpoints of its own goes on from those."""

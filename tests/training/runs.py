@@ -140,7 +140,10 @@ def _main() -> None:
     from emu3_megatron.training.trainer import Trainer
 
     class Unsaved(Trainer):
-        def save(self) -> Path:
+        def begin_save(self) -> None:
+            pass
+
+        def finish_save(self) -> Path:
             return Path(self.config.run)
 
     log.set_up()

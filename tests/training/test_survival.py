@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -54,6 +55,21 @@ def test_a_killed_run_goes_on_bit_equal(tmp_path: Path, config_file: Path, refer
     assert [line["step"] for line in lines] == list(range(1, runs.STEPS + 1))
     for key in ("loss", "grad_norm"):
         assert runs.largest_difference(lines, runs.metrics(reference), key) == 0.0
+
+
+@pytest.mark.slow
+def test_kills_in_the_middle_of_saves_lose_nothing() -> None:
+    """`make prove NAME=survival`, scaled down."""
+    done = subprocess.run(
+        [sys.executable, "tests/proofs/survival.py", "--kills", "3"],
+        env=runs.environment(),
+        cwd=runs.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow

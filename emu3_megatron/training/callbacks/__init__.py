@@ -37,7 +37,7 @@ def build_callbacks(trainer: Trainer, average: WeightAverage | None) -> list[Cal
         callbacks.append(TensorBoard(run / "tensorboard"))
     if config.logging.progress:
         callbacks.append(ProgressBar())
-    callbacks.append(SaveCheckpoints(config.checkpoint.interval))
+    callbacks.append(SaveCheckpoints(config.checkpoint))
     if config.trainer.max_minutes is not None:
         callbacks.append(StopAfterMinutes(config.trainer.max_minutes))
     callbacks.append(StopOnSignal())
