@@ -21,6 +21,10 @@ RUN_ALIAS = "--run_folder"
 """Means ``--run``, which torchrun takes for an abbreviation of its own ``--run-path`` and refuses."""
 
 
+CAPABILITIES = "--capabilities"
+"""Asks for a report that needs no configuration."""
+
+
 @dataclass(frozen=True)
 class CommandLine:
     """What was asked for."""
@@ -63,6 +67,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument("--config", action="config", help="YAML file; later options override it")
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and its arithmetic"
+    )
+    parser.add_argument(
+        CAPABILITIES, action="store_true", help="print what this machine has for training, and end"
     )
     parser.add_argument("--world-size", type=int, default=0, help="processes to assume in a dry run")
     parser.add_class_arguments(TrainingConfig)

@@ -256,11 +256,15 @@ class GuardConfig:
     """Steps before spikes are judged."""
     max_consecutive: int = 10
     """End the run with an error after this many skipped steps in a row."""
+    hang_minutes: float = 60.0
+    """Write the stacks of all threads to RUN/stacks and end the process when no step ended for so long, time
+    for validation and saving included; 0 is off (ours)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         factor = self.spike_factor
         require(factor == 0 or factor > 1, f"guard.spike_factor={factor} must be 0 (off) or larger than 1")
+        require(self.hang_minutes >= 0, f"guard.hang_minutes={self.hang_minutes} must not be negative")
         require(self.max_consecutive > 0, f"guard.max_consecutive={self.max_consecutive} must be positive")
 
 

@@ -104,3 +104,30 @@ def test_a_dry_run_prints_the_configuration_and_its_arithmetic() -> None:
     assert "8 processes = tensor 2 x pipeline 1 x context 1 x data 4" in done.stdout
     assert "4 windows x 512 tokens = 2,048 tokens" in done.stdout
     assert "learning_rate: 0.003" in done.stdout
+
+
+def test_the_capability_report_needs_no_configuration() -> None:
+    done = program("--capabilities")
+    assert done.returncode == 0, done.stderr
+    for name in ("CUDA", "Transformer Engine", "apex", "flash-attn", "FP8", "NVDEC", "resiliency extension"):
+        assert any(line.startswith(name) for line in done.stdout.splitlines()), name
+    assert "costs: " in done.stdout
+
+
+@pytest.mark.slow
+def test_an_error_that_every_rank_finds_is_printed_once(tmp_path: Path) -> None:
+    config = runs.write_configuration(tmp_path, tmp_path / "nowhere")
+    done = runs.train(config, tmp_path / "run", processes=2)
+    assert done.returncode != 0
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+    assert "nowhere" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_hangs_ends_and_leaves_its_stacks(tmp_path: Path, config_file: Path) -> None:
+    """The limit is far below what any step takes."""
+    done = runs.train(config_file, tmp_path, "--guard.hang_minutes", "1e-5")
+    assert done.returncode == 1
+    stacks = (tmp_path / "stacks" / "rank-00000.txt").read_text()
+    assert "trainer.py" in stacks
+    assert " in fit" in stacks

@@ -14,6 +14,7 @@ from emu3_megatron.training.callbacks.progress import ProgressBar
 from emu3_megatron.training.callbacks.stop import StopAfterMinutes, StopOnSignal
 from emu3_megatron.training.callbacks.tensorboard import TensorBoard
 from emu3_megatron.training.callbacks.validation import Validation
+from emu3_megatron.training.callbacks.watchdog import HangWatchdog
 
 if TYPE_CHECKING:
     from emu3_megatron.training.trainer import Trainer
@@ -28,6 +29,8 @@ def build_callbacks(trainer: Trainer, average: WeightAverage | None) -> list[Cal
     """
     config, run = trainer.config, Path(trainer.config.run)
     callbacks: list[Callback] = [SpikeGuard(config.guard)]
+    if config.guard.hang_minutes:
+        callbacks.append(HangWatchdog(run / "stacks", config.guard.hang_minutes))
     if average is not None:
         callbacks.append(average)
     if config.data.validation:
