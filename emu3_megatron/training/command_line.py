@@ -91,6 +91,16 @@ def check_layout(config: TrainingConfig, world_size: int) -> None:
         f"trainer.global_batch_size={trainer.global_batch_size} is not divisible by data-parallel size x "
         f"micro_batch_size = {ranks} x {trainer.micro_batch_size} = {share}; change one of them",
     )
+    if trainer.initial_batch_size is not None:
+        for name, size in (
+            ("initial_batch_size", trainer.initial_batch_size),
+            ("batch_increment", trainer.batch_growth),
+        ):
+            require(
+                size % share == 0,
+                f"trainer.{name}={size} is not divisible by data-parallel size x micro_batch_size = {share}; "
+                f"change one of them",
+            )
     alignment = alignment_of(config)
     split = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
     require(
@@ -115,13 +125,15 @@ def check_layout(config: TrainingConfig, world_size: int) -> None:
 def _check_interleaving(config: TrainingConfig, ranks: int) -> None:
     parallel, trainer = config.parallel, config.trainer
     stages = parallel.pipeline_model_parallel_size
-    micro_batches = trainer.global_batch_size // (ranks * trainer.micro_batch_size)
-    require(
-        parallel.virtual_pipeline_model_parallel_size is None or micro_batches % stages == 0,
-        f"an interleaved pipeline of {stages} stages needs a multiple of {stages} "
-        f"micro-batches, not {micro_batches}; "
-        f"change trainer.global_batch_size or trainer.micro_batch_size",
-    )
+    sizes = [trainer.global_batch_size, trainer.initial_batch_size or 0, trainer.batch_growth]
+    for size in sizes:
+        micro_batches = size // (ranks * trainer.micro_batch_size)
+        require(
+            parallel.virtual_pipeline_model_parallel_size is None or micro_batches % stages == 0,
+            f"an interleaved pipeline of {stages} stages needs a multiple of {stages} "
+            f"micro-batches, not {micro_batches}; "
+            f"change trainer.global_batch_size or trainer.micro_batch_size",
+        )
     require(
         not (config.ema.decay and config.optimizer.overlap_param_gather),
         "ema.decay needs whole parameters after each step, which "

@@ -190,6 +190,12 @@ class TrainerConfig:
     """Optimizer steps of the whole run, those before a resume included."""
     global_batch_size: int
     """Windows of one optimizer step over all ranks."""
+    initial_batch_size: int | None = None
+    """Windows of the first step; the batch then grows to `global_batch_size`. None: no ramp (ours)."""
+    batch_increment: int | None = None
+    """Windows by which the batch grows at a time; `initial_batch_size` where not set."""
+    batch_ramp_steps: int = 0
+    """Steps until the batch has its full size, in equal parts."""
     micro_batch_size: int = 1
     """Windows that one rank takes through the model at a time."""
     precision: Precision = "bf16"
@@ -202,6 +208,30 @@ class TrainerConfig:
         for name in ("steps", "global_batch_size", "micro_batch_size"):
             value = getattr(self, name)
             require(value > 0, f"trainer.{name}={value} must be positive")
+        if self.initial_batch_size is None:
+            return
+        first, by = self.initial_batch_size, self.batch_growth
+        require(
+            0 < first < self.global_batch_size and by > 0 and (self.global_batch_size - first) % by == 0,
+            f"trainer.initial_batch_size={first} does not reach "
+            f"global_batch_size={self.global_batch_size} in whole increments of {by}; change one of them",
+        )
+        require(
+            self.batch_ramp_steps > 0,
+            f"trainer.batch_ramp_steps={self.batch_ramp_steps} must be positive with an initial_batch_size",
+        )
+
+    @property
+    def batch_growth(self) -> int:
+        """Windows by which the batch grows at a time; 0 without a ramp."""
+        return self.batch_increment or self.initial_batch_size or 0
+
+    def batch_size(self, step: int) -> int:
+        """Windows of optimizer step `step`, counted from 0."""
+        if self.initial_batch_size is None or step >= self.batch_ramp_steps:
+            return self.global_batch_size
+        increments = (self.global_batch_size - self.initial_batch_size) // self.batch_growth
+        return self.initial_batch_size + step * increments // self.batch_ramp_steps * self.batch_growth
 
 
 @dataclass(kw_only=True)
@@ -281,6 +311,23 @@ class EMAConfig:
 
 
 @dataclass(kw_only=True)
+class ProfilerConfig:
+    """torch's profiler over a few steps; the trace is written to RUN/profile for the trace viewers."""
+
+    start: int | None = None
+    """Step after which it starts; None: never. The step after it warms the profiler up."""
+    steps: int = 3
+    """Steps recorded."""
+    rank: int = 0
+    """The process that is looked at."""
+
+    def __post_init__(self) -> None:
+        """Check counts."""
+        require(self.start is None or self.start >= 0, f"profiler.start={self.start} must not be negative")
+        require(self.steps > 0, f"profiler.steps={self.steps} must be positive")
+
+
+@dataclass(kw_only=True)
 class LoggingConfig:
     """What is shown and recorded."""
 
@@ -323,6 +370,8 @@ class TrainingConfig:
     """Steps to skip."""
     ema: EMAConfig = field(default_factory=EMAConfig)
     """Averaged weights."""
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
+    """Traces of some steps."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Progress, TensorBoard, MFU."""
 

@@ -83,7 +83,9 @@ def rank_memory(config: TrainingConfig, data_ranks: int, padded_size: int) -> Me
     model, parallel = config.model, config.parallel
     stages = parallel.pipeline_model_parallel_size
     vocabulary = padded_size * model.hidden_size * (2 if stages == 1 else 1)
-    body = model.num_layers / stages * (layer_matrix_parameters(model) + 2 * model.hidden_size)
+    body = max(parallel.stage_layers(model.num_layers)) * (
+        layer_matrix_parameters(model) + 2 * model.hidden_size
+    )
     held = (vocabulary + body) / parallel.tensor_model_parallel_size
     half = config.trainer.precision == "bf16"
     shards = data_ranks * parallel.context_parallel_size if config.optimizer.use_distributed_optimizer else 1
@@ -112,7 +114,7 @@ def activation_bytes(config: TrainingConfig) -> float:
     spread = tensor if parallel.sequence_parallel else 1
     heads = model.head_size * (2 * model.num_attention_heads + 2 * model.num_query_groups)
     layer = width * (6 * model.hidden_size / spread + (heads + 4 * model.ffn_hidden_size) / tensor)
-    layers = model.num_layers / parallel.pipeline_model_parallel_size
+    layers = max(parallel.stage_layers(model.num_layers))
     per_token = layer * layers
     if model.recompute == "full":
         per_token = width * model.hidden_size / spread * layers + layer

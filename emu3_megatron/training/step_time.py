@@ -106,7 +106,7 @@ def step_time(
     again = {"none": 0.0, "selective": attention / 3, "full": (attention + products) / 3}[model.recompute]
     layer = attention + products + again
     output = 6.0 * vocabulary_size * model.hidden_size * tokens / tensor
-    *earlier, last = stage_layers(config)
+    *earlier, last = parallel.stage_layers(model.num_layers)
     stage = max([*earlier, last + output / layer]) * layer
     seconds = stage / (cluster.peak_tflops * 1e12 * cluster.efficiency)
     idle = (pipeline - 1) / (parallel.virtual_pipeline_model_parallel_size or 1)
@@ -119,17 +119,11 @@ def step_time(
     )
 
 
-def stage_layers(config: TrainingConfig) -> list[float]:
-    """Layers of every pipeline stage."""
-    stages = config.parallel.pipeline_model_parallel_size
-    return [config.model.num_layers / stages] * stages
-
-
 def _tensor_seconds(config: TrainingConfig, cluster: Cluster, tokens: float) -> float:
     """Of one micro-batch: in every layer two all-reduces (or gather and scatter) forward and two backward."""
     size = config.parallel.tensor_model_parallel_size
     width = _width(config)
-    layers = max(stage_layers(config))
+    layers = max(config.parallel.stage_layers(config.model.num_layers))
     # A ring all-reduce sends every byte twice, less the own share.
     volume = 4 * layers * 2 * (size - 1) / size * tokens * config.model.hidden_size * width
     return volume / cluster.bandwidth(size)
@@ -139,7 +133,7 @@ def _context_seconds(config: TrainingConfig, cluster: Cluster, tokens: float) ->
     """Of one micro-batch: keys and values gathered in forward, their gradients scattered in backward."""
     size = config.parallel.context_parallel_size
     tensor = config.parallel.tensor_model_parallel_size
-    layers = max(stage_layers(config))
+    layers = max(config.parallel.stage_layers(config.model.num_layers))
     held = 2 * config.model.num_query_groups * config.model.head_size / tensor * tokens * _width(config)
     return 2 * layers * held * (size - 1) / cluster.bandwidth(size * tensor)
 
@@ -149,7 +143,7 @@ def _data_seconds(config: TrainingConfig, cluster: Cluster, data: int, vocabular
     parallel, model = config.parallel, config.model
     size = data * parallel.context_parallel_size
     vocabularies = 2 if parallel.pipeline_model_parallel_size == 1 else 1
-    held = max(stage_layers(config)) * layer_matrix_parameters(model)
+    held = max(config.parallel.stage_layers(config.model.num_layers)) * layer_matrix_parameters(model)
     held += vocabularies * vocabulary_size * model.hidden_size
     held /= parallel.tensor_model_parallel_size
     sharded = config.optimizer.use_distributed_optimizer

@@ -86,7 +86,7 @@ class Trainer:
             self._start()
             for callback in self._callbacks:
                 callback.on_start(self)
-            batches = iter(self.data.loader(self.config, start=self.progress.windows))
+            batches = self.data.batches(self.config, step=self.progress.step, windows=self.progress.windows)
             while self.progress.step < self.config.trainer.steps and not self._stopping:
                 started = time.perf_counter()
                 batch = next(batches)
@@ -112,7 +112,7 @@ class Trainer:
         totals = self._reduce(self._layout, sums, extras)
         report = StepReport(
             step=step + 1,
-            windows=self.progress.windows + self.config.trainer.global_batch_size,
+            windows=self.progress.windows + self.config.trainer.batch_size(step),
             totals=totals,
             loss=totals.loss(self._weights),
             grad_norm=self.optimizer.gradient_norm(),

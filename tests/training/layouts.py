@@ -18,6 +18,7 @@ FLAGS = {
     "vpp": "--parallel.virtual_pipeline_model_parallel_size",
     "sp": "--parallel.sequence_parallel",
     "comm": "--parallel.cp_comm",
+    "last": "--parallel.layers_in_last_stage",
 }
 
 TWO: dict[str, dict[str, object]] = {
@@ -26,6 +27,7 @@ TWO: dict[str, dict[str, object]] = {
     "tp2-sp": {"tp": 2, "sp": "true"},
     "pp2": {"pp": 2},
     "pp2-interleaved": {"pp": 2, "vpp": 2},
+    "pp2-uneven": {"pp": 2, "last": 1},
     "cp2": {"cp": 2},
     "cp2-a2a": {"cp": 2, "comm": "a2a"},
 }

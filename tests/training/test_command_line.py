@@ -47,6 +47,12 @@ def test_the_resolved_configuration_reads_back(tmp_path: Path) -> None:
         (["--trainer.precision", "fp16"], 1, "fp16"),
         (["--parallel.tensor_model_parallel_size", "3"], 3, "num_query_groups=4 is not divisible"),
         (["--parallel.pipeline_model_parallel_size", "3"], 3, "num_layers=4 is not divisible"),
+        (["--parallel.layers_in_last_stage", "1"], 1, "pipeline_model_parallel_size >= 2"),
+        (
+            ["--parallel.pipeline_model_parallel_size", "3", "--parallel.layers_in_last_stage", "1"],
+            3,
+            "leaves 3",
+        ),
         (["--parallel.tensor_model_parallel_size", "2"], 3, "3 processes cannot be divided"),
         (["--trainer.micro_batch_size", "3"], 1, "global_batch_size=4 is not divisible"),
         ([], 8, "global_batch_size=4 is not divisible by data-parallel size x micro_batch_size = 8 x 1"),

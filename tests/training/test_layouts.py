@@ -15,6 +15,7 @@ TWO = {
     "tp2-sp": False,
     "pp2": True,
     "pp2-interleaved": False,
+    "pp2-uneven": True,
     "cp2": True,
     "cp2-a2a": False,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -144,6 +145,22 @@ def test_changed_data_is_refused_by_name_unless_accepted(
     accepted = runs.train(config_file, run, *changed)
     assert accepted.returncode == 0, accepted.stderr
     assert [line["step"] for line in runs.metrics(run)] == [11, 12]
+
+
+@pytest.mark.slow
+def test_a_growing_batch_repeats_and_skips_no_window_over_a_resume(tmp_path: Path, config_file: Path) -> None:
+    options = ["--trainer.initial_batch_size", "1", "--trainer.batch_ramp_steps", "9"]
+    options += ["--profiler.start", "2", "--checkpoint.interval", "4"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert runs.train(config_file, whole, *options).returncode == 0
+    expected = [1] * 3 + [2] * 3 + [3] * 3 + [4] * 11
+    windows = [line["windows"] for line in runs.metrics(whole)]
+    assert [b - a for a, b in itertools.pairwise([0, *windows])] == expected
+    assert len(list((whole / "profile").glob("*.json.gz"))) == 1
+    # Twice, so that the resume is from a checkpoint in the middle of the ramp.
+    assert runs.train(config_file, again, *options, "--trainer.steps", "6").returncode == 0
+    assert runs.train(config_file, again, *options).returncode == 0
+    assert [line["windows"] for line in runs.metrics(again)] == windows
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from emu3_megatron.training.callbacks.base import Callback
 from emu3_megatron.training.callbacks.checkpoint import SaveCheckpoints
 from emu3_megatron.training.callbacks.guard import SpikeGuard, UnstableRunError
 from emu3_megatron.training.callbacks.metrics import MetricsFile
+from emu3_megatron.training.callbacks.profiler import Profiler
 from emu3_megatron.training.callbacks.progress import ProgressBar
 from emu3_megatron.training.callbacks.stop import StopAfterMinutes, StopOnSignal
 from emu3_megatron.training.callbacks.tensorboard import TensorBoard
@@ -40,6 +41,8 @@ def build_callbacks(trainer: Trainer, average: WeightAverage | None) -> list[Cal
         callbacks.append(TensorBoard(run / "tensorboard"))
     if config.logging.progress:
         callbacks.append(ProgressBar())
+    if config.profiler.start is not None:
+        callbacks.append(Profiler(config.profiler, run / "profile"))
     callbacks.append(SaveCheckpoints(config.checkpoint))
     if config.trainer.max_minutes is not None:
         callbacks.append(StopAfterMinutes(config.trainer.max_minutes))
