@@ -135,6 +135,11 @@ def _check_interleaving(config: TrainingConfig, ranks: int) -> None:
             f"change trainer.global_batch_size or trainer.micro_batch_size",
         )
     require(
+        not config.samples.interval or (stages == 1 and not config.optimizer.overlap_param_gather),
+        "samples.interval needs the whole model after each step: "
+        "pipeline_model_parallel_size=1 and no optimizer.overlap_param_gather; set it to 0",
+    )
+    require(
         not (config.ema.decay and config.optimizer.overlap_param_gather),
         "ema.decay needs whole parameters after each step, which "
         "optimizer.overlap_param_gather gathers later; "

@@ -328,6 +328,37 @@ class ProfilerConfig:
 
 
 @dataclass(kw_only=True)
+class SamplesConfig:
+    """Pictures drawn from fixed prompts with fixed random numbers, for TensorBoard."""
+
+    interval: int = 0
+    """Steps between them; 0 is off. The last step is always drawn."""
+    prompts: list[str] = field(default_factory=list)
+    """What is drawn; picture k of every step uses seed k."""
+    height: int = 512
+    """Pixels; a multiple of the vision tokenizer's spatial factor."""
+    width: int = 512
+    """Pixels, likewise."""
+    guidance: float = 3.0
+    """Scale of classifier-free guidance; 1 is off."""
+    text_tokenizer: str = ""
+    """Its file."""
+    vision_tokenizer: str = ""
+    """Its folder."""
+    dialect: str = "emu3"
+    """How the datasets' documents are written."""
+    painter: str = "emu3_megatron.inference.painter:Painter"
+    """`module:class` that draws; it is named and not imported, since generation is built on training."""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to draw with."""
+        require(self.interval >= 0, f"samples.interval={self.interval} must not be negative; 0 is off")
+        if self.interval:
+            for name in ("prompts", "text_tokenizer", "vision_tokenizer"):
+                require(bool(getattr(self, name)), f"samples.{name} is empty; samples.interval needs it")
+
+
+@dataclass(kw_only=True)
 class LoggingConfig:
     """What is shown and recorded."""
 
@@ -370,6 +401,8 @@ class TrainingConfig:
     """Steps to skip."""
     ema: EMAConfig = field(default_factory=EMAConfig)
     """Averaged weights."""
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    """Pictures in TensorBoard."""
     profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
     """Traces of some steps."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from emu3_megatron.data.loader import Batch, WindowLoader
 from emu3_megatron.errors import UserError
 from emu3_megatron.training.command_line import alignment_of
 from emu3_megatron.training.config import DataConfig, SourceConfig, TrainingConfig
-from emu3_megatron.training.modules import is_rank_zero
+from emu3_megatron.training.modules import is_rank_zero, load_by_name
 from emu3_megatron.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -99,7 +98,7 @@ def _prepare_missing(data: DataConfig, sources: Mapping[str, SourceConfig]) -> N
     missing = [source.path for source in sources.values() if not (Path(source.path) / MANIFEST).exists()]
     if data.prepare is not None:
         if missing and is_rank_zero():
-            prepare = _load_function(data.prepare)
+            prepare = load_by_name(data.prepare, "data.prepare")
             for path in missing:
                 logger.info("making %s by %s", path, data.prepare)
                 prepare(Path(path))
@@ -114,14 +113,6 @@ def require_equal_tokenizers(training: Mapping[str, str], held_out: Mapping[str,
                 f"data.validation was made with another {kind} ({held_out[kind][:12]}) than data.sources "
                 f"({training[kind][:12]}): tokenize it again with theirs"
             )
-
-
-def _load_function(name: str) -> Callable[[Path], None]:
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"data.prepare={name!r} is not an importable `module:function` ({error})") from error
 
 
 def _plan(

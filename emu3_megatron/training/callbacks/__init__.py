@@ -12,6 +12,7 @@ from emu3_megatron.training.callbacks.guard import SpikeGuard, UnstableRunError
 from emu3_megatron.training.callbacks.metrics import MetricsFile
 from emu3_megatron.training.callbacks.profiler import Profiler
 from emu3_megatron.training.callbacks.progress import ProgressBar
+from emu3_megatron.training.callbacks.samples import Samples
 from emu3_megatron.training.callbacks.stop import StopAfterMinutes, StopOnSignal
 from emu3_megatron.training.callbacks.tensorboard import TensorBoard
 from emu3_megatron.training.callbacks.validation import Validation
@@ -41,6 +42,8 @@ def build_callbacks(trainer: Trainer, average: WeightAverage | None) -> list[Cal
         callbacks.append(TensorBoard(run / "tensorboard"))
     if config.logging.progress:
         callbacks.append(ProgressBar())
+    if config.samples.interval:
+        callbacks.append(Samples(config.samples, run / "tensorboard"))
     if config.profiler.start is not None:
         callbacks.append(Profiler(config.profiler, run / "profile"))
     callbacks.append(SaveCheckpoints(config.checkpoint))
