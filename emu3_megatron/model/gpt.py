@@ -116,7 +116,7 @@ class Emu3Model(GPTModel):
         """Weighted sum of the losses of the last stage, see `weighted_linear_cross_entropy`.
 
         Differentiate `total` itself: the gradient of a large output layer is added to megatron-core's buffer
-        in forward (`layers.LEAST_FUSED_WEIGHTS`).
+        in forward (`loss.LEAST_FUSED_WEIGHTS`).
         """
         return self.output_layer(
             hidden,

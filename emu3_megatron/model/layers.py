@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from emu3_megatron.model.attention import PackedAttention, PackedSelfAttention
 from emu3_megatron.model.config import ModelConfig, ModelConfigError
 from emu3_megatron.model.loss import (
+    LEAST_FUSED_WEIGHTS,
     TokenLosses,
     WeightedLoss,
     vocabulary_parallel_linear_cross_entropy,
@@ -105,11 +106,6 @@ class GatedFeedForward(MLP):
         gated, _ = self.linear_fc1(hidden_states)
         output, bias = self.linear_fc2(_SwiGLU.apply(gated))
         return output, bias
-
-
-LEAST_FUSED_WEIGHTS = 2**24
-"""Weights of a rank's output layer from which its gradient goes straight into megatron-core's buffer. Smaller
-ones spend little on a gradient of their own for each micro-batch, which is then added as every other is."""
 
 
 class OutputLayer(tensor_parallel.ColumnParallelLinear):

@@ -17,6 +17,10 @@ _LEAST_CHUNK = 128
 """Tokens of a chunk at least: every chunk reads the whole weight and writes its whole gradient, which must
 pay."""
 
+LEAST_FUSED_WEIGHTS = 2**24
+"""Weights of a rank's output layer from which its gradient goes straight into megatron-core's buffer. Smaller
+ones spend little on a gradient of their own for each micro-batch, which is then added as every other is."""
+
 
 class TokenLosses(NamedTuple):
     """Per-token results, in the order of the labels."""

@@ -141,6 +141,9 @@ class Trainer:
 
     def begin_save(self) -> None:
         """Start to write a checkpoint of this moment behind the next steps; all ranks call it together."""
+        if self.config.optimizer.overlap_param_gather:
+            for chunk in self.chunks:  # what the next forward pass would gather belongs to this moment
+                chunk.start_param_sync(force_sync=True)
         self._checkpointer.begin(self._record())
 
     def finish_save(self) -> Path:

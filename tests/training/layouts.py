@@ -19,6 +19,8 @@ FLAGS = {
     "sp": "--parallel.sequence_parallel",
     "comm": "--parallel.cp_comm",
     "last": "--parallel.layers_in_last_stage",
+    "reduce": "--optimizer.overlap_grad_reduce",
+    "gather": "--optimizer.overlap_param_gather",
 }
 
 TWO: dict[str, dict[str, object]] = {
@@ -30,6 +32,7 @@ TWO: dict[str, dict[str, object]] = {
     "pp2-uneven": {"pp": 2, "last": 1},
     "cp2": {"cp": 2},
     "cp2-a2a": {"cp": 2, "comm": "a2a"},
+    "dp2-overlap": {"reduce": "true", "gather": "true"},
 }
 """Layouts of two processes; what is left is data parallel."""
 

@@ -18,6 +18,7 @@ TWO = {
     "pp2-uneven": True,
     "cp2": True,
     "cp2-a2a": False,
+    "dp2-overlap": True,
 }
 """Layouts of two processes, and whether the optimizer is distributed. That of the reference, which is one
 process, is. `make prove NAME=layouts` runs every layout with both."""
@@ -28,6 +29,7 @@ FOUR = {"tp2-pp2-sp": True, "cp2-dp2": True}
 RESUMED = {
     "tensor parallel -> data parallel": ("tp2", "dp2"),
     "plain optimizer -> distributed": ("tp2-sp", "cp2"),
+    "parameters gathered late -> at once": ("dp2-overlap", "dp2"),
     "four processes -> two, interleaved": ("tp2-pp2-sp", "pp2-interleaved"),
 }
 """Distributed to plain optimizer, and back; other degrees; other numbers of processes."""

@@ -47,10 +47,6 @@ class Profiler(Callback):
         if report.step == self._end:
             self._profile.stop()
             self._profile = None
-            self._folder.mkdir(parents=True, exist_ok=True)
-            path = self._folder / f"rank-{self._config.rank:05d}-step-{report.step:08d}.json.gz"
-            self._trace.export_chrome_trace(str(path))
-            logger.info("wrote the trace of %d steps to %s", self._config.steps, path)
 
     def close(self) -> None:
         """Stop in the middle of a trace; it is not written."""
@@ -68,10 +64,13 @@ class Profiler(Callback):
         self._profile = torch.profiler.profile(
             activities=activities,
             schedule=torch.profiler.schedule(wait=0, warmup=WARM_UP_STEPS, active=count, repeat=1),
-            on_trace_ready=self._keep,
+            on_trace_ready=self._write,
             record_shapes=True,
         )
         self._profile.start()
 
-    def _keep(self, profile: Any) -> None:
-        self._trace = profile
+    def _write(self, profile: Any) -> None:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        path = self._folder / f"rank-{self._config.rank:05d}-step-{self._end:08d}.json.gz"
+        profile.export_chrome_trace(str(path))
+        logger.info("wrote the trace of %d steps to %s", self._config.steps, path)
