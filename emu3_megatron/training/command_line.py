@@ -119,10 +119,10 @@ def check_layout(config: TrainingConfig, world_size: int) -> None:
         f"data.context_length={data.context_length} exceeds model.max_position_embeddings="
         f"{config.model.max_position_embeddings}; raise the latter",
     )
-    _check_interleaving(config, ranks)
+    _check_combinations(config, ranks)
 
 
-def _check_interleaving(config: TrainingConfig, ranks: int) -> None:
+def _check_combinations(config: TrainingConfig, ranks: int) -> None:
     parallel, trainer = config.parallel, config.trainer
     stages = parallel.pipeline_model_parallel_size
     sizes = [trainer.global_batch_size, trainer.initial_batch_size or 0, trainer.batch_growth]
