@@ -11,6 +11,7 @@ from emu3_megatron.grammar import Dialect
 from emu3_megatron.inference.bundle import ModelBundle
 from emu3_megatron.inference.sampling import Sampling
 from emu3_megatron.inference.tasks import Generator
+from emu3_megatron.model import ModelConfig
 from emu3_megatron.text import load_text_tokenizer
 from emu3_megatron.training.config import SamplesConfig
 from emu3_megatron.vision import VisionTokenizer
@@ -22,6 +23,7 @@ class Painter:
 
     Args:
         model: The whole model, in training.
+        shape: Its configuration.
         vocabulary: Of the run's datasets.
         config: What to draw and with which tokenizers.
 
@@ -29,7 +31,9 @@ class Painter:
         UserError: the vision tokenizer has another number of codes.
     """
 
-    def __init__(self, model: torch.nn.Module, vocabulary: Vocabulary, config: SamplesConfig) -> None:
+    def __init__(
+        self, model: torch.nn.Module, shape: ModelConfig, vocabulary: Vocabulary, config: SamplesConfig
+    ) -> None:
         vision = VisionTokenizer.from_pretrained(config.vision_tokenizer)
         if vision.config.codebook_size != vocabulary.codebook_size:
             raise UserError(
@@ -40,7 +44,7 @@ class Painter:
         vision = vision.to(next(model.parameters()).device).eval()
         text = load_text_tokenizer(config.text_tokenizer)
         dialect = Dialect.preset(config.dialect, vocabulary, text)
-        self._generator = Generator(ModelBundle(model, model.model_config, dialect, vision))
+        self._generator = Generator(ModelBundle(model, shape, dialect, vision))
         self._config = config
 
     def __call__(self) -> list[npt.NDArray[np.uint8]]:

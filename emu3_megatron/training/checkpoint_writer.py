@@ -15,7 +15,7 @@ from typing import Any
 
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.strategies import filesystem_async
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 
 from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint_files import CheckpointError
@@ -74,18 +74,17 @@ class BackgroundWrite:
 
     def _write(self, transforms: list[Any], buckets: list[Any], results: queue.Queue[Any]) -> None:
         """The thread: every file of this rank, one after another."""
-        written: dict[int, Any] | Exception = {}
         try:
+            written = {}
             for number, bucket in enumerate(buckets):
                 outcome = _write_bucket(transforms, number, bucket)
                 if isinstance(outcome, Exception):
                     raise outcome
                 written[number] = outcome
             self.sealed = files.seal(self.folder, [Path(name) for name, _, _ in buckets])
+            results.put(written)
         except Exception as error:
-            # It is told to all ranks by `finish`.
-            written = error
-        results.put(written)
+            results.put(error)  # `finish` tells it to all ranks
 
 
 def _own_copy(bucket: Any) -> Any:

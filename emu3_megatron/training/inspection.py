@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint as torch_checkpoint
+from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint import Record
@@ -36,7 +37,7 @@ class Tensors:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         try:
-            metadata = torch_checkpoint.FileSystemReader(folder).read_metadata()
+            metadata = FileSystemReader(folder).read_metadata()
         except Exception as error:
             # It is a pickle: a damaged one can raise anything.
             raise CheckpointError(f"{folder / '.metadata'}: not readable ({error})") from error
@@ -53,7 +54,7 @@ class Tensors:
         target = {name: torch.empty(described.size, dtype=described.properties.dtype)}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # that a single process is what is meant
-            torch_checkpoint.load(target, checkpoint_id=self._folder, no_dist=True)
+            load(target, checkpoint_id=self._folder, no_dist=True)
         return target[name]
 
 

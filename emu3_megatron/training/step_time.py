@@ -143,14 +143,14 @@ def _data_seconds(config: TrainingConfig, cluster: Cluster, data: int, vocabular
     parallel, model = config.parallel, config.model
     size = data * parallel.context_parallel_size
     vocabularies = 2 if parallel.pipeline_model_parallel_size == 1 else 1
-    held = max(config.parallel.stage_layers(config.model.num_layers)) * layer_matrix_parameters(model)
-    held += vocabularies * vocabulary_size * model.hidden_size
-    held /= parallel.tensor_model_parallel_size
+    body = max(parallel.stage_layers(model.num_layers)) * layer_matrix_parameters(model)
+    held = body + vocabularies * vocabulary_size * model.hidden_size
     sharded = config.optimizer.use_distributed_optimizer
     gradients = 0.0 if config.optimizer.overlap_grad_reduce else 4.0 * (1 if sharded else 2)
     weights = 0.0 if config.optimizer.overlap_param_gather or not sharded else _width(config)
     span = size * parallel.tensor_model_parallel_size
-    return held * (gradients + weights) * (size - 1) / size / cluster.bandwidth(span)
+    held_bytes = held / parallel.tensor_model_parallel_size * (gradients + weights)
+    return held_bytes * (size - 1) / size / cluster.bandwidth(span)
 
 
 def _width(config: TrainingConfig) -> int:

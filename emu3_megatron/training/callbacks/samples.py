@@ -32,7 +32,8 @@ class Samples(Callback):
 
         if parallel_state.get_data_parallel_rank(with_context_parallel=True) == 0:
             painter = load_by_name(self._config.painter, "samples.painter")
-            self._painter = painter(unwrap(trainer.chunks[0]), trainer.data.vocabulary, self._config)
+            model = unwrap(trainer.chunks[0])
+            self._painter = painter(model, trainer.config.model, trainer.data.vocabulary, self._config)
         if is_rank_zero():
             from torch.utils.tensorboard import SummaryWriter
 
