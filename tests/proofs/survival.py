@@ -54,17 +54,30 @@ def uncommitted(checkpoints: Path) -> bool:
     return any(not (folder / files.COMMIT).exists() for folder in folders)
 
 
-def kill_in_a_save(config: Path, run: Path, steps: int, delay: float) -> bool:
-    """Start the run, and kill it `delay` seconds after a save began; False if it came to its end."""
+def kill_in_a_save(config: Path, run: Path, steps: int, moment: float) -> bool:
+    """Start the run, let it save once, and kill it in the next save; False if it came to its end.
+
+    Args:
+        config: The run's configuration.
+        run: Its folder.
+        steps: Its length.
+        moment: When, as a share of the time that the save before took.
+    """
     checkpoints = run / "checkpoints"
     for folder in checkpoints.glob("step-*"):
         if not (folder / files.COMMIT).exists():
             files.remove(folder)  # or the rest of the last save would pass for a new one
     process = FORK.Process(target=train, args=(config, run, steps))
     process.start()
-    while process.is_alive() and not uncommitted(checkpoints):
-        time.sleep(0.001)
-    time.sleep(delay)
+
+    def wait(for_a_save: bool) -> float:
+        while process.is_alive() and uncommitted(checkpoints) != for_a_save:
+            time.sleep(0.001)
+        return time.monotonic()
+
+    took = -wait(True) + wait(False)
+    wait(True)
+    time.sleep(moment * took)
     alive = process.is_alive()
     if alive and process.pid is not None:
         os.kill(process.pid, signal.SIGKILL)
@@ -128,15 +141,15 @@ def drill(folder: Path, kills: int, rng: random.Random) -> list[str]:
     wrong: list[str] = []
     inside = step = 0
     for number in range(1, kills + 1):
-        delay = rng.uniform(0, 0.3)
-        if not kill_in_a_save(config, run, steps, delay):
+        moment = rng.random()
+        if not kill_in_a_save(config, run, steps, moment):
             return [f"the run ended before kill {number}: too few steps"]
         cut = uncommitted(run / "checkpoints")
         inside += cut
         wrong += faults(run / "checkpoints", step)
         step = step_of(run / "checkpoints")
         where = "in a save" if cut else "between saves"
-        print(f"kill {number}: {delay * 1e3:.0f} ms after a save began, {where}; step {step}", flush=True)
+        print(f"kill {number}: at {moment:.0%} of a save, {where}; newest is step {step}", flush=True)
     last = FORK.Process(target=train, args=(config, run, steps))
     last.start()
     last.join()
