@@ -28,7 +28,7 @@ def test_info_says_what_a_checkpoint_is(reference: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "step 20, windows 80, updates 20, skipped 0" in done.stdout
     weights = 4 * (64 * 8 * 24 + 3 * 64 * 128 + 128) + 64
-    assert f"{weights + 2 * 1024 * 64:,} weights" in done.stdout
+    assert f"{weights + 2 * 2048 * 64:,} weights" in done.stdout
 
 
 @pytest.mark.slow
