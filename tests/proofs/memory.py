@@ -105,9 +105,9 @@ def work(arguments: list[str], answer: Path) -> None:
             return Path(self.config.run)
 
     # What the trainer imports late belongs to the imports.
-    import megatron.core.dist_checkpointing  # noqa: F401
-    import megatron.core.distributed  # noqa: F401
-    import megatron.core.optimizer  # noqa: F401
+    import megatron.core.dist_checkpointing
+    import megatron.core.distributed
+    import megatron.core.optimizer
     import megatron.core.pipeline_parallel  # noqa: F401
 
     import emu3_megatron.model.build  # noqa: F401
