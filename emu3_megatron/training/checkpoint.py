@@ -130,17 +130,24 @@ class Checkpointer:
         together.
 
         Raises:
-            CheckpointError: the save before is not finished.
+            CheckpointError: the save before is not finished, or rank 0 cannot make the folder; all ranks
+                raise it.
         """
         from emu3_megatron.training.checkpoint_writer import BackgroundWrite
 
         if self._writing is not None:
             raise CheckpointError(f"{self._writing[0].folder} is still being written; finish it first")
         folder = files.step_folder(self.folder, record.progress.step)
+        problem: list[str | None] = [None]
         if is_rank_zero():
-            files.remove(folder)  # what an interrupted save of the same step left
-            folder.mkdir(parents=True)
-        torch.distributed.barrier()
+            try:
+                files.remove(folder)  # what an interrupted save of the same step left
+                folder.mkdir(parents=True)
+            except OSError as error:
+                problem = [str(error)]
+        torch.distributed.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise CheckpointError(f"{folder} could not be made ({problem[0]}); make room or repair the disk")
         state, models = self._model_state()
         if record.progress.updates:
             state["optimizer"] = self._optimizer_state(models, is_loading=False)[0]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint import Record
 from tests.training import runs
 
@@ -125,6 +126,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     assert done.returncode == 0, done.stderr
     assert "__0_0.distcp" in done.stderr
     assert [line["step"] for line in runs.metrics(run)] == list(range(11, runs.STEPS + 1))
+    assert runs.largest_difference(runs.metrics(run), runs.metrics(reference)) == 0.0
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_does_not_end_the_run(tmp_path: Path, config_file: Path, reference: Path) -> None:
+    run = tmp_path / "run"
+    in_the_way = run / "checkpoints" / "step-00000010"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("a file where a folder should be")
+    done = runs.train(config_file, run)
+    assert done.returncode == 0, done.stderr
+    assert "step-00000010 could not be made" in done.stderr
+    assert [path.name for path in files.committed_folders(run / "checkpoints")] == ["step-00000020"]
     assert runs.largest_difference(runs.metrics(run), runs.metrics(reference)) == 0.0
 
 

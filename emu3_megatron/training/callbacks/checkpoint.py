@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from emu3_megatron.training.callbacks.base import Callback
@@ -37,16 +38,16 @@ class SaveCheckpoints(Callback):
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         """Commit what is written, and begin to save if it is time."""
         if self._pending and not report.totals.extras["saving"]:
-            self._try_to_finish(trainer)
+            self._try(self._finish, trainer)
         if report.step % self._config.interval == 0:
-            self._try_to_finish(trainer)
-            self._begin(trainer)
+            self._try(self._finish, trainer)
+            self._try(self._begin, trainer)
             if not self._config.asynchronous:
-                self._try_to_finish(trainer)
+                self._try(self._finish, trainer)
 
     def on_end(self, trainer: Trainer) -> None:
         """Save the last step."""
-        self._try_to_finish(trainer)
+        self._try(self._finish, trainer)
         if self._saved != trainer.progress.step:
             self._begin(trainer)
             self._finish(trainer)
@@ -55,18 +56,19 @@ class SaveCheckpoints(Callback):
         trainer.begin_save()
         self._saved, self._pending = trainer.progress.step, True
 
-    def _try_to_finish(self, trainer: Trainer) -> None:
-        """`_finish` where something is pending; a failure is reported on rank 0 and forgotten."""
-        if not self._pending:
-            return
+    def _try(self, act: Callable[[Trainer], None], trainer: Trainer) -> None:
+        """Do it; a failure is the same on all ranks, is reported on rank 0, and the run goes on."""
         try:
-            self._finish(trainer)
+            act(trainer)
         except CheckpointError as error:
             self._saved = None
             if is_rank_zero():
                 logger.error("%s; the run goes on", error)
 
     def _finish(self, trainer: Trainer) -> None:
+        """Commit what is pending, if anything is."""
+        if not self._pending:
+            return
         self._pending = False
         folder = trainer.finish_save()
         if is_rank_zero():
