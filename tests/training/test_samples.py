@@ -35,7 +35,7 @@ def test_pictures_stand_in_tensorboard_and_change_nothing(
     assert runs.largest_difference(runs.metrics(run), runs.metrics(reference)) == 0.0
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
-    assert events.Tags()["images"] == ["samples/00_a_red_square", "samples/01_a_blue_circle"]
-    drawn = events.Images("samples/00_a_red_square")
+    assert events.Tags()["images"] == ["samples/00 a red square", "samples/01 a blue circle"]
+    drawn = events.Images("samples/00 a red square")
     assert [image.step for image in drawn] == [15, 20]
     assert (drawn[0].height, drawn[0].width) == (32, 32)
