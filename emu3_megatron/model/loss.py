@@ -256,9 +256,15 @@ class _Recomputed(torch.autograd.Function):
         for begin in range(0, len(hidden), ctx.chunk_size):
             part = slice(begin, begin + ctx.chunk_size)
             _, _, chunk = _softmax_chunk(hidden[part], weight, labels[part], ctx.split)
-            gradient = _gradient_of_logits(chunk, gradients[0][part], hidden.dtype)
             target = None if hidden_gradient is None else hidden_gradient[part]
-            _accumulate(gradient, hidden[part], weight, target, weight_gradient)
+            _accumulate(
+                _gradient_of_logits(chunk, gradients[0][part], hidden.dtype),
+                hidden[part],
+                weight,
+                target,
+                weight_gradient,
+            )
+            del chunk  # or two chunks would exist while the next one is made
         if weight_gradient is not None:
             weight_gradient = weight_gradient.to(weight.dtype)
         return hidden_gradient, weight_gradient, None, None, None
@@ -293,9 +299,15 @@ class _Weighted(torch.autograd.Function):
                 z_total += plan.z_loss * torch.dot(weights[part], log_z.square())
                 softmax_scale = weights[part] * (1 + 2 * plan.z_loss * log_z)
             if need_hidden or need_weight:
-                gradient = _gradient_of_logits(chunk, weights[part], hidden.dtype, softmax_scale)
                 target = None if hidden_gradient is None else hidden_gradient[part]
-                _accumulate(gradient, hidden[part], weight, target, weight_gradient)
+                _accumulate(
+                    _gradient_of_logits(chunk, weights[part], hidden.dtype, softmax_scale),
+                    hidden[part],
+                    weight,
+                    target,
+                    weight_gradient,
+                )
+            del chunk  # or two chunks would exist while the next one is made
         if plan.weight_gradient is not None:
             weight_gradient = None
         elif weight_gradient is not None:
