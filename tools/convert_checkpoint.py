@@ -2,6 +2,7 @@
 
 export    a training run or checkpoint -> a folder that transformers loads
 import    a Hugging Face folder -> a run folder with one checkpoint
+extend    a text-only Llama or Qwen3 folder -> the same, with rows for control and vision ids
 verify    compare two of them, tensor by tensor
 """
 
@@ -17,7 +18,7 @@ def main() -> None:
     """Parse the command line and convert."""
     arguments = _parser().parse_args()
     _start_single_process(arguments.platform)
-    {"export": _export, "import": _import, "verify": _verify}[arguments.command](arguments)
+    {"export": _export, "import": _import, "extend": _extend, "verify": _verify}[arguments.command](arguments)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -48,6 +49,13 @@ def _parser() -> argparse.ArgumentParser:
     imports.add_argument("--output", required=True, type=Path, help="run folder to write")
     imports.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as in the folder")
     imports.add_argument("--overwrite", action="store_true", help="replace an existing folder")
+    extend = commands.add_parser("extend", help="text-only Hugging Face folder to training checkpoint")
+    extend.add_argument("--source", required=True, type=Path, help="folder of a Llama or Qwen3")
+    extend.add_argument("--output", required=True, type=Path, help="run folder to write")
+    extend.add_argument("--dataset", required=True, type=Path, help="one to train on: its vocabulary")
+    extend.add_argument("--seed", type=int, default=0, help="of the new rows")
+    extend.add_argument("--dtype", choices=("fp32", "bf16"), help="default: as in the folder")
+    extend.add_argument("--overwrite", action="store_true", help="replace an existing folder")
     verify = commands.add_parser("verify", help="exit code 0 only if all tensors are equal bit by bit")
     verify.add_argument("first", type=Path)
     verify.add_argument("second", type=Path)
@@ -88,6 +96,21 @@ def _import(arguments: argparse.Namespace) -> None:
         arguments.source, arguments.output, precision=arguments.dtype, overwrite=arguments.overwrite
     )
     print(f"imported {arguments.source} as {folder}")
+
+
+def _extend(arguments: argparse.Namespace) -> None:
+    from emu3_megatron.conversion.text_models import import_text_model
+    from emu3_megatron.data import Manifest
+
+    folder = import_text_model(
+        arguments.source,
+        arguments.output,
+        Manifest.load(arguments.dataset).vocabulary,
+        seed=arguments.seed,
+        precision=arguments.dtype,
+        overwrite=arguments.overwrite,
+    )
+    print(f"extended {arguments.source} as {folder}")
 
 
 def _verify(arguments: argparse.Namespace) -> None:

@@ -99,8 +99,8 @@ def import_checkpoint(
     weights = dict(opened.weights())
     if precision is None:
         precision = "fp32" if next(iter(weights.values())).dtype == torch.float32 else "bf16"
-    model = _build(opened.config, opened.vocabulary, precision)
-    _fill(model, weights)
+    model = build_empty(opened.config, opened.vocabulary, precision)
+    fill(model, weights)
     record = {
         "model": asdict(opened.config),
         "seed": 0,
@@ -108,7 +108,7 @@ def import_checkpoint(
         "imported": {"layout": opened.layout.name, "dialect": opened.dialect},
     }
     with publish_folder(run, overwrite=overwrite) as unfinished:
-        _save(model, step_folder(unfinished / "checkpoints", 0), opened.vocabulary.to_dict(), record)
+        save_weights(model, step_folder(unfinished / "checkpoints", 0), opened.vocabulary.to_dict(), record)
     return step_folder(Path(run) / "checkpoints", 0)
 
 
@@ -185,7 +185,7 @@ def dialect_of_run(config: Mapping[str, Any]) -> str | None:
     return names.pop() if names else None
 
 
-def _build(config: Any, vocabulary: Any, precision: str) -> torch.nn.Module:
+def build_empty(config: Any, vocabulary: Any, precision: str) -> torch.nn.Module:
     """An empty model on this process."""
     from emu3_megatron.model import build_model
 
@@ -203,7 +203,7 @@ def _build(config: Any, vocabulary: Any, precision: str) -> torch.nn.Module:
     return model
 
 
-def _fill(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
+def fill(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
     """Copy weights into the model."""
     state = canonical_names(model.state_dict())
     if set(state) != set(weights):
@@ -213,7 +213,9 @@ def _fill(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
             state[name].copy_(tensor)
 
 
-def _save(model: torch.nn.Module, folder: Path, vocabulary: dict[str, Any], config: dict[str, Any]) -> None:
+def save_weights(
+    model: torch.nn.Module, folder: Path, vocabulary: dict[str, Any], config: dict[str, Any]
+) -> None:
     """Write a committed checkpoint of weights alone."""
     from megatron.core import dist_checkpointing
 

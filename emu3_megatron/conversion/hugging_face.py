@@ -121,9 +121,9 @@ def open_hugging_face(folder: str | os.PathLike[str]) -> ImportedModel:
     Raises `ConversionError` when something is missing, damaged or not Emu3.
     """
     path = Path(folder)
-    values = _read_json(path / "config.json")
+    values = read_json(path / "config.json")
     files = TensorFiles(path)
-    own = _read_json(path / OWN_FILE) if (path / OWN_FILE).is_file() else None
+    own = read_json(path / OWN_FILE) if (path / OWN_FILE).is_file() else None
     layout = detect_layout(set(files))
     if own is not None:
         config, vocabulary = ModelConfig(**own["model"]), Vocabulary(**own["vocabulary"])
@@ -202,7 +202,7 @@ def _write_image_processor(folder: Path, vision: VisionTokenizer, pixels: tuple[
     write_json_atomic(folder / "preprocessor_config.json", values)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `ConversionError` when it is missing or damaged."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))

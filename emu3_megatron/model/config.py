@@ -130,12 +130,7 @@ class ModelConfig:
                     f"model.{name}={getattr(self, name)} is not divisible by "
                     f"tensor_model_parallel_size={tensor}; lower the degree"
                 )
-        stages = parallel.pipeline_model_parallel_size * (parallel.virtual_pipeline_model_parallel_size or 1)
-        if self.num_layers % stages:
-            raise LayoutError(
-                f"model.num_layers={self.num_layers} is not divisible by the {stages} pipeline stages; "
-                "change pipeline_model_parallel_size or virtual_pipeline_model_parallel_size"
-            )
+        parallel.stage_layers(self.num_layers)
         heads, context = self.num_attention_heads // tensor, parallel.context_parallel_size
         if parallel.cp_comm == "a2a" and heads % context:
             raise LayoutError(

@@ -111,14 +111,20 @@ class Emu3Model(GPTModel):
         weights: torch.Tensor,
         *,
         chunk_size: int | None = None,
+        z_loss: float = 0.0,
     ) -> WeightedLoss:
-        """Weighted sum of the losses of the last stage, see `weighted_linear_cross_entropy`."""
+        """Weighted sum of the losses of the last stage, see `weighted_linear_cross_entropy`.
+
+        Differentiate `total` itself: the gradient of a large output layer is added to megatron-core's buffer
+        in forward (`loss.LEAST_FUSED_WEIGHTS`).
+        """
         return self.output_layer(
             hidden,
             labels=labels,
             weights=weights,
             vocabulary_size=self.vocabulary_size,
             chunk_size=chunk_size,
+            z_loss=z_loss,
         )
 
     def _with_layout(self, parameters: PackedSeqParams, device: torch.device) -> LayoutParameters:

@@ -18,6 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from emu3_megatron.model.attention import PackedAttention, PackedSelfAttention
 from emu3_megatron.model.config import ModelConfig, ModelConfigError
 from emu3_megatron.model.loss import (
+    LEAST_FUSED_WEIGHTS,
     TokenLosses,
     WeightedLoss,
     vocabulary_parallel_linear_cross_entropy,
@@ -128,6 +129,7 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         weights: torch.Tensor | None = None,
         vocabulary_size: int,
         chunk_size: int | None = None,
+        z_loss: float = 0.0,
     ) -> TokenLosses | WeightedLoss:
         common: dict[str, Any] = {
             "vocabulary_size": vocabulary_size,
@@ -137,7 +139,38 @@ class OutputLayer(tensor_parallel.ColumnParallelLinear):
         }
         if weights is None:
             return vocabulary_parallel_linear_cross_entropy(hidden, self.weight, labels, **common)
-        return weighted_linear_cross_entropy(hidden, self.weight, labels, weights, **common)
+        buffer = self._gradient_buffer()
+        loss = weighted_linear_cross_entropy(
+            hidden, self.weight, labels, weights, z_loss=z_loss, weight_gradient=buffer, **common
+        )
+        if buffer is None:
+            return loss
+        return loss._replace(total=_GradientIsInTheBuffer.apply(loss.total, self.weight))
+
+    def _gradient_buffer(self) -> torch.Tensor | None:
+        """megatron-core's fp32 gradient of the weight, where it exists and is worth going straight to."""
+        if not torch.is_grad_enabled() or self.weight.numel() < LEAST_FUSED_WEIGHTS:
+            return None
+        return getattr(self.weight, "main_grad", None)
+
+
+class _GradientIsInTheBuffer(torch.autograd.Function):
+    """Passes a loss through, and in backward says of a weight that its gradient has been added already.
+
+    megatron-core's data-parallel hook, which starts the reduction, wants to see a gradient all the same; it
+    drops it unread. The weight itself stands in, since it has the shape and costs nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.weight = weight
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        ctx.weight.grad_added_to_main_grad = True
+        ctx.weight.grad = ctx.weight.detach()
+        return gradients[0], None
 
 
 def uses_transformer_engine(config: ModelConfig, *, cuda: bool) -> bool:

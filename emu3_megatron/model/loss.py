@@ -13,6 +13,14 @@ import torch
 _CHUNK_LOGITS = 2**22
 """Logits of one chunk when no chunk size is given: 16 MiB in fp32."""
 
+_LEAST_CHUNK = 128
+"""Tokens of a chunk at least: every chunk reads the whole weight and writes its whole gradient, which must
+pay."""
+
+LEAST_FUSED_WEIGHTS = 2**24
+"""Weights of a rank's output layer from which its gradient goes straight into megatron-core's buffer. Smaller
+ones spend little on a gradient of their own for each micro-batch, which is then added as every other is."""
+
 
 class TokenLosses(NamedTuple):
     """Per-token results, in the order of the labels."""
@@ -35,8 +43,8 @@ class WeightedLoss(NamedTuple):
 
 
 def default_chunk_size(rows: int) -> int:
-    """Tokens per chunk so that a chunk of logits over `rows` ids stays near 16 MiB; at least 16."""
-    return max(16, _CHUNK_LOGITS // max(1, rows))
+    """Tokens per chunk so that a chunk of logits over `rows` ids stays near 16 MiB; at least 128 tokens."""
+    return max(_LEAST_CHUNK, _CHUNK_LOGITS // max(1, rows))
 
 
 def vocabulary_parallel_linear_cross_entropy(
@@ -81,19 +89,37 @@ def weighted_linear_cross_entropy(
     *,
     vocabulary_size: int,
     chunk_size: int | None = None,
+    z_loss: float = 0.0,
+    weight_gradient: torch.Tensor | None = None,
     tp_group: torch.distributed.ProcessGroup | None = None,
     sequence_parallel: bool = False,
 ) -> WeightedLoss:
     """Weighted sum of the token losses, with gradients made in forward while a chunk's logits are at hand.
 
-    Arguments as in `vocabulary_parallel_linear_cross_entropy`; `weights` is float, T values. Only `total` is
-    differentiable, with respect to `hidden` and `weight_shard`.
+    Arguments as in `vocabulary_parallel_linear_cross_entropy`, and:
+
+    Args:
+        hidden: See there.
+        weight_shard: See there.
+        labels: See there.
+        weights: Float, T values.
+        vocabulary_size: See there.
+        chunk_size: See there.
+        z_loss: Coefficient of ``log(Z) ** 2``, where Z is the softmax's denominator; it is part of `total`,
+            weighted as the losses are, and not of `losses` (PaLM, arXiv 2204.02311, section 5).
+        weight_gradient: fp32 ``[V, H]``: the gradient of `weight_shard` is added here, in forward, and the
+            function returns none. The caller promises to differentiate `total` itself, not a multiple of it.
+        tp_group: See there.
+        sequence_parallel: See there.
+
+    Returns:
+        Only `total` is differentiable, with respect to `hidden` and `weight_shard`.
     """
     split = _Split.of(weight_shard, vocabulary_size, tp_group)
     rows = _whole_sequence(hidden, split, sequence_parallel)
-    chunk = chunk_size or default_chunk_size(split.real_rows)
+    plan = _Plan(split, chunk_size or default_chunk_size(split.real_rows), z_loss, weight_gradient)
     return WeightedLoss(
-        *_Weighted.apply(rows, weight_shard, labels.reshape(-1), weights.reshape(-1).float(), split, chunk)
+        *_Weighted.apply(rows, weight_shard, labels.reshape(-1), weights.reshape(-1).float(), plan)
     )
 
 
@@ -130,9 +156,19 @@ def _whole_sequence(hidden: torch.Tensor, split: _Split, sequence_parallel: bool
     return hidden.reshape(-1, hidden.size(-1))
 
 
+class _Plan(NamedTuple):
+    """How `_Weighted` works."""
+
+    split: _Split
+    chunk_size: int
+    z_loss: float
+    weight_gradient: torch.Tensor | None  # where to add it; None: return it
+
+
 class _Chunk(NamedTuple):
     exponentials_CV: torch.Tensor
     denominator_C: torch.Tensor
+    maximum_C: torch.Tensor
     local_C: torch.Tensor
     is_local_C: torch.Tensor
 
@@ -159,12 +195,15 @@ def _softmax_chunk(
         both = torch.stack([exponentials.sum(1), torch.where(is_local, target, torch.zeros_like(target))])
         denominator, target = split.reduce(both).unbind(0)
     losses = denominator.log() + maximum - target
-    return losses, target >= maximum, _Chunk(exponentials, denominator, local, is_local)
+    return losses, target >= maximum, _Chunk(exponentials, denominator, maximum, local, is_local)
 
 
-def _gradient_of_logits(chunk: _Chunk, scale_C: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """scale * (softmax - onehot), written over the exponentials."""
-    gradient = chunk.exponentials_CV.mul_((scale_C / chunk.denominator_C)[:, None])
+def _gradient_of_logits(
+    chunk: _Chunk, scale_C: torch.Tensor, dtype: torch.dtype, softmax_scale_C: torch.Tensor | None = None
+) -> torch.Tensor:
+    """scale * (softmax - onehot), written over the exponentials; the softmax may have a scale of its own."""
+    outer_C = scale_C if softmax_scale_C is None else softmax_scale_C
+    gradient = chunk.exponentials_CV.mul_((outer_C / chunk.denominator_C)[:, None])
     if gradient.size(1):
         gradient.scatter_add_(1, chunk.local_C[:, None], -(scale_C * chunk.is_local_C)[:, None])
     return gradient.to(dtype)
@@ -217,9 +256,15 @@ class _Recomputed(torch.autograd.Function):
         for begin in range(0, len(hidden), ctx.chunk_size):
             part = slice(begin, begin + ctx.chunk_size)
             _, _, chunk = _softmax_chunk(hidden[part], weight, labels[part], ctx.split)
-            gradient = _gradient_of_logits(chunk, gradients[0][part], hidden.dtype)
             target = None if hidden_gradient is None else hidden_gradient[part]
-            _accumulate(gradient, hidden[part], weight, target, weight_gradient)
+            _accumulate(
+                _gradient_of_logits(chunk, gradients[0][part], hidden.dtype),
+                hidden[part],
+                weight,
+                target,
+                weight_gradient,
+            )
+            del chunk  # or two chunks would exist while the next one is made
         if weight_gradient is not None:
             weight_gradient = weight_gradient.to(weight.dtype)
         return hidden_gradient, weight_gradient, None, None, None
@@ -233,26 +278,44 @@ class _Weighted(torch.autograd.Function):
         weight: torch.Tensor,
         labels: torch.Tensor,
         weights: torch.Tensor,
-        split: _Split,
-        chunk_size: int,
+        plan: _Plan,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         losses = hidden.new_empty(len(hidden), dtype=torch.float32)
         correct = hidden.new_empty(len(hidden), dtype=torch.bool)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         hidden_gradient = torch.empty_like(hidden) if need_hidden else None
-        weight_gradient = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
-        for begin in range(0, len(hidden), chunk_size):
-            part = slice(begin, begin + chunk_size)
-            losses[part], correct[part], chunk = _softmax_chunk(hidden[part], weight, labels[part], split)
+        weight_gradient = plan.weight_gradient if need_weight else None
+        if need_weight and weight_gradient is None:
+            weight_gradient = torch.zeros_like(weight, dtype=torch.float32)
+        z_total = losses.new_zeros(())
+        for begin in range(0, len(hidden), plan.chunk_size):
+            part = slice(begin, begin + plan.chunk_size)
+            losses[part], correct[part], chunk = _softmax_chunk(
+                hidden[part], weight, labels[part], plan.split
+            )
+            softmax_scale = None
+            if plan.z_loss:
+                log_z = chunk.denominator_C.log() + chunk.maximum_C
+                z_total += plan.z_loss * torch.dot(weights[part], log_z.square())
+                softmax_scale = weights[part] * (1 + 2 * plan.z_loss * log_z)
             if need_hidden or need_weight:
-                gradient = _gradient_of_logits(chunk, weights[part], hidden.dtype)
                 target = None if hidden_gradient is None else hidden_gradient[part]
-                _accumulate(gradient, hidden[part], weight, target, weight_gradient)
-        if weight_gradient is not None:
+                _accumulate(
+                    _gradient_of_logits(chunk, weights[part], hidden.dtype, softmax_scale),
+                    hidden[part],
+                    weight,
+                    target,
+                    weight_gradient,
+                )
+            del chunk  # or two chunks would exist while the next one is made
+        if plan.weight_gradient is not None:
+            weight_gradient = None
+        elif weight_gradient is not None:
             weight_gradient = weight_gradient.to(weight.dtype)
         ctx.save_for_backward(hidden_gradient, weight_gradient)
         ctx.mark_non_differentiable(losses, correct)
-        return (losses * weights).sum(), losses, correct
+        total = (losses * weights).sum()
+        return total + z_total if plan.z_loss else total, losses, correct
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
@@ -262,4 +325,4 @@ class _Weighted(torch.autograd.Function):
             hidden_gradient = hidden_gradient * scale.to(hidden_gradient.dtype)
         if weight_gradient is not None:
             weight_gradient = weight_gradient * scale.to(weight_gradient.dtype)
-        return hidden_gradient, weight_gradient, None, None, None, None
+        return hidden_gradient, weight_gradient, None, None, None

@@ -24,6 +24,9 @@ class ParallelConfig:
     """Processes that share the layers."""
     virtual_pipeline_model_parallel_size: int | None = None
     """Layer groups per pipeline process (interleaved schedule); None: one."""
+    layers_in_last_stage: int | None = None
+    """Layers of the last pipeline process, which computes the output layer besides: fewer than the others',
+    which share the rest evenly; None: all have the same. Without interleaving only."""
     context_parallel_size: int = 1
     """Processes that share every document of a window."""
     sequence_parallel: bool = False
@@ -52,6 +55,29 @@ class ParallelConfig:
             )
         return world_size // self.model_parallel_size
 
+    def stage_layers(self, num_layers: int) -> list[int]:
+        """Layers of every pipeline process, first to last.
+
+        Raises:
+            LayoutError: they cannot be divided.
+        """
+        stages = self.pipeline_model_parallel_size
+        last = self.layers_in_last_stage
+        if last is None:
+            groups = stages * (self.virtual_pipeline_model_parallel_size or 1)
+            if num_layers % groups:
+                raise LayoutError(
+                    f"model.num_layers={num_layers} is not divisible by the {groups} pipeline stages; "
+                    "change pipeline_model_parallel_size or virtual_pipeline_model_parallel_size"
+                )
+            return [num_layers // stages] * stages
+        if not 0 < last < num_layers or (num_layers - last) % (stages - 1):
+            raise LayoutError(
+                f"parallel.layers_in_last_stage={last} leaves {num_layers - last} of model.num_layers="
+                f"{num_layers} to {stages - 1} other stages; it must leave each the same whole number"
+            )
+        return [(num_layers - last) // (stages - 1)] * (stages - 1) + [last]
+
     def validate(self) -> None:
         """Refuse degrees that cannot work.
 
@@ -68,6 +94,11 @@ class ParallelConfig:
                 "parallel.sequence_parallel=true needs tensor_model_parallel_size > 1; set it to false"
             )
         virtual = self.virtual_pipeline_model_parallel_size
+        if self.layers_in_last_stage is not None and (virtual or self.pipeline_model_parallel_size < 2):
+            raise LayoutError(
+                f"parallel.layers_in_last_stage={self.layers_in_last_stage} needs "
+                "pipeline_model_parallel_size >= 2 and no virtual stages; leave it null"
+            )
         if virtual is not None and (virtual < 2 or self.pipeline_model_parallel_size < 2):
             raise LayoutError(
                 f"parallel.virtual_pipeline_model_parallel_size={virtual} must be at least 2 and needs "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from typing import Any, cast
 
 import torch
@@ -53,6 +54,20 @@ def _start_distributed(platform: Platform) -> None:
     else:
         store = cast(Any, torch.distributed).HashStore()
         torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1)
+
+
+def is_first_to_report(message: str) -> bool:
+    """Whether no other process has asked this with the same message; True where they cannot be asked.
+
+    An error that all ranks find is so reported once, and one that a single rank finds is not lost.
+    """
+    if not torch.distributed.is_initialized():
+        return True
+    key = "reported/" + hashlib.sha256(message.encode()).hexdigest()
+    try:
+        return torch.distributed.distributed_c10d._get_default_store().add(key, 1) == 1
+    except RuntimeError:  # the process that holds the store is gone
+        return True
 
 
 def destroy_parallel() -> None:

@@ -11,11 +11,12 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from emu3_megatron.errors import UserError, run_main
+from emu3_megatron.errors import EXIT_USER_ERROR, UserError, one_line, run_main
 from emu3_megatron.files import atomic_write
 from emu3_megatron.parallel import platform
-from emu3_megatron.parallel.groups import destroy_parallel, initialize_parallel
+from emu3_megatron.parallel.groups import destroy_parallel, initialize_parallel, is_first_to_report
 from emu3_megatron.training import command_line, log
+from emu3_megatron.training.capabilities import report
 from emu3_megatron.training.config import TrainingConfig
 from emu3_megatron.training.data import TrainingData
 from emu3_megatron.training.estimate import describe
@@ -24,7 +25,10 @@ from emu3_megatron.training.trainer import Trainer
 
 
 def main() -> None:
-    """Read the configuration; explain it, or train."""
+    """Report what the machine has, explain a configuration, or train."""
+    if command_line.CAPABILITIES in sys.argv[1:]:
+        print(report())
+        return
     asked = command_line.parse_once(sys.argv[1:])
     if asked.dry_run:
         vocabulary = TrainingData.vocabulary_if_ready(asked.config.data)
@@ -33,7 +37,12 @@ def main() -> None:
         print(describe(asked.config, asked.world_size, *sizes))
         return
     log.set_up()
-    train(asked.config)
+    try:
+        train(asked.config)
+    except (ValueError, OSError) as error:
+        if not is_first_to_report(one_line(error)):
+            sys.exit(EXIT_USER_ERROR)
+        raise
 
 
 def train(config: TrainingConfig) -> None:

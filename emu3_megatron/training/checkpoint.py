@@ -13,7 +13,7 @@ import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -25,6 +25,9 @@ from emu3_megatron.training.checkpoint_files import CheckpointError
 from emu3_megatron.training.modules import is_rank_zero, unwrap
 from emu3_megatron.training.optimizer import Optimizer
 from emu3_megatron.vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from emu3_megatron.training.checkpoint_writer import BackgroundWrite
 
 FORMAT = 1
 """Version of ``emu3.json``."""
@@ -115,27 +118,63 @@ class Checkpointer:
         self._optimizer = optimizer
         self._precision = precision
         self._averages = averages
+        self._writing: tuple[BackgroundWrite, dict[str, Any]] | None = None
 
     def save(self, record: Record) -> Path:
         """Write, commit, and prune; returns the committed folder. All ranks call it together."""
-        from megatron.core import dist_checkpointing
+        self.begin(record)
+        return self.finish()
 
+    def begin(self, record: Record) -> None:
+        """Copy everything to host memory and start writing it; training may go on. All ranks call it
+        together.
+
+        Raises:
+            CheckpointError: the save before is not finished, or rank 0 cannot make the folder; all ranks
+                raise it.
+        """
+        from emu3_megatron.training.checkpoint_writer import BackgroundWrite
+
+        if self._writing is not None:
+            raise CheckpointError(f"{self._writing[0].folder} is still being written; finish it first")
         folder = files.step_folder(self.folder, record.progress.step)
+        problem: list[str | None] = [None]
         if is_rank_zero():
-            files.remove(folder)  # what an interrupted save of the same step left
-            folder.mkdir(parents=True)
-        torch.distributed.barrier()
+            try:
+                files.remove(folder)  # what an interrupted save of the same step left
+                folder.mkdir(parents=True)
+            except OSError as error:
+                problem = [str(error)]
+        torch.distributed.broadcast_object_list(problem)
+        if problem[0] is not None:
+            raise CheckpointError(f"{folder} could not be made ({problem[0]}); make room or repair the disk")
         state, models = self._model_state()
         if record.progress.updates:
             state["optimizer"] = self._optimizer_state(models, is_loading=False)[0]
-        dist_checkpointing.save(state, str(folder), content_metadata=CONTENT_METADATA)
+        # As plain values: the run's progress moves on while files are written.
+        self._writing = (BackgroundWrite(state, folder, CONTENT_METADATA), asdict(record))
+
+    @property
+    def is_writing(self) -> bool:
+        """Whether this rank still writes files of the save that `begin` started."""
+        return self._writing is not None and self._writing[0].is_writing
+
+    def finish(self) -> Path:
+        """Wait for the save that `begin` started, commit it, and prune. All ranks call it together.
+
+        Raises:
+            CheckpointError: nothing was begun, or a rank could not write its files.
+        """
+        if self._writing is None:
+            raise CheckpointError("no save was begun")
+        (write, record), self._writing = self._writing, None
+        write.finish()
         if is_rank_zero():
-            write_json_atomic(folder / files.RECORD, asdict(record))
-        torch.distributed.barrier()
-        _commit_together(folder, record.progress.step)
+            write_json_atomic(write.folder / files.RECORD, record)
+        _commit_together(write.folder, write.sealed, record["progress"]["step"])
         if is_rank_zero():
             files.prune(self.folder, self._keep)
-        return folder
+        return write.folder
 
     def restore(self, folder: Path, record: Record) -> None:
         """Load weights, optimizer and averages of a checkpoint of this run, saved under any layout."""
@@ -296,14 +335,15 @@ def replace_data(sharded: Any, key: str, data: torch.Tensor) -> Any:
     return replace(sharded, **changes)
 
 
-def _commit_together(folder: Path, step: int) -> None:
-    """Seal the files, each rank its share, and commit on rank 0 once all are durable."""
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    sealed = files.seal(folder, files.payload(folder)[rank::world])
-    gathered: list[Any] = [None] * world
+def _commit_together(folder: Path, sealed: dict[str, dict[str, int | str]], step: int) -> None:
+    """Gather what each rank wrote and sealed; rank 0 seals the rest and commits."""
+    gathered: list[Any] = [None] * torch.distributed.get_world_size()
     torch.distributed.all_gather_object(gathered, sealed)
-    if rank == 0:
-        files.commit(folder, dict(sorted(item for part in gathered for item in part.items())), step)
+    if is_rank_zero():
+        everything = {name: entry for part in gathered for name, entry in part.items()}
+        rest = [path for path in files.payload(folder) if str(path.relative_to(folder)) not in everything]
+        everything.update(files.seal(folder, rest))
+        files.commit(folder, dict(sorted(everything.items())), step)
     torch.distributed.barrier()
 
 

@@ -53,7 +53,7 @@ def _step_folders(checkpoints: Path) -> list[Path]:
     steps = [
         (int(match[1]), path)
         for path in checkpoints.iterdir()
-        if (match := _STEP_FOLDER.fullmatch(path.name))
+        if (match := _STEP_FOLDER.fullmatch(path.name)) and path.is_dir()
     ]
     return [path for _, path in sorted(steps)]
 

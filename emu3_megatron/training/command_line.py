@@ -21,6 +21,10 @@ RUN_ALIAS = "--run_folder"
 """Means ``--run``, which torchrun takes for an abbreviation of its own ``--run-path`` and refuses."""
 
 
+CAPABILITIES = "--capabilities"
+"""Asks for a report that needs no configuration."""
+
+
 @dataclass(frozen=True)
 class CommandLine:
     """What was asked for."""
@@ -64,6 +68,9 @@ def build_parser() -> ArgumentParser:
     parser.add_argument(
         "--dry-run", action="store_true", help="print the resolved configuration and its arithmetic"
     )
+    parser.add_argument(
+        CAPABILITIES, action="store_true", help="print what this machine has for training, and end"
+    )
     parser.add_argument("--world-size", type=int, default=0, help="processes to assume in a dry run")
     parser.add_class_arguments(TrainingConfig)
     return parser
@@ -84,6 +91,16 @@ def check_layout(config: TrainingConfig, world_size: int) -> None:
         f"trainer.global_batch_size={trainer.global_batch_size} is not divisible by data-parallel size x "
         f"micro_batch_size = {ranks} x {trainer.micro_batch_size} = {share}; change one of them",
     )
+    if trainer.initial_batch_size is not None:
+        for name, size in (
+            ("initial_batch_size", trainer.initial_batch_size),
+            ("batch_increment", trainer.batch_growth),
+        ):
+            require(
+                size % share == 0,
+                f"trainer.{name}={size} is not divisible by data-parallel size x micro_batch_size = {share}; "
+                f"change one of them",
+            )
     alignment = alignment_of(config)
     split = 2 * parallel.context_parallel_size if parallel.context_parallel_size > 1 else 1
     require(
@@ -102,18 +119,25 @@ def check_layout(config: TrainingConfig, world_size: int) -> None:
         f"data.context_length={data.context_length} exceeds model.max_position_embeddings="
         f"{config.model.max_position_embeddings}; raise the latter",
     )
-    _check_interleaving(config, ranks)
+    _check_combinations(config, ranks)
 
 
-def _check_interleaving(config: TrainingConfig, ranks: int) -> None:
+def _check_combinations(config: TrainingConfig, ranks: int) -> None:
     parallel, trainer = config.parallel, config.trainer
     stages = parallel.pipeline_model_parallel_size
-    micro_batches = trainer.global_batch_size // (ranks * trainer.micro_batch_size)
+    sizes = [trainer.global_batch_size, trainer.initial_batch_size or 0, trainer.batch_growth]
+    for size in sizes:
+        micro_batches = size // (ranks * trainer.micro_batch_size)
+        require(
+            parallel.virtual_pipeline_model_parallel_size is None or micro_batches % stages == 0,
+            f"an interleaved pipeline of {stages} stages needs a multiple of {stages} "
+            f"micro-batches, not {micro_batches}; "
+            f"change trainer.global_batch_size or trainer.micro_batch_size",
+        )
     require(
-        parallel.virtual_pipeline_model_parallel_size is None or micro_batches % stages == 0,
-        f"an interleaved pipeline of {stages} stages needs a multiple of {stages} "
-        f"micro-batches, not {micro_batches}; "
-        f"change trainer.global_batch_size or trainer.micro_batch_size",
+        not config.samples.interval or (stages == 1 and not config.optimizer.overlap_param_gather),
+        "samples.interval needs the whole model after each step: "
+        "pipeline_model_parallel_size=1 and no optimizer.overlap_param_gather; set it to 0",
     )
     require(
         not (config.ema.decay and config.optimizer.overlap_param_gather),

@@ -155,13 +155,17 @@ class LossConfig:
     control_weight: float = 1.0
     """BOS, EOS, BOI, IMG, EOI (ours)."""
     chunk_size: int | None = None
-    """Tokens whose logits exist at a time; where not set, as many as keep them near 16 MiB."""
+    """Tokens whose logits exist at a time; where not set, as many as keep them near 16 MiB, at least 128."""
+    z_loss: float = 0.0
+    """Coefficient of the squared logarithm of the softmax's denominator, weighted as the cross entropy and
+    trained on, but not counted in `loss`; 1e-4 is common, 0 is off (ours)."""
 
     def __post_init__(self) -> None:
         """Check that something is trained."""
         weights = self.by_class()
         require(min(weights) >= 0, f"loss weights {weights} must not be negative")
         require(max(weights) > 0, "every loss weight is zero; nothing would be trained")
+        require(self.z_loss >= 0, f"loss.z_loss={self.z_loss} must not be negative; 0 is off")
         require(
             self.chunk_size is None or self.chunk_size > 0,
             f"loss.chunk_size={self.chunk_size} must be positive",
@@ -188,6 +192,12 @@ class TrainerConfig:
     """Optimizer steps of the whole run, those before a resume included."""
     global_batch_size: int
     """Windows of one optimizer step over all ranks."""
+    initial_batch_size: int | None = None
+    """Windows of the first step; the batch then grows to `global_batch_size`. None: no ramp (ours)."""
+    batch_increment: int | None = None
+    """Windows by which the batch grows at a time; `initial_batch_size` where not set."""
+    batch_ramp_steps: int = 0
+    """Steps until the batch has its full size, in equal parts."""
     micro_batch_size: int = 1
     """Windows that one rank takes through the model at a time."""
     precision: Precision = "bf16"
@@ -200,6 +210,30 @@ class TrainerConfig:
         for name in ("steps", "global_batch_size", "micro_batch_size"):
             value = getattr(self, name)
             require(value > 0, f"trainer.{name}={value} must be positive")
+        if self.initial_batch_size is None:
+            return
+        first, by = self.initial_batch_size, self.batch_growth
+        require(
+            0 < first < self.global_batch_size and by > 0 and (self.global_batch_size - first) % by == 0,
+            f"trainer.initial_batch_size={first} does not reach "
+            f"global_batch_size={self.global_batch_size} in whole increments of {by}; change one of them",
+        )
+        require(
+            self.batch_ramp_steps > 0,
+            f"trainer.batch_ramp_steps={self.batch_ramp_steps} must be positive with an initial_batch_size",
+        )
+
+    @property
+    def batch_growth(self) -> int:
+        """Windows by which the batch grows at a time; 0 without a ramp."""
+        return self.batch_increment or self.initial_batch_size or 0
+
+    def batch_size(self, step: int) -> int:
+        """Windows of optimizer step `step`, counted from 0."""
+        if self.initial_batch_size is None or step >= self.batch_ramp_steps:
+            return self.global_batch_size
+        increments = (self.global_batch_size - self.initial_batch_size) // self.batch_growth
+        return self.initial_batch_size + step * increments // self.batch_ramp_steps * self.batch_growth
 
 
 @dataclass(kw_only=True)
@@ -210,6 +244,8 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """Committed checkpoints to keep; at least 2, so that one damaged folder never ends a run."""
+    asynchronous: bool = True
+    """Write files behind the steps that follow, from a copy in host memory (ours)."""
     load: str | None = None
     """Checkpoint folder whose weights start this run (the hand-over from stage 1 to stage 2): step, windows
     and optimizer start afresh. A run that has checkpoints of its own goes on from those."""
@@ -252,11 +288,15 @@ class GuardConfig:
     """Steps before spikes are judged."""
     max_consecutive: int = 10
     """End the run with an error after this many skipped steps in a row."""
+    hang_minutes: float = 60.0
+    """Write the stacks of all threads to RUN/stacks and end the process when no step ended for so long, time
+    for validation and saving included; 0 is off (ours)."""
 
     def __post_init__(self) -> None:
         """Check ranges."""
         factor = self.spike_factor
         require(factor == 0 or factor > 1, f"guard.spike_factor={factor} must be 0 (off) or larger than 1")
+        require(self.hang_minutes >= 0, f"guard.hang_minutes={self.hang_minutes} must not be negative")
         require(self.max_consecutive > 0, f"guard.max_consecutive={self.max_consecutive} must be positive")
 
 
@@ -270,6 +310,54 @@ class EMAConfig:
     def __post_init__(self) -> None:
         """Check the range."""
         require(0 <= self.decay < 1, f"ema.decay={self.decay} must lie in [0, 1); 0 is off")
+
+
+@dataclass(kw_only=True)
+class ProfilerConfig:
+    """torch's profiler over a few steps; the trace is written to RUN/profile for the trace viewers."""
+
+    start: int | None = None
+    """Step after which it starts; None: never. The step after it warms the profiler up."""
+    steps: int = 3
+    """Steps recorded."""
+    rank: int = 0
+    """The process that is looked at."""
+
+    def __post_init__(self) -> None:
+        """Check counts."""
+        require(self.start is None or self.start >= 0, f"profiler.start={self.start} must not be negative")
+        require(self.steps > 0, f"profiler.steps={self.steps} must be positive")
+
+
+@dataclass(kw_only=True)
+class SamplesConfig:
+    """Pictures drawn from fixed prompts with fixed random numbers, for TensorBoard."""
+
+    interval: int = 0
+    """Steps between them; 0 is off. The last step is always drawn."""
+    prompts: list[str] = field(default_factory=list)
+    """What is drawn; picture k of every step uses seed k."""
+    height: int = 512
+    """Pixels; a multiple of the vision tokenizer's spatial factor."""
+    width: int = 512
+    """Pixels, likewise."""
+    guidance: float = 3.0
+    """Scale of classifier-free guidance; 1 is off."""
+    text_tokenizer: str = ""
+    """Its file."""
+    vision_tokenizer: str = ""
+    """Its folder."""
+    dialect: str = "emu3"
+    """How the datasets' documents are written."""
+    painter: str = "emu3_megatron.inference.painter:Painter"
+    """`module:class` that draws; it is named and not imported, since generation is built on training."""
+
+    def __post_init__(self) -> None:
+        """Check that there is something to draw with."""
+        require(self.interval >= 0, f"samples.interval={self.interval} must not be negative; 0 is off")
+        if self.interval:
+            for name in ("prompts", "text_tokenizer", "vision_tokenizer"):
+                require(bool(getattr(self, name)), f"samples.{name} is empty; samples.interval needs it")
 
 
 @dataclass(kw_only=True)
@@ -315,6 +403,10 @@ class TrainingConfig:
     """Steps to skip."""
     ema: EMAConfig = field(default_factory=EMAConfig)
     """Averaged weights."""
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    """Pictures in TensorBoard."""
+    profiler: ProfilerConfig = field(default_factory=ProfilerConfig)
+    """Traces of some steps."""
     logging: LoggingConfig = field(default_factory=LoggingConfig)
     """Progress, TensorBoard, MFU."""
 

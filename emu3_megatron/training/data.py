@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from emu3_megatron.data.loader import Batch, WindowLoader
 from emu3_megatron.errors import UserError
 from emu3_megatron.training.command_line import alignment_of
 from emu3_megatron.training.config import DataConfig, SourceConfig, TrainingConfig
-from emu3_megatron.training.modules import is_rank_zero
+from emu3_megatron.training.modules import is_rank_zero, load_by_name
 from emu3_megatron.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -72,15 +71,25 @@ class TrainingData:
         """Held-out sources in the order of `Batch.source`."""
         return tuple(self.validation_plan.mixture.names) if self.validation_plan else ()
 
-    def loader(self, config: TrainingConfig, *, start: int) -> Iterable[list[Batch]]:
-        """Global batches of this rank from window `start` on, read ahead."""
-        return _loader(config, self.plan, start=start, num_workers=config.data.num_workers)
+    def batches(self, config: TrainingConfig, *, step: int, windows: int) -> Iterator[list[Batch]]:
+        """Global batches of this rank for step `step` (from 0) and on, read ahead.
+
+        Where the batch grows, a new loader begins at the window that the last one came to.
+        """
+        while True:
+            size = config.trainer.batch_size(step)
+            workers = config.data.num_workers
+            batches = iter(_loader(config, self.plan, start=windows, size=size, num_workers=workers))
+            while config.trainer.batch_size(step) == size:
+                yield next(batches)
+                step, windows = step + 1, windows + size
 
     def validation_loader(self, config: TrainingConfig) -> Iterable[list[Batch]]:
         """Global batches of held-out windows from the first on."""
         if self.validation_plan is None:
             raise UserError("data.validation is empty; name a held-out dataset")
-        return _loader(config, self.validation_plan, start=0, num_workers=0)
+        size = config.trainer.global_batch_size
+        return _loader(config, self.validation_plan, start=0, size=size, num_workers=0)
 
 
 def _prepare_missing(data: DataConfig, sources: Mapping[str, SourceConfig]) -> None:
@@ -88,7 +97,7 @@ def _prepare_missing(data: DataConfig, sources: Mapping[str, SourceConfig]) -> N
     missing = [source.path for source in sources.values() if not (Path(source.path) / MANIFEST).exists()]
     if data.prepare is not None:
         if missing and is_rank_zero():
-            prepare = _load_function(data.prepare)
+            prepare = load_by_name(data.prepare, "data.prepare")
             for path in missing:
                 logger.info("making %s by %s", path, data.prepare)
                 prepare(Path(path))
@@ -103,14 +112,6 @@ def require_equal_tokenizers(training: Mapping[str, str], held_out: Mapping[str,
                 f"data.validation was made with another {kind} ({held_out[kind][:12]}) than data.sources "
                 f"({training[kind][:12]}): tokenize it again with theirs"
             )
-
-
-def _load_function(name: str) -> Callable[[Path], None]:
-    module, _, attribute = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise UserError(f"data.prepare={name!r} is not an importable `module:function` ({error})") from error
 
 
 def open_plan(config: TrainingConfig) -> Plan:
@@ -153,13 +154,13 @@ def _plan(
     )
 
 
-def _loader(config: TrainingConfig, plan: Plan, *, start: int, num_workers: int) -> WindowLoader:
+def _loader(config: TrainingConfig, plan: Plan, *, start: int, size: int, num_workers: int) -> WindowLoader:
     from megatron.core import parallel_state
 
     return WindowLoader(
         plan,
         start=start,
-        global_batch_size=config.trainer.global_batch_size,
+        global_batch_size=size,
         micro_batch_size=config.trainer.micro_batch_size,
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),

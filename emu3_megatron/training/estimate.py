@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from emu3_megatron.model.loss import LEAST_FUSED_WEIGHTS, default_chunk_size
 from emu3_megatron.training.config import TrainingConfig
 from emu3_megatron.training.throughput import layer_matrix_parameters, training_flops
 
 GIB = 2**30
 MIB = 2**20
 BYTES_FP32 = 4
-LOSS_CHUNK_BYTES = 3 * 16 * 2**20
-"""Logits of a chunk in the compute type, in fp32, and their gradient, at the default chunk size."""
 
 
 @dataclass(frozen=True)
@@ -79,42 +78,89 @@ def readable(size: float) -> str:
 
 
 def rank_memory(config: TrainingConfig, data_ranks: int, padded_size: int) -> Memory:
-    """Memory of the fullest rank: the first or last pipeline stage, which has a vocabulary matrix too."""
+    """Memory of the fullest rank: of the first pipeline stage, which holds the embedding and the most
+    micro-batches, or of the last, which holds the output layer.
+
+    Args:
+        config: The run.
+        data_ranks: Data-parallel degree.
+        padded_size: Rows of the embedding and the output layer.
+    """
+    stages = config.parallel.pipeline_model_parallel_size
+    both = [_stage_memory(config, stage, data_ranks, padded_size) for stage in {0, stages - 1}]
+    return max(both, key=lambda memory: memory.total)
+
+
+def _stage_memory(config: TrainingConfig, stage: int, data_ranks: int, padded_size: int) -> Memory:
     model, parallel = config.model, config.parallel
     stages = parallel.pipeline_model_parallel_size
-    vocabulary = padded_size * model.hidden_size * (2 if stages == 1 else 1)
-    body = model.num_layers / stages * (layer_matrix_parameters(model) + 2 * model.hidden_size)
+    ends = (stage == 0) + (stage == stages - 1)
+    layers = parallel.stage_layers(model.num_layers)[stage]
+    body = layers * (layer_matrix_parameters(model) + 2 * model.hidden_size)
+    vocabulary = ends * padded_size * model.hidden_size
     held = (vocabulary + body) / parallel.tensor_model_parallel_size
     half = config.trainer.precision == "bf16"
     shards = data_ranks * parallel.context_parallel_size if config.optimizer.use_distributed_optimizer else 1
-    # Two moments; a bf16 run has fp32 master weights besides, and so has an fp32 run with a distributed
-    # optimizer.
-    states = 3 if half or config.optimizer.use_distributed_optimizer else 2
+    states = 3 if half else 2  # two moments, and fp32 master weights where the weights are not fp32
     average = held * BYTES_FP32 if config.ema.decay else 0.0
     return Memory(
         weights=held * (2 if half else BYTES_FP32) + average,
         gradients=held * BYTES_FP32,
         optimizer=held * states * BYTES_FP32 / shards,
-        activations=activation_bytes(config),
+        activations=activation_bytes(config, stage, padded_size),
     )
 
 
-def activation_bytes(config: TrainingConfig) -> float:
-    """What forward keeps for backward on the first stage, and the loss's chunk of logits.
+def activation_bytes(config: TrainingConfig, stage: int, padded_size: int) -> float:
+    """What forward keeps for backward on a stage, and the largest working set beside it.
 
     Counted per token and layer: what the norms, projections, attention and the gated feed-forward layer save.
-    With full recomputation a layer keeps its input, and one layer is expanded at a time. The first of P
-    pipeline stages holds P micro-batches.
+    With full recomputation a layer keeps its input, and one layer is expanded at a time.
+
+    Args:
+        config: The run.
+        stage: Pipeline stage from 0.
+        padded_size: Rows of the output layer.
     """
     model, parallel = config.model, config.parallel
     width = 2 if config.trainer.precision == "bf16" else BYTES_FP32
     tensor = parallel.tensor_model_parallel_size
     spread = tensor if parallel.sequence_parallel else 1
+    residual = width * model.hidden_size / spread
     heads = model.head_size * (2 * model.num_attention_heads + 2 * model.num_query_groups)
-    layer = width * (6 * model.hidden_size / spread + (heads + 4 * model.ffn_hidden_size) / tensor)
-    layers = model.num_layers / parallel.pipeline_model_parallel_size
-    per_token = layer * layers
+    # Two norms keep input and output; the gated layer keeps both halves and their product.
+    layer = 4 * residual + width * (heads + 3 * model.ffn_hidden_size) / tensor
+    if model.hidden_dropout:
+        layer += 2 * model.hidden_size / spread  # masks of a byte
+    backward = 3 * residual + width * 5 * model.ffn_hidden_size / tensor
+    layers = parallel.stage_layers(model.num_layers)[stage]
+    kept, expanded = layer * layers, 0.0
     if model.recompute == "full":
-        per_token = width * model.hidden_size / spread * layers + layer
+        kept, expanded = residual * layers, layer
     tokens = config.trainer.micro_batch_size * config.data.context_length / parallel.context_parallel_size
-    return per_token * tokens * parallel.pipeline_model_parallel_size + LOSS_CHUNK_BYTES
+    working = (backward + expanded) * tokens
+    if stage == parallel.pipeline_model_parallel_size - 1:
+        kept += 3 * residual  # the last norm's output, its gradient, and the gathered hidden states
+        working = max(working, _loss_bytes(config, padded_size / tensor, width))
+    return kept * tokens * _micro_batches_held(config, stage) + working
+
+
+def _loss_bytes(config: TrainingConfig, rows: float, width: int) -> float:
+    """A chunk of logits, and the output layer's own gradient where it does not go to the buffer at once."""
+    chunk = config.loss.chunk_size or default_chunk_size(int(rows))
+    logits = chunk * rows * (BYTES_FP32 if width == BYTES_FP32 else BYTES_FP32 + 2 * width)
+    weights = rows * config.model.hidden_size
+    if weights < LEAST_FUSED_WEIGHTS:
+        return logits + 2 * BYTES_FP32 * weights
+    return logits + (0 if width == BYTES_FP32 else (width + BYTES_FP32) * weights)
+
+
+def _micro_batches_held(config: TrainingConfig, stage: int) -> float:
+    """Micro-batches whose activations a stage holds at once, in units of all its layers."""
+    parallel, trainer = config.parallel, config.trainer
+    stages, groups = parallel.pipeline_model_parallel_size, parallel.virtual_pipeline_model_parallel_size
+    if stages == 1:
+        return 1.0
+    if groups is None:
+        return float(min(stages - stage, trainer.global_batch_size // trainer.micro_batch_size))
+    return ((stages - stage - 1) * 2 + (groups - 1) * stages + 1) / groups

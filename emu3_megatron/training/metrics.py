@@ -17,9 +17,17 @@ from emu3_megatron.grammar.document import Modality
 QUANTITIES = ("cross_entropy", "correct", "tokens")
 """Sums kept for every source and class: nats, arg-max hits, targets."""
 
-EXTRAS = ("padding_tokens", "window_tokens", "attention_pairs", "wait_seconds", "signals", "time_is_up")
-"""Further sums of a step over all ranks. `attention_pairs` counts (query, key) pairs under the document
-mask."""
+EXTRAS = (
+    "padding_tokens",
+    "window_tokens",
+    "attention_pairs",
+    "wait_seconds",
+    "signals",
+    "time_is_up",
+    "saving",
+)
+"""Further sums of a step over all ranks. `attention_pairs` counts (query, key) pairs under the document mask,
+`saving` the ranks that still write their files of a checkpoint."""
 
 CLASSES = tuple(Modality)
 

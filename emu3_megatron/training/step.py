@@ -96,7 +96,7 @@ class ForwardBackward:
         self._sums = torch.zeros(layout.cells, len(QUANTITIES), dtype=torch.float64, device=device)
         self._no_tokens = torch.zeros((), dtype=torch.int)
         self._schedule = get_forward_backward_func()
-        self._chunk_size = loss.chunk_size
+        self._chunk_size, self._z_loss = loss.chunk_size, loss.z_loss
 
     def __call__(
         self, batches: Sequence[Batch], *, forward_only: bool = False
@@ -172,7 +172,7 @@ class ForwardBackward:
         """The micro-batch's part of the loss; megatron-core calls it on the last stage only."""
         weights_L = self._weights32_C[batch.classes_L] * scale
         loss, losses_L, correct_L = unwrap(chunk).weighted_loss(
-            hidden_L1H, batch.labels_1L, weights_L, chunk_size=self._chunk_size
+            hidden_L1H, batch.labels_1L, weights_L, chunk_size=self._chunk_size, z_loss=self._z_loss
         )
         if self._groups.counts_here:
             quantities_LQ = torch.stack(

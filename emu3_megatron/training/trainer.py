@@ -86,7 +86,7 @@ class Trainer:
             self._start()
             for callback in self._callbacks:
                 callback.on_start(self)
-            batches = iter(self.data.loader(self.config, start=self.progress.windows))
+            batches = self.data.batches(self.config, step=self.progress.step, windows=self.progress.windows)
             while self.progress.step < self.config.trainer.steps and not self._stopping:
                 started = time.perf_counter()
                 batch = next(batches)
@@ -108,10 +108,11 @@ class Trainer:
             seed_step(self.config.seed, step)
         self.optimizer.zero_gradients()
         sums, extras = self._forward_backward(batches)
-        totals = self._reduce(self._layout, sums, {**extras, "wait_seconds": waited, **self._wishes})
+        extras |= {"wait_seconds": waited, "saving": float(self._checkpointer.is_writing), **self._wishes}
+        totals = self._reduce(self._layout, sums, extras)
         report = StepReport(
             step=step + 1,
-            windows=self.progress.windows + self.config.trainer.global_batch_size,
+            windows=self.progress.windows + self.config.trainer.batch_size(step),
             totals=totals,
             loss=totals.loss(self._weights),
             grad_norm=self.optimizer.gradient_norm(),
@@ -138,9 +139,16 @@ class Trainer:
         """End the run after this step. Every rank must call it in the same step."""
         self._stopping = True
 
-    def save(self) -> Path:
-        """Write a checkpoint of this moment; all ranks call it together."""
-        return self._checkpointer.save(self._record())
+    def begin_save(self) -> None:
+        """Start to write a checkpoint of this moment behind the next steps; all ranks call it together."""
+        if self.config.optimizer.overlap_param_gather:
+            for chunk in self.chunks:  # what the next forward pass would gather belongs to this moment
+                chunk.start_param_sync(force_sync=True)
+        self._checkpointer.begin(self._record())
+
+    def finish_save(self) -> Path:
+        """Wait for what `begin_save` started, and commit it; all ranks call it together."""
+        return self._checkpointer.finish()
 
     def evaluator(self, sources: tuple[str, ...]) -> tuple[ForwardBackward, MetricsLayout]:
         """What measures windows of other sources with the same model; see `evaluate`."""

@@ -46,10 +46,10 @@ def save_run(run: Path, model) -> None:
     """A committed checkpoint as training writes it."""
     from dataclasses import asdict
 
-    from emu3_megatron.conversion.checkpoints import _save
+    from emu3_megatron.conversion.checkpoints import save_weights
 
     config = {"model": asdict(model.model_config), "seed": 0, "trainer": {"precision": "fp32"}}
-    _save(model, run / "checkpoints" / "step-00000007", worlds.VOCABULARY.to_dict(), config)
+    save_weights(model, run / "checkpoints" / "step-00000007", worlds.VOCABULARY.to_dict(), config)
 
 
 @pytest.fixture(scope="module")

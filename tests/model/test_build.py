@@ -1,3 +1,5 @@
+import contextlib
+
 import pytest
 import torch
 
@@ -9,7 +11,9 @@ from emu3_megatron.parallel.context import packed_sequence_parameters
 platform.install("cpu")
 
 from megatron.core import tensor_parallel  # noqa: E402
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
 
+from emu3_megatron.model import layers  # noqa: E402
 from emu3_megatron.model.gpt import Emu3Model  # noqa: E402
 from emu3_megatron.model.initialization import global_parameter_names, initialize_weights  # noqa: E402
 
@@ -59,6 +63,21 @@ def test_documents_packed_together_give_what_each_gives_alone(
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
 
 
+def test_losses_of_documents_packed_together_are_those_of_each_alone(single_process: ParallelConfig) -> None:
+    model = _build(single_process)
+    lengths = [9, 30, 27, 2, 60]
+    tokens, cu = _window(lengths)
+    labels = tokens.roll(-1, 1)
+    packed = model(tokens, packed_seq_params=packed_sequence_parameters(cu))
+    losses = model.token_losses(packed, labels).losses
+    for part, target, got in zip(
+        tokens.split(lengths, 1), labels.split(lengths, 1), losses.split(lengths), strict=True
+    ):
+        alone = packed_sequence_parameters(torch.tensor([0, part.size(1)], dtype=torch.int32))
+        want = model.token_losses(model(part, packed_seq_params=alone), target).losses
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 def test_recomputation_changes_no_gradient(single_process: ParallelConfig, dropout: float) -> None:
     """With dropout this holds because backward draws again what forward drew."""
@@ -74,6 +93,28 @@ def test_recomputation_changes_no_gradient(single_process: ParallelConfig, dropo
         gradients.append([p.grad for p in model.parameters()])
     for other in gradients[1:]:
         torch.testing.assert_close(other, gradients[0], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_the_output_layers_gradient_goes_straight_to_the_buffer_where_it_is_large(
+    single_process: ParallelConfig, monkeypatch: pytest.MonkeyPatch, overlap: bool
+) -> None:
+    tokens, cu = _window([9, 30, 20])
+    settings = DistributedDataParallelConfig(grad_reduce_in_fp32=True, overlap_grad_reduce=overlap)
+    gradients = []
+    for least in (10**9, 0):
+        monkeypatch.setattr(layers, "LEAST_FUSED_WEIGHTS", least)
+        model = _build(single_process)
+        wrapped = DistributedDataParallel(model.config, settings, model)
+        wrapped.zero_grad_buffer()
+        for last in (False, True):  # two micro-batches
+            with contextlib.nullcontext() if last else wrapped.no_sync():
+                hidden = wrapped(tokens, packed_seq_params=packed_sequence_parameters(cu))
+                model.weighted_loss(hidden, tokens, torch.full(tokens.shape, 0.01)).total.backward()
+        wrapped.finish_grad_sync()
+        assert all(parameter.grad is None for parameter in model.parameters())
+        gradients.append([parameter.main_grad.clone() for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-6, atol=1e-8)
 
 
 @pytest.mark.parametrize("place", ["embedding_dropout", "attention_dropout", "hidden_dropout"])

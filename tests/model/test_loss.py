@@ -58,6 +58,36 @@ def test_any_function_of_the_token_losses_may_follow() -> None:
     _assert_equal(torch.autograd.grad(got.losses.square().mean(), (hidden, weight)), want)
 
 
+@pytest.mark.parametrize("chunk_size", [None, 40])
+def test_z_loss_is_trained_on_and_not_reported(chunk_size: int | None) -> None:
+    hidden, weight, labels, weights = _inputs()
+    coefficient = 1e-3
+    logits = hidden[:, 0].double() @ weight[:IN_USE].double().t()
+    penalty = coefficient * (logits.logsumexp(1).square() * weights[0]).sum()
+    want = (_dense(hidden, weight, labels) * weights[0]).sum() + penalty
+    got = weighted_linear_cross_entropy(
+        hidden, weight, labels, weights, vocabulary_size=IN_USE, chunk_size=chunk_size, z_loss=coefficient
+    )
+    _assert_equal((got.total, got.losses), (want, _dense(hidden, weight, labels)))
+    _assert_equal(
+        torch.autograd.grad(got.total, (hidden, weight)), torch.autograd.grad(want, (hidden, weight))
+    )
+
+
+def test_the_weight_gradient_can_be_added_to_a_buffer() -> None:
+    hidden, weight, labels, weights = _inputs()
+    want = torch.autograd.grad((_dense(hidden, weight, labels) * weights[0]).sum(), weight)[0]
+    buffer = torch.ones(ROWS, HIDDEN)
+    for _ in range(2):  # two micro-batches
+        got = weighted_linear_cross_entropy(
+            hidden, weight, labels, weights, vocabulary_size=IN_USE, chunk_size=40, weight_gradient=buffer
+        )
+        got.total.backward()
+    assert weight.grad is None
+    assert hidden.grad is not None
+    _assert_equal((buffer - 1,), (2 * want,))
+
+
 def test_padding_ids_take_no_part() -> None:
     hidden, weight, labels, weights = _inputs()
     with torch.no_grad():

@@ -1,7 +1,8 @@
 """Runs of a small model, alone or many layouts in one launch.
 
-As a program, under torchrun: ``runs.py CONFIG.json`` with a list of jobs ``{"arguments": [...]}``; every job
-is one run with its own layout, one after another in the same processes (starting them is what takes long).
+As a program, under torchrun: ``runs.py JOBS.json`` with ``{"jobs": [[argument, ...], ...], "save": bool}``;
+every job is one run with its own layout, one after another in the same processes (starting them is what takes
+long). Without ``save`` they write no checkpoints.
 """
 
 from __future__ import annotations
@@ -90,10 +91,18 @@ def train(
     )
 
 
-def launch_layouts(folder: Path, config: Path, layouts: dict[str, list[str]], *, processes: int) -> None:
+def launch_layouts(
+    folder: Path,
+    config: Path,
+    layouts: dict[str, list[str]],
+    *,
+    processes: int,
+    save: bool = True,
+    timeout: float = 500,
+) -> None:
     """Train every layout into ``folder/NAME``, in one launch."""
     jobs = [["--config", str(config), "--run", str(folder / name), *rest] for name, rest in layouts.items()]
-    (folder / "jobs.json").write_text(json.dumps(jobs))
+    (folder / "jobs.json").write_text(json.dumps({"jobs": jobs, "save": save}))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     done = subprocess.run(
         [sys.executable, *launcher, __file__, str(folder / "jobs.json")],
@@ -101,7 +110,7 @@ def launch_layouts(folder: Path, config: Path, layouts: dict[str, list[str]], *,
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=timeout,
         check=False,
     )
     if done.returncode:
@@ -130,13 +139,21 @@ def _main() -> None:
     from emu3_megatron.training.data import TrainingData
     from emu3_megatron.training.trainer import Trainer
 
+    class Unsaved(Trainer):
+        def begin_save(self) -> None:
+            pass
+
+        def finish_save(self) -> Path:
+            return Path(self.config.run)
+
     log.set_up()
-    for arguments in json.loads(Path(sys.argv[1]).read_text()):
+    asked = json.loads(Path(sys.argv[1]).read_text())
+    for arguments in asked["jobs"]:
         config = command_line.parse(arguments).config
         machine = platform.install(config.platform)
         initialize_parallel(config.parallel, machine, config.seed)
         Path(config.run).mkdir(parents=True, exist_ok=True)
-        Trainer(config, machine, TrainingData.open(config)).fit()
+        (Trainer if asked["save"] else Unsaved)(config, machine, TrainingData.open(config)).fit()
         parallel_state.destroy_model_parallel()
     destroy_parallel()
 

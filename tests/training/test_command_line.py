@@ -47,6 +47,12 @@ def test_the_resolved_configuration_reads_back(tmp_path: Path) -> None:
         (["--trainer.precision", "fp16"], 1, "fp16"),
         (["--parallel.tensor_model_parallel_size", "3"], 3, "num_query_groups=4 is not divisible"),
         (["--parallel.pipeline_model_parallel_size", "3"], 3, "num_layers=4 is not divisible"),
+        (["--parallel.layers_in_last_stage", "1"], 1, "pipeline_model_parallel_size >= 2"),
+        (
+            ["--parallel.pipeline_model_parallel_size", "3", "--parallel.layers_in_last_stage", "1"],
+            3,
+            "leaves 3",
+        ),
         (["--parallel.tensor_model_parallel_size", "2"], 3, "3 processes cannot be divided"),
         (["--trainer.micro_batch_size", "3"], 1, "global_batch_size=4 is not divisible"),
         ([], 8, "global_batch_size=4 is not divisible by data-parallel size x micro_batch_size = 8 x 1"),
@@ -104,3 +110,30 @@ def test_a_dry_run_prints_the_configuration_and_its_arithmetic() -> None:
     assert "8 processes = tensor 2 x pipeline 1 x context 1 x data 4" in done.stdout
     assert "4 windows x 512 tokens = 2,048 tokens" in done.stdout
     assert "learning_rate: 0.003" in done.stdout
+
+
+def test_the_capability_report_needs_no_configuration() -> None:
+    done = program("--capabilities")
+    assert done.returncode == 0, done.stderr
+    for name in ("CUDA", "Transformer Engine", "apex", "flash-attn", "FP8", "NVDEC", "resiliency extension"):
+        assert any(line.startswith(name) for line in done.stdout.splitlines()), name
+    assert "costs: " in done.stdout
+
+
+@pytest.mark.slow
+def test_an_error_that_every_rank_finds_is_printed_once(tmp_path: Path) -> None:
+    config = runs.write_configuration(tmp_path, tmp_path / "nowhere")
+    done = runs.train(config, tmp_path / "run", processes=2)
+    assert done.returncode != 0
+    assert sum(line.startswith("error: ") for line in done.stderr.splitlines()) == 1
+    assert "nowhere" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_run_that_hangs_ends_and_leaves_its_stacks(tmp_path: Path, config_file: Path) -> None:
+    """The limit is far below what any step takes."""
+    done = runs.train(config_file, tmp_path, "--guard.hang_minutes", "1e-5")
+    assert done.returncode == 1
+    stacks = (tmp_path / "stacks" / "rank-00000.txt").read_text()
+    assert "trainer.py" in stacks
+    assert " in fit" in stacks

@@ -4,7 +4,8 @@ import itertools
 
 import pytest
 
-from emu3_megatron.training.config import OptimizerConfig
+from emu3_megatron.errors import UserError
+from emu3_megatron.training.config import OptimizerConfig, TrainerConfig
 from emu3_megatron.training.schedules import learning_rate
 
 TOTAL = 100
@@ -41,3 +42,28 @@ def test_wsd_stays_at_the_peak_until_its_decay() -> None:
 
 def test_constant_stays() -> None:
     assert set(rates(schedule="constant")[10:]) == {1.0}
+
+
+def test_the_batch_grows_in_equal_parts_to_its_full_size() -> None:
+    trainer = TrainerConfig(
+        steps=100, global_batch_size=64, initial_batch_size=16, batch_increment=16, batch_ramp_steps=30
+    )
+    sizes = [trainer.batch_size(step) for step in range(100)]
+    assert sizes == [16] * 10 + [32] * 10 + [48] * 10 + [64] * 70
+
+
+def test_without_a_ramp_every_batch_has_its_full_size() -> None:
+    assert {TrainerConfig(steps=9, global_batch_size=8).batch_size(step) for step in range(9)} == {8}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"initial_batch_size": 24, "batch_increment": 16, "batch_ramp_steps": 5},
+        {"initial_batch_size": 64, "batch_ramp_steps": 5},
+        {"initial_batch_size": 16},
+    ],
+)
+def test_a_ramp_that_does_not_arrive_is_refused(fields: dict[str, int]) -> None:
+    with pytest.raises(UserError, match=r"trainer\."):
+        TrainerConfig(steps=100, global_batch_size=64, **fields)  # type: ignore[arg-type]

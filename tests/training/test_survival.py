@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
+from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint import Record
 from tests.training import runs
 
@@ -54,6 +57,21 @@ def test_a_killed_run_goes_on_bit_equal(tmp_path: Path, config_file: Path, refer
     assert [line["step"] for line in lines] == list(range(1, runs.STEPS + 1))
     for key in ("loss", "grad_norm"):
         assert runs.largest_difference(lines, runs.metrics(reference), key) == 0.0
+
+
+@pytest.mark.slow
+def test_kills_in_the_middle_of_saves_lose_nothing() -> None:
+    """`make prove NAME=survival`, scaled down."""
+    done = subprocess.run(
+        [sys.executable, "tests/proofs/survival.py", "--kills", "3"],
+        env=runs.environment(),
+        cwd=runs.ROOT,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -112,6 +130,19 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
 
 @pytest.mark.slow
+def test_a_save_that_fails_does_not_end_the_run(tmp_path: Path, config_file: Path, reference: Path) -> None:
+    run = tmp_path / "run"
+    in_the_way = run / "checkpoints" / "step-00000010"
+    in_the_way.parent.mkdir(parents=True)
+    in_the_way.write_text("a file where a folder should be")
+    done = runs.train(config_file, run)
+    assert done.returncode == 0, done.stderr
+    assert "step-00000010 could not be made" in done.stderr
+    assert [path.name for path in files.committed_folders(run / "checkpoints")] == ["step-00000020"]
+    assert runs.largest_difference(runs.metrics(run), runs.metrics(reference)) == 0.0
+
+
+@pytest.mark.slow
 def test_changed_data_is_refused_by_name_unless_accepted(
     tmp_path: Path, config_file: Path, reference: Path
 ) -> None:
@@ -128,6 +159,22 @@ def test_changed_data_is_refused_by_name_unless_accepted(
     accepted = runs.train(config_file, run, *changed)
     assert accepted.returncode == 0, accepted.stderr
     assert [line["step"] for line in runs.metrics(run)] == [11, 12]
+
+
+@pytest.mark.slow
+def test_a_growing_batch_repeats_and_skips_no_window_over_a_resume(tmp_path: Path, config_file: Path) -> None:
+    options = ["--trainer.initial_batch_size", "1", "--trainer.batch_ramp_steps", "9"]
+    options += ["--profiler.start", "2", "--checkpoint.interval", "4"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert runs.train(config_file, whole, *options).returncode == 0
+    expected = [1] * 3 + [2] * 3 + [3] * 3 + [4] * 11
+    windows = [line["windows"] for line in runs.metrics(whole)]
+    assert [b - a for a, b in itertools.pairwise([0, *windows])] == expected
+    assert len(list((whole / "profile").glob("*.json.gz"))) == 1
+    # Twice, so that the resume is from a checkpoint in the middle of the ramp.
+    assert runs.train(config_file, again, *options, "--trainer.steps", "6").returncode == 0
+    assert runs.train(config_file, again, *options).returncode == 0
+    assert [line["windows"] for line in runs.metrics(again)] == windows
 
 
 @pytest.mark.slow

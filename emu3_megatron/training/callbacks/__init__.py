@@ -10,10 +10,13 @@ from emu3_megatron.training.callbacks.base import Callback
 from emu3_megatron.training.callbacks.checkpoint import SaveCheckpoints
 from emu3_megatron.training.callbacks.guard import SpikeGuard, UnstableRunError
 from emu3_megatron.training.callbacks.metrics import MetricsFile
+from emu3_megatron.training.callbacks.profiler import Profiler
 from emu3_megatron.training.callbacks.progress import ProgressBar
+from emu3_megatron.training.callbacks.samples import Samples
 from emu3_megatron.training.callbacks.stop import StopAfterMinutes, StopOnSignal
 from emu3_megatron.training.callbacks.tensorboard import TensorBoard
 from emu3_megatron.training.callbacks.validation import Validation
+from emu3_megatron.training.callbacks.watchdog import HangWatchdog
 
 if TYPE_CHECKING:
     from emu3_megatron.training.trainer import Trainer
@@ -28,6 +31,8 @@ def build_callbacks(trainer: Trainer, average: WeightAverage | None) -> list[Cal
     """
     config, run = trainer.config, Path(trainer.config.run)
     callbacks: list[Callback] = [SpikeGuard(config.guard)]
+    if config.guard.hang_minutes:
+        callbacks.append(HangWatchdog(run / "stacks", config.guard.hang_minutes))
     if average is not None:
         callbacks.append(average)
     if config.data.validation:
@@ -37,7 +42,11 @@ def build_callbacks(trainer: Trainer, average: WeightAverage | None) -> list[Cal
         callbacks.append(TensorBoard(run / "tensorboard"))
     if config.logging.progress:
         callbacks.append(ProgressBar())
-    callbacks.append(SaveCheckpoints(config.checkpoint.interval))
+    if config.samples.interval:
+        callbacks.append(Samples(config.samples, run / "tensorboard"))
+    if config.profiler.start is not None:
+        callbacks.append(Profiler(config.profiler, run / "profile"))
+    callbacks.append(SaveCheckpoints(config.checkpoint))
     if config.trainer.max_minutes is not None:
         callbacks.append(StopAfterMinutes(config.trainer.max_minutes))
     callbacks.append(StopOnSignal())

@@ -1,0 +1,179 @@
+"""The survival proof: kill -9 in the middle of asynchronous saves, again and again, loses nothing.
+
+``make prove NAME=survival``: a run that saves after every step is killed 20 times, each at a random moment of
+a save, and started again. After every kill all committed checkpoints are sound and `latest` names one; the
+curve in the end is bit-equal to that of an undisturbed run. Then one byte is flipped in each file of the
+newest checkpoint in turn: it is refused by name, and the one before it is used. Exit code 0 only if all hold.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from emu3_megatron.parallel import platform  # noqa: E402
+
+platform.install("cpu")
+
+from emu3_megatron.training import checkpoint_files as files  # noqa: E402
+from emu3_megatron.training import command_line, trainer  # noqa: E402
+from emu3_megatron.training.checkpoint import newest_valid  # noqa: E402
+from tests.training import runs  # noqa: E402
+
+MODEL = ["--model.hidden_size", "256", "--model.ffn_hidden_size", "768"]
+"""Large enough that a save takes longer than looking at a folder."""
+FORK = multiprocessing.get_context("fork")
+
+
+def train(config: Path, run: Path, steps: int) -> None:
+    """Train in this process: started by a fork, which spares the imports."""
+    from emu3_megatron.parallel.groups import initialize_parallel
+    from emu3_megatron.training.data import TrainingData
+
+    arguments = ["--config", str(config), "--run", str(run), "--trainer.steps", str(steps)]
+    settings = command_line.parse([*arguments, "--checkpoint.interval", "1", *MODEL]).config
+    machine = platform.install("cpu")
+    initialize_parallel(settings.parallel, machine, settings.seed)
+    run.mkdir(parents=True, exist_ok=True)
+    trainer.Trainer(settings, machine, TrainingData.open(settings)).fit()
+
+
+def uncommitted(checkpoints: Path) -> bool:
+    """Whether a save is under way, or was cut off."""
+    folders = checkpoints.glob("step-*")
+    return any(not (folder / files.COMMIT).exists() for folder in folders)
+
+
+def kill_in_a_save(config: Path, run: Path, steps: int, moment: float) -> bool:
+    """Start the run, let it save once, and kill it in the next save; False if it came to its end.
+
+    Args:
+        config: The run's configuration.
+        run: Its folder.
+        steps: Its length.
+        moment: When, as a share of the time that the save before took.
+    """
+    checkpoints = run / "checkpoints"
+    for folder in checkpoints.glob("step-*"):
+        if not (folder / files.COMMIT).exists():
+            files.remove(folder)  # or the rest of the last save would pass for a new one
+    process = FORK.Process(target=train, args=(config, run, steps))
+    process.start()
+
+    def wait(for_a_save: bool) -> float:
+        while process.is_alive() and uncommitted(checkpoints) != for_a_save:
+            time.sleep(0.001)
+        return time.monotonic()
+
+    took = -wait(True) + wait(False)
+    wait(True)
+    time.sleep(moment * took)
+    alive = process.is_alive()
+    if alive and process.pid is not None:
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    return alive
+
+
+def faults(checkpoints: Path, before: int) -> list[str]:
+    """What is wrong after a kill: damage, a `latest` that names nothing, a checkpoint lost."""
+    committed = files.committed_folders(checkpoints)
+    found = [problem for folder in committed for problem in files.damage(folder, checksums=True)]
+    latest = checkpoints / files.LATEST
+    if latest.exists() and not (checkpoints / latest.read_text().strip() / files.COMMIT).exists():
+        found.append(f"{latest} names {latest.read_text().strip()!r}")
+    newest = step_of(checkpoints)
+    if newest < before:
+        found.append(f"the newest checkpoint went back from step {before} to {newest}")
+    return found
+
+
+def step_of(checkpoints: Path) -> int:
+    """Step of the newest committed checkpoint, 0 without any."""
+    committed = files.committed_folders(checkpoints)
+    return int(committed[-1].name.removeprefix("step-")) if committed else 0
+
+
+def refused_by_name(checkpoints: Path, rng: random.Random) -> list[str]:
+    """Flip a byte of each file of the newest checkpoint in turn; lines about what was not noticed."""
+    from emu3_megatron.parallel.config import ParallelConfig
+    from emu3_megatron.parallel.groups import destroy_parallel, initialize_parallel
+
+    initialize_parallel(ParallelConfig(), platform.install("cpu"), seed=0)
+    before, newest = files.committed_folders(checkpoints)[-2:]
+    missed = []
+    for path in files.payload(newest):
+        content = path.read_bytes()
+        changed = bytearray(content)
+        changed[rng.randrange(len(changed))] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        named = any(str(path) in problem for problem in files.damage(newest, checksums=True))
+        if not named or newest_valid(checkpoints, checksums=True) != before:
+            missed.append(f"a changed byte of {path} was not noticed")
+        path.write_bytes(content)
+    if newest_valid(checkpoints, checksums=True) != newest:
+        missed.append(f"{newest} is refused although it was put back")
+    destroy_parallel()
+    return missed
+
+
+def drill(folder: Path, kills: int, rng: random.Random) -> list[str]:
+    """Run everything in `folder`; lines about what does not hold."""
+    from emu3_megatron.samples.tiny import PARTS, prepare
+
+    for name in PARTS:
+        prepare(folder / "data" / name)
+    config = runs.write_configuration(folder, folder / "data")
+    run, reference, steps = folder / "run", folder / "reference", 3 * kills + 5
+    undisturbed = FORK.Process(target=train, args=(config, reference, steps))
+    undisturbed.start()
+    undisturbed.join()
+    wrong: list[str] = []
+    inside = step = 0
+    for number in range(1, kills + 1):
+        moment = rng.random()
+        if not kill_in_a_save(config, run, steps, moment):
+            return [f"the run ended before kill {number}: too few steps"]
+        cut = uncommitted(run / "checkpoints")
+        inside += cut
+        wrong += faults(run / "checkpoints", step)
+        step = step_of(run / "checkpoints")
+        where = "in a save" if cut else "between saves"
+        print(f"kill {number}: at {moment:.0%} of a save, {where}; newest is step {step}", flush=True)
+    last = FORK.Process(target=train, args=(config, run, steps))
+    last.start()
+    last.join()
+    lines, expected = runs.metrics(run), runs.metrics(reference)
+    if [line["step"] for line in lines] != list(range(1, steps + 1)):
+        wrong.append("the curve has holes or repeats")
+    for key in ("loss", "grad_norm", "windows"):
+        if worst := runs.largest_difference(lines, expected, key):
+            wrong.append(f"{key} differs from the undisturbed run by {worst:.1e}")
+    print(f"{kills} kills, {inside} of them in a save; {steps} steps compared with an undisturbed run")
+    return wrong + refused_by_name(run / "checkpoints", rng)
+
+
+def main() -> int:
+    """Run the drill and return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        wrong = drill(Path(temporary), arguments.kills, random.Random(arguments.seed))
+    print("\n".join(f"FAIL {line}" for line in wrong) or "pass: nothing lost, nothing damaged trusted")
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
