@@ -9,15 +9,17 @@ OUTPUT/manifest.jsonl is the result, OUTPUT/failures.jsonl lists what could not 
 
 from __future__ import annotations
 
-from emu3_megatron.curation.captions import CaptionJob
-from emu3_megatron.curation.config import CaptionConfig
 from emu3_megatron.errors import run_main
-from emu3_megatron.inference.captioner import open_captioner
 from emu3_megatron.settings import read_settings
 
 
 def main() -> None:
     """Read the settings, open the captioner and caption."""
+    # Inside: a missing package is a user's error.
+    from emu3_megatron.curation import CaptionConfig
+    from emu3_megatron.curation.captions import CaptionJob
+    from emu3_megatron.inference.captioner import open_captioner
+
     config = read_settings(CaptionConfig, __doc__)
     captioned, failed = CaptionJob(config, open_captioner(config)).run()
     print(f"{captioned} captions: {config.output / 'manifest.jsonl'}")

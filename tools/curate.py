@@ -9,14 +9,14 @@ result, OUTPUT/report.html shows what was dropped and why, OUTPUT/quarantine.jso
 
 from __future__ import annotations
 
-from emu3_megatron.curation.config import CurationConfig
-from emu3_megatron.curation.job import curate
 from emu3_megatron.errors import run_main
 from emu3_megatron.settings import read_settings
 
 
 def main() -> None:
     """Read the settings from YAML and the command line, and run one worker."""
+    from emu3_megatron.curation import CurationConfig, curate  # inside: a missing package is a user's error
+
     config = read_settings(CurationConfig, __doc__)
     report = curate(config)
     if report is None:

@@ -260,7 +260,9 @@ class CaptionJob:
             try:
                 request = CaptionRequest(kind, self._pictures(sample), self._prompts[kind], sample.seconds)
                 requests.append((sample, request))
-            except MediaError as error:
+            except (OSError, MemoryError, UserError):
+                raise
+            except Exception as error:  # of this file; the others must not suffer
                 self._fail(sample.id, sample.unit, error)
         answers = self._captioner([request for _, request in requests]) if requests else ()
         for (sample, _), answer in zip(requests, answers, strict=True):
@@ -280,13 +282,13 @@ class CaptionJob:
         assert sample.unit.path is not None
         edge = self._config.max_edge
         if sample.interval is None:
-            return [_shrink(image_of(sample.unit.path), edge)]
+            return [resize(image_of(sample.unit.path), longer_edge=edge)]
         info = info_of(sample.unit.path)
         times = info.timestamps
         first, stop = (int((times < second - 0.5 / info.fps).sum()) for second in sample.interval)
         first = min(first, info.frame_count - 1)
         places = spread(first, max(stop, first + 1), self._config.frames)
-        return [_shrink(frame, edge) for frame in SOURCE.frames(sample.unit.path, info, places)]
+        return [resize(frame, longer_edge=edge) for frame in SOURCE.frames(sample.unit.path, info, places)]
 
     def _write(self) -> tuple[int, int]:
         """Write the manifest and the failures, in the order of the entries."""
@@ -348,13 +350,6 @@ def _interval(unit: Unit, seconds: float) -> tuple[float, float]:
     if end <= start:
         raise MediaError(f"lasts {seconds:.2f} s; start {start:g} and end {end:g} leave nothing of it")
     return start, end
-
-
-def _shrink(picture: Picture, longest: int) -> Picture:
-    """The picture with its longer side no longer than this."""
-    return resize(
-        picture, shorter_edge=max(1, round(longest * min(picture.shape[:2]) / max(picture.shape[:2])))
-    )
 
 
 def _read_prompt(path: Path | None, default: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 from pathlib import Path
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
@@ -19,7 +20,7 @@ SOURCE = PyAVSource()
 """Exact on every container and codec, on any machine."""
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=1)
 def image_of(path: Path) -> Picture:
     """The picture of an image file. Do not write to it. Raises `MediaError` and `OSError`."""
     picture = decode_image(path)
@@ -74,12 +75,11 @@ def _spread_frames(path: Path, frames: tuple[int, int], count: int) -> Picture:
     return SOURCE.frames(path, info, spread(*frames, count))
 
 
-def resize(picture: Picture, *, shorter_edge: int) -> Picture:
-    """The picture with this shorter edge, averaged; as it is where it is smaller."""
-    import cv2
-
-    scale = shorter_edge / min(picture.shape[:2])
+def resize(picture: Picture, *, shorter_edge: int | None = None, longer_edge: int | None = None) -> Picture:
+    """The picture with this shorter or longer edge, averaged; as it is where it is smaller."""
+    rows, columns = picture.shape[:2]
+    scale = shorter_edge / min(rows, columns) if shorter_edge else (longer_edge or 0) / max(rows, columns)
     if scale >= 1:
         return picture
-    rows, columns = (max(1, round(side * scale)) for side in picture.shape[:2])
-    return np.asarray(cv2.resize(picture, (columns, rows), interpolation=cv2.INTER_AREA), np.uint8)
+    size = max(1, round(columns * scale)), max(1, round(rows * scale))
+    return np.asarray(cv2.resize(picture, size, interpolation=cv2.INTER_AREA), np.uint8)

@@ -96,12 +96,12 @@ def heuristic_type(features: Mapping[str, float]) -> str:
     plain = features["background"] > 0.35
     if text > 0.12 and plain and features["palette"] < 0.15 and features["lines"] < 0.5:
         return "text_page"
-    if flat < 0.45:
+    if flat < 0.6:
         return "photograph"
+    if 0.002 < text < 0.12 and features["background"] > 0.6 and features["lines"] >= 0.1:
+        return "chart"
     if text > 0.015 and features["lines"] >= 1.0:
         return "screenshot"
-    if text > 0.002 and plain and features["lines"] >= 0.1:
-        return "chart"
     if text > 0.08:
         return "text_page"
     return "drawing"

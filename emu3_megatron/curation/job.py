@@ -90,8 +90,8 @@ class CurationJob:
     def _bar(self, total: int, name: str, unit: str) -> tqdm[Any]:
         return tqdm(total=total, desc=name, unit=unit, disable=not self.config.progress, file=sys.stderr)
 
-    def _steps(self) -> Iterator[Step | BadEntry | None]:
-        """Everything that happened to every entry, in order; None after each entry. Raises `MissingScore`."""
+    def _steps(self) -> Iterator[Unit | BadEntry | Step]:
+        """Every entry, followed by everything that happened to it. Raises `MissingScore`."""
         comparers = self.pipeline.comparers()
         for chunk in range(self.manifest.chunks):
             scores = read_scores(self.config.output, chunk)
@@ -103,11 +103,9 @@ class CurationJob:
                     raise MissingScore(unit.id) from None
 
             for entry in self.manifest.entries(chunk):
-                if isinstance(entry, BadEntry):
-                    yield entry
-                else:
+                yield entry
+                if isinstance(entry, Unit):
                     yield from self.pipeline.walk(entry, score_of, comparers)
-                yield None
 
     def _finish(self) -> Report:
         """Decide, write the clips, and then all results."""
@@ -120,16 +118,15 @@ class CurationJob:
                 if isinstance(step, BadEntry):
                     report.bad_entry()
                     results.quarantine(step)
-                elif step is not None:
-                    if step.unit.frames is None and step.stage is self.pipeline.stages[step.unit.kind][0]:
-                        report.entries[step.unit.kind] += 1
-                    if results.take(step):
-                        report.step(step)
-        report.write(output)
-        if self.config.thumbnails:
-            write_sheets(report, output)
-        for folder in (output, output / "scores", output / "stages", output / "clips", output / "sheets"):
-            for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):  # of killed runs
+                elif isinstance(step, Unit):
+                    report.entries[step.kind] += 1
+                elif results.take(step):
+                    report.step(step)
+            report.write(output)
+            if self.config.thumbnails:
+                write_sheets(report, output)
+        if self.config.num_workers == 1:  # else another worker may be writing the same results
+            for leftover in output.rglob(f".*{TEMPORARY_SUFFIX}"):  # of killed runs
                 leftover.unlink(missing_ok=True)
         return report
 
@@ -170,13 +167,10 @@ class _Results:
 
     def __init__(self, config: CurationConfig, stack: ExitStack, problems: dict[str, str]) -> None:
         self._config, self._stack, self._problems = config, stack, problems
+        # The first context to be entered is the last to end: the clean manifest appears last.
+        self._kept = stack.enter_context(atomic_write(config.output / MANIFEST_FILE))
         self._quarantine = stack.enter_context(atomic_write(config.output / QUARANTINE_FILE))
         self._stages: dict[str, BinaryIO] = {}
-        # The last context entered is the first to end: the clean manifest comes last.
-        self._streams = ExitStack()
-        self._manifest = atomic_write(config.output / MANIFEST_FILE)
-        self._kept = self._manifest.__enter__()
-        stack.push(self._manifest.__exit__)
 
     def quarantine(self, entry: BadEntry) -> None:
         """List what cannot be used."""

@@ -8,6 +8,7 @@ import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +91,15 @@ class RawManifest:
 
     def entries(self, chunk: int) -> Iterator[Unit | BadEntry]:
         """Read the entries of a chunk, in order."""
-        for position in range(self._starts[chunk], self._starts[chunk + 1]):
-            path = self.paths[self._files[position]]
+        positions = range(self._starts[chunk], self._starts[chunk + 1])
+        for file, group in groupby(positions, self._files.__getitem__):
+            path = self.paths[file]
             with open(path, "rb") as stream:
-                stream.seek(self._offsets[position])
-                line = stream.readline()
-            place = f"{path.name}:{self._numbers[position]}"
-            yield parse_line(line, place, path.parent, repeated=position in self._repeated)
+                for position in group:
+                    stream.seek(self._offsets[position])
+                    place = f"{path.name}:{self._numbers[position]}"
+                    repeated = position in self._repeated
+                    yield parse_line(stream.readline(), place, path.parent, repeated=repeated)
 
     def _index(self, number: int) -> Iterator[tuple[str, str]]:
         """Note where the lines of one file are; yield each one's kind and name."""

@@ -90,9 +90,9 @@ def clip_pixels(pictures: list[Array], size: int = IMAGE_SIZE) -> Array:
     rows = []
     for picture in pictures:
         height, width = picture.shape[:2]
-        scale = size / min(height, width)
+        shorter = min(height, width)
         image = Image.fromarray(np.asarray(picture)).resize(
-            (max(size, round(width * scale)), max(size, round(height * scale))), Image.Resampling.BICUBIC
+            (size * width // shorter, size * height // shorter), Image.Resampling.BICUBIC
         )
         left, top = (image.width - size) // 2, (image.height - size) // 2
         values = np.asarray(image.crop((left, top, left + size, top + size)), np.float32) / 255

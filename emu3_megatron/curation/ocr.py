@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from functools import lru_cache
 from importlib.metadata import version
@@ -23,13 +22,17 @@ from emu3_megatron.curation.frames import (
 )
 from emu3_megatron.curation.units import KEEP, Decision, Score, Stage, Unit, drop
 
+LARGEST_LETTERS = 0.4
+"""Boxes whose height is more than this share of the picture's shorter edge are no text: the detector takes
+round things, such as a cup, for one huge letter."""
+
 BOX_THRESHOLD = 0.6
 """Least certainty of a text box; below, foliage and windows count as text."""
 
 
 def detector_name() -> str:
     """Name and version, for the fingerprint of scores."""
-    return f"rapidocr {version('rapidocr')}, boxes from {BOX_THRESHOLD}"
+    return f"rapidocr {version('rapidocr')}, boxes from {BOX_THRESHOLD}, up to {LARGEST_LETTERS}"
 
 
 @lru_cache(maxsize=1)
@@ -37,12 +40,11 @@ def _detector() -> Any:
     """RapidOCR, for detection alone; recognition would stay off in this instance anyway."""
     from rapidocr import RapidOCR
 
-    logging.getLogger("RapidOCR").setLevel(logging.WARNING)
     return RapidOCR(
         params={
             "Global.use_cls": False,
             "Global.use_rec": False,
-            "Global.log_level": "warning",
+            "Global.log_level": "error",
             "Global.max_side_len": 4000,  # the picture's size is chosen here
             "Det.box_thresh": BOX_THRESHOLD,
             "Det.limit_type": "max",
@@ -59,8 +61,10 @@ def text_coverage(picture: Picture) -> float:
     if result is None or result.boxes is None or not len(result.boxes):
         return 0.0
     mask = np.zeros(picture.shape[:2], np.uint8)
-    for box in result.boxes:  # they overlap
-        cv2.fillPoly(mask, [np.round(np.asarray(box)).astype(np.int32)], 1)
+    for box in np.asarray(result.boxes, np.float32):  # corners, ``[4, 2]``; boxes overlap
+        sides = [float(np.linalg.norm(box[i] - box[(i + 1) % 4])) for i in range(4)]
+        if min(sides) <= LARGEST_LETTERS * min(picture.shape[:2]):
+            cv2.fillPoly(mask, [np.round(box).astype(np.int32)], 1)
     return float(mask.mean())
 
 

@@ -55,22 +55,20 @@ class Step:
 class Pipeline:
     """The stages of a configuration. Weights are loaded on construction."""
 
-    def __init__(
-        self, config: CurationConfig, kinds: frozenset[str] = frozenset({"image", "video", "text"})
-    ) -> None:
-        """Build the stages for the kinds of entries that occur. Raises `UserError` for what cannot be."""
-        makers: Mapping[str, Callable[[], dict[str, Stage]]] = {
-            "image": lambda: _image_stages(config.image),
-            "video": lambda: _video_stages(config.video),
-            "text": lambda: _text_stages(config.text),
+    def __init__(self, config: CurationConfig) -> None:
+        """Build the stages. Raises `UserError` for what does not fit together."""
+        known = {
+            "image": _image_stages(config.image),
+            "video": _video_stages(config.video),
+            "text": _text_stages(config.text),
         }
         tail: list[Stage] = []
         if config.contamination.prompts or config.contamination.images:
             tail.append(ContaminationStage(config.contamination))
-        self.stages: dict[str, tuple[Stage, ...]] = {}
-        for kind in sorted(kinds):
-            known = makers[kind]()
-            self.stages[kind] = (*(known[name] for name in getattr(config, kind).stages), *tail)
+        self.stages: dict[str, tuple[Stage, ...]] = {
+            kind: (*(stages[name] for name in getattr(config, kind).stages), *tail)
+            for kind, stages in known.items()
+        }
 
     def comparers(self) -> dict[str, Comparer]:
         """New memories for one pass, by the key of stage and kind."""
@@ -139,10 +137,9 @@ def _image_stages(config: ImageConfig) -> dict[str, Stage]:
     if "type" in config.stages:
         stages["type"] = TypeStage(config.type)
     if "quality" in config.stages:
-        readmit = "readmission" in config.stages
-        quality = QualityStage(config.quality, make_scorer(config.quality), readmit=readmit)
-        stages["quality"] = quality
-        stages["readmission"] = ReadmissionStage(config.readmission, quality)
+        least = config.readmission.min_score if "readmission" in config.stages else None
+        stages["quality"] = QualityStage(config.quality, make_scorer(config.quality), readmit_from=least)
+        stages["readmission"] = ReadmissionStage(config.readmission)
     stages["duplicates"] = DuplicatesStage(config.duplicates)
     return stages
 

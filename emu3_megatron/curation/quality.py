@@ -15,7 +15,7 @@ from emu3_megatron.curation.models import OnnxModel, clip_pixels, fingerprint
 from emu3_megatron.curation.no_reference import colourfulness, combine, no_reference_parts
 from emu3_megatron.curation.ocr import detector_name, picture_coverage
 from emu3_megatron.curation.units import KEEP, Decision, Score, Stage, Unit, drop
-from emu3_megatron.errors import UserError
+from emu3_megatron.errors import UserError, one_line
 
 CLIP_FRAMES = 3
 """Frames of a clip that are scored; the least counts (paper)."""
@@ -148,8 +148,9 @@ def read_head(path: Path) -> list[tuple[Any, Any]]:
         fits = all(a.shape[0] == b.shape[1] for (a, _), (b, _) in itertools.pairwise(layers))
         if layers and fits and layers[-1][0].shape[0] == 1:
             return layers
-    except (OSError, RuntimeError, KeyError, AttributeError, TypeError, ValueError, EOFError) as error:
-        raise UserError(f"{path}: cannot be read as the weights of a head: {error}") from error
+    except Exception as error:  # torch, pickle and safetensors raise many types
+        reason = one_line(error).split(". ")[0]
+        raise UserError(f"{path}: cannot be read as the weights of a head: {reason}") from error
     raise UserError(f"{path}: holds no stack of linear layers that ends in one value")
 
 
@@ -172,9 +173,11 @@ class QualityStage(Stage):
 
     name = "quality"
 
-    def __init__(self, config: QualityConfig, scorer: QualityScorer, *, readmit: bool = False) -> None:
-        """With `readmit` a later stage has the last word on what is below the threshold."""
-        self._threshold, self._scorer, self._readmit = config.threshold, scorer, readmit
+    def __init__(
+        self, config: QualityConfig, scorer: QualityScorer, *, readmit_from: float | None = None
+    ) -> None:
+        """Below the threshold, but not below `readmit_from`, a later stage has the last word."""
+        self._threshold, self._scorer, self._readmit_from = config.threshold, scorer, readmit_from
 
     def settings(self) -> Mapping[str, Any]:
         """The scorer."""
@@ -190,7 +193,7 @@ class QualityStage(Stage):
         threshold = self._scorer.thresholds[unit.kind] if self._threshold is None else self._threshold
         if score["quality"] >= threshold:
             return KEEP
-        if self._readmit:
+        if self._readmit_from is not None and score["quality"] >= self._readmit_from:
             return Decision(flags=frozenset([BELOW_QUALITY]))
         return drop(BELOW_QUALITY, f"{score['quality']:.2f}, less than {threshold:g}")
 
@@ -200,34 +203,29 @@ class ReadmissionStage(Stage):
 
     name = "readmission"
 
-    def __init__(self, config: ReadmissionConfig, quality: QualityStage) -> None:
-        """`config` has the limits; `quality` is the stage that marked the images."""
+    def __init__(self, config: ReadmissionConfig) -> None:
+        """`config` has the limits."""
         self._config = config
-        self._quality = quality
 
     def settings(self) -> Mapping[str, Any]:
-        """The text detector and the quality, which is looked up again."""
-        config = self._config
-        return {"shorter_edge": config.shorter_edge, "detector": detector_name(), **self._quality.settings()}
+        """The text detector."""
+        return {"shorter_edge": self._config.shorter_edge, "detector": detector_name()}
 
     def applies(self, flags: frozenset[str]) -> bool:
         """Only marked images."""
         return BELOW_QUALITY in flags
 
     def score(self, unit: Unit) -> Score:
-        """Text coverage, colourfulness and quality."""
+        """Text coverage and colourfulness."""
         (picture,) = pictures_of(unit, 1)
         return {
             "coverage": picture_coverage(picture, self._config.shorter_edge),
             "colourfulness": round(colourfulness(picture), 2),
-            "quality": self._quality.score(unit)["quality"],
         }
 
     def decide(self, unit: Unit, score: Score) -> Decision:
         """Compare with the limits."""
         config = self._config
-        if score["quality"] < config.min_score:
-            return drop(BELOW_QUALITY, f"{score['quality']:.2f}, less than {config.min_score:g}")
         if score["colourfulness"] < config.min_colourfulness:
             return drop("below quality, no colour", f"colourfulness {score['colourfulness']:.1f}")
         if score["coverage"] > config.max_coverage:

@@ -100,7 +100,8 @@ class SceneStage(SplittingStage):
         """First frames of the scenes after the first."""
         config = self._config
         if config.detector == "transnetv2":
-            return transitions(score["transition"], config.transnet_threshold)
+            found = transitions(score["transition"], config.transnet_threshold)
+            return _apart(found, config.min_scene_seconds * score["fps"])
         return pyscenedetect_cuts(
             score["change"],
             score["level"],

