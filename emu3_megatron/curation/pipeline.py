@@ -112,10 +112,9 @@ class Pipeline:
                 return
             if isinstance(stage, SplittingStage):
                 for part, decision in stage.split(unit, score):
+                    yield Step(part, stage, {}, decision)
                     if decision.keep:
                         yield from self._walk(part, stages[place + 1 :], flags, score_of, comparers, path)
-                    else:
-                        yield Step(part, stage, {}, decision)
                 return
         yield Step(unit, None, {}, KEEP, path)
 

@@ -13,11 +13,14 @@ from typing import Any
 from emu3_megatron.curation.categories import category_of
 from emu3_megatron.curation.contamination import CONTAMINATED
 from emu3_megatron.curation.pipeline import UNUSABLE, Step
-from emu3_megatron.curation.units import Unit
+from emu3_megatron.curation.units import SplittingStage, Unit
 from emu3_megatron.files import atomic_write, write_json_atomic
 
 KEPT = "kept"
 """Reason under which examples of what was kept are shown."""
+
+CLIPS = "clips"
+"""Stage under which the parts of a video are counted, apart from the videos that are split."""
 
 MANIFEST = "manifest"
 """Stage of entries that are malformed."""
@@ -80,7 +83,9 @@ class Report:
         if step.stage is None:
             self._keep(step)
             return
-        stage = step.stage.name
+        stage = (
+            CLIPS if isinstance(step.stage, SplittingStage) and unit.frames is not None else step.stage.name
+        )
         self.entered[unit.kind, stage] += 1
         if decision.reason == CONTAMINATED:
             self.contamination.append({"id": unit.id, "kind": unit.kind, "found": decision.detail})

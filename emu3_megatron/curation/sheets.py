@@ -35,7 +35,7 @@ td,th{padding:.25rem .9rem .25rem 0;text-align:left;border-bottom:1px solid #ddd
 td.n{text-align:right;font-variant-numeric:tabular-nums}
 .grid{display:flex;flex-wrap:wrap;gap:14px;align-items:flex-start}
 figure{margin:0;max-width:540px} figure.text{width:380px;border:1px solid #ddd;border-radius:4px;padding:8px}
-figure img{display:inline-block;margin-right:2px;border-radius:2px;vertical-align:top}
+figure img{display:inline-block;margin-right:2px;border:1px solid #ddd;vertical-align:top}
 figcaption{font-size:12px;color:#555;max-width:360px;overflow-wrap:anywhere}
 figcaption b{color:#222;font-weight:600}
 figure p{margin:0 0 .4rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:13px}

@@ -1,9 +1,9 @@
 """An OpenAI-compatible server with injected failures: a process of its own.
 
 ``python caption_server.py LOG [FAILURE ...]``: prints its port; the first tries of every picture meet the
-FAILUREs in turn (a status, ``hang``, ``drop``, ``garbage``), the next one is answered. Only the first two hang;
-the others are dropped instead. LOG gets a line for
-every request: what the picture is (digest of its pixels), the number of pictures, and how it ended.
+FAILUREs in turn (a status, ``hang``, ``drop``, ``garbage``), the next one is answered. Only two hang; where
+it would be the turn of more, they are dropped. LOG gets a line for every request: what the picture is (digest
+of its pixels), the number of pictures, and how it ended.
 """
 
 from __future__ import annotations

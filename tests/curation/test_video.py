@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -148,8 +149,6 @@ def test_motion_decides(videos: dict[str, Path]) -> None:
 
 
 def test_a_model_takes_the_place_of_dis(tmp_path: Path, videos: dict[str, Path]) -> None:
-    import torch
-
     class Constant(torch.nn.Module):
         def forward(self, first: torch.Tensor, second: torch.Tensor) -> list[torch.Tensor]:
             flow = torch.zeros_like(first[:, :2]) + torch.tensor([3.0, 4.0]).view(1, 2, 1, 1)
