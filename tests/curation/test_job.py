@@ -210,9 +210,9 @@ def test_every_reason_has_a_sheet(output: Path) -> None:
 
 
 def test_a_threshold_changes_without_new_scores(
-    raw: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    raw: Path, output: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "curated"
+    folder = output.parent / "changed"  # paths in the manifest are relative
     shutil.copytree(output, folder)
     scored: list[str] = []
     compute = scoring.compute
