@@ -194,7 +194,7 @@ class Generator:
 
     def image_to_text(
         self,
-        images_NCHW: torch.Tensor | Sequence[Ids],
+        images_NCHW: torch.Tensor | Sequence[Ids | Video],
         *,
         prefix: str = "",
         max_new_tokens: int = 256,
@@ -206,7 +206,7 @@ class Generator:
 
         Args:
             images_NCHW: float in [-1, 1], ``[N, 3, H, W]``; or their codes, ``[h, w]`` each, or ``[t, h, w]``
-                of clips in a dialect that states no frame rate.
+                of clips in a dialect that states no frame rate; or clips with their rate and duration.
             prefix: beginning of the caption, in the result too.
             max_new_tokens: longest caption.
             sampling: how tokens are drawn; guidance has no meaning here and must be 1.
@@ -215,11 +215,11 @@ class Generator:
         """
         if sampling.guidance != 1.0:
             raise UserError(f"guidance={sampling.guidance}: captions are generated without; leave it at 1")
-        codes = (
-            self.encode_images(images_NCHW) if isinstance(images_NCHW, torch.Tensor) else list(images_NCHW)
+        codes: Sequence[Ids | Video] = (
+            self.encode_images(images_NCHW) if isinstance(images_NCHW, torch.Tensor) else images_NCHW
         )
         start = self._dialect.encode_text(prefix)
-        spans = [self._dialect.encode_span(Image(own) if own.ndim == 2 else Video(own)) for own in codes]
+        spans = [self._dialect.encode_span(_span(own)) for own in codes]
         requests = [
             Request(
                 prompt=np.concatenate([[self._vocabulary.bos], span, start]),
@@ -341,6 +341,13 @@ class Generator:
                 f"frames={frames} must be a multiple of {factor}, the vision tokenizer's temporal factor"
             )
         return frames // factor
+
+
+def _span(codes: Ids | Video) -> Image | Video:
+    """What codes show, by their shape."""
+    if isinstance(codes, Video):
+        return codes
+    return Image(codes) if codes.ndim == 2 else Video(codes)
 
 
 def image_size(ratio: str, area: int, factor: int) -> tuple[int, int]:

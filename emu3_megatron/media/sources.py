@@ -7,7 +7,7 @@ converts with its own kernel: expect differences of one level.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
 
@@ -73,15 +73,23 @@ class PyAVSource:
         """Everything that could be probed."""
         return True
 
-    def frames(self, media: Media, info: VideoInfo, indices: Sequence[int]) -> Frames:
-        """See `FrameSource.frames`."""
+    def frames(
+        self,
+        media: Media,
+        info: VideoInfo,
+        indices: Sequence[int],
+        *,
+        size: tuple[int, int] | None = None,
+    ) -> Frames:
+        """See `FrameSource.frames`; with `size` (rows, columns, upright) the frames are scaled as they are
+        converted, for whoever needs many small ones."""
         _check_indices(info, indices)
         wanted = {int(info.pts[i]) for i in indices}
         try:
-            found = self._decode(media, info, wanted, seek=min(indices) > 0 and not info.ordinal)
+            found = self._decode(media, info, wanted, size, seek=min(indices) > 0 and not info.ordinal)
             if found.keys() != wanted:
                 # Some containers lie about key frames: transport streams, open groups, fragments.
-                found = self._decode(media, info, wanted, seek=False)
+                found = self._decode(media, info, wanted, size, seek=False)
         except av.FFmpegError as error:
             raise MediaError(f"cannot be decoded: {error.strerror or error}") from error
         if found.keys() != wanted:
@@ -90,7 +98,71 @@ class PyAVSource:
             )
         return np.stack([found[int(info.pts[i])] for i in indices])
 
-    def _decode(self, media: Media, info: VideoInfo, wanted: set[int], *, seek: bool) -> dict[int, Any]:
+    def stream(
+        self,
+        media: Media,
+        info: VideoInfo,
+        *,
+        first: int = 0,
+        stop: int | None = None,
+        size: tuple[int, int] | None = None,
+    ) -> Iterator[Frames]:
+        """Decode the frames from `first` to before `stop` (the end where None), one ``[H, W, 3]`` at a time.
+
+        Raises:
+            MediaError: a frame is missing or damaged; frames before it have been given.
+            OSError: a fault of the file system that may pass.
+        """
+        stop = info.frame_count if stop is None else stop
+        given = first
+        for seek in ([True] if first > 0 and not info.ordinal else []) + [False]:
+            try:
+                for frame in self._stream(media, info, given, stop, size, seek=seek):
+                    yield frame
+                    given += 1
+            except av.FFmpegError as error:
+                raise MediaError(f"cannot be decoded: {error.strerror or error}") from error
+            except MediaError:
+                if not seek:
+                    raise
+            if given >= stop:
+                return
+        raise MediaError(f"is damaged: frame {given} of {info.frame_count} does not decode")
+
+    def _stream(
+        self,
+        media: Media,
+        info: VideoInfo,
+        first: int,
+        stop: int,
+        size: tuple[int, int] | None,
+        *,
+        seek: bool,
+    ) -> Iterator[Frames]:
+        """Frames in order for as long as none is missing; after a seek the first may be."""
+        places = {int(stamp): place for place, stamp in enumerate(info.pts)}
+        with open_media(media) as opened, av.open(opened, metadata_errors="replace") as container:
+            video = container.streams.video[0]
+            video.codec_context.thread_count = self._threads
+            if seek:
+                container.seek(int(info.pts[first]), stream=video, backward=True, any_frame=False)
+            for ordinal, frame in enumerate(container.decode(video)):
+                place = places.get(ordinal if info.ordinal else frame.pts, -1)
+                if frame.is_corrupt and not (seek and place < first):
+                    raise MediaError(
+                        f"is damaged: the decoder marks the frame at tick {frame.pts} as corrupt"
+                    )
+                if place > first:
+                    return
+                if place == first:
+                    yield _upright(_to_rgb(frame, info, size), info)
+                    first += 1
+                if first >= stop:
+                    return
+
+    def _decode(
+        self, media: Media, info: VideoInfo, wanted: set[int], size: tuple[int, int] | None, *, seek: bool
+    ) -> dict[int, Any]:
         """Decode from the key frame before the first wanted stamp (or from the start) to the last one."""
         last = max(wanted)
         found: dict[int, Any] = {}
@@ -110,7 +182,7 @@ class PyAVSource:
                     )
                 stamp = ordinal if info.ordinal else frame.pts
                 if stamp in wanted:
-                    found[stamp] = _upright(_to_rgb(frame, info), info)
+                    found[stamp] = _upright(_to_rgb(frame, info, size), info)
                 if stamp is not None and stamp >= last and len(found) == len(wanted):
                     break
         return found
@@ -195,13 +267,22 @@ def _check_indices(info: VideoInfo, indices: Sequence[int]) -> None:
         raise ValueError(f"frame indices {list(indices)} must lie in 0..{info.frame_count - 1}, at least one")
 
 
-def _to_rgb(frame: Any, info: VideoInfo) -> Frames:
-    """Convert one PyAV frame to RGB, uint8 ``[H, W, 3]``, refusing a change of size."""
+def _to_rgb(frame: Any, info: VideoInfo, size: tuple[int, int] | None) -> Frames:
+    """Convert one PyAV frame to RGB, uint8 ``[H, W, 3]``, refusing a change of size.
+
+    With `size` (rows, columns, upright) it is scaled by the converter, which averages over what falls away.
+    """
     if (frame.height, frame.width) != (info.height, info.width):
         raise MediaError(
             f"changes size midway, from {info.width}x{info.height} to {frame.width}x{frame.height}"
         )
-    picture: Frames = frame.reformat(format="rgb24", interpolation=CONVERTER_FLAGS, threads=1).to_ndarray()
+    scale: dict[str, int] = {}
+    if size is not None:
+        rows, columns = size[::-1] if info.rotation in (90, 270) else size
+        scale = {"width": columns, "height": rows}
+    picture: Frames = frame.reformat(
+        format="rgb24", interpolation=CONVERTER_FLAGS, threads=1, **scale
+    ).to_ndarray()
     return picture
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterable
 from fractions import Fraction
 from typing import Any
 
@@ -35,7 +37,7 @@ def write_png(path: str | os.PathLike[str], picture: npt.NDArray[np.uint8]) -> N
 
 def write_mp4(
     path: str | os.PathLike[str],
-    frames: npt.NDArray[np.uint8],
+    frames: npt.NDArray[np.uint8] | Iterable[npt.NDArray[np.uint8]],
     fps: float,
     *,
     encoder: str | None = None,
@@ -45,7 +47,8 @@ def write_mp4(
 
     Args:
         path: the file; its container is MP4 whatever its name.
-        frames: RGB, uint8 ``[T, H, W, 3]``. Odd sizes are written without chroma subsampling.
+        frames: RGB, uint8 ``[T, H, W, 3]``, or pictures ``[H, W, 3]`` as they come, which are not kept. Odd
+            sizes are written without chroma subsampling.
         fps: frames per second.
         encoder: FFmpeg's name; the first of `VIDEO_ENCODERS` that these libraries have, where None.
         quality: constant rate factor, 0 (best) to 51; ignored by encoders without one.
@@ -53,14 +56,15 @@ def write_mp4(
     Raises:
         ValueError: another shape or type, a rate that is not positive, or an encoder that is not there.
     """
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
-        raise ValueError(
-            f"write_mp4 takes uint8 [T, H, W, 3], T > 0; got {frames.dtype} {list(frames.shape)}"
-        )
     if not fps > 0:
         raise ValueError(f"write_mp4: frame rate {fps} must be positive")
+    pictures = iter(frames)
+    first = next(pictures, None)
+    if first is None or first.dtype != np.uint8 or first.ndim != 3 or first.shape[-1] != 3:
+        found = "no frame" if first is None else f"frames of {first.dtype} {list(first.shape)}"
+        raise ValueError(f"write_mp4 takes uint8 [T, H, W, 3], T > 0; got {found}")
     name = encoder or default_encoder()
-    _, height, width, _ = frames.shape
+    height, width, _ = first.shape
     with atomic_write(path) as stream, av.open(stream, "w", format="mp4") as container:
         try:
             video: Any = container.add_stream(name, rate=Fraction(fps).limit_denominator(1001))
@@ -74,7 +78,7 @@ def write_mp4(
         context.options = {"crf": str(quality)} if name.startswith("lib") else {}
         if name == "mpeg4":
             context.qmin, context.qmax = 2, 4  # quantiser steps; the default bit rate is poor
-        for picture in frames:
+        for picture in itertools.chain([first], pictures):
             _mux(container, video, _to_ycbcr(picture, video.pix_fmt))
         _mux(container, video, None)
 
