@@ -22,3 +22,15 @@ def pack(
 
 def permute(positions: npt.NDArray[np.int64], size: int, key: int) -> npt.NDArray[np.int64]:
     """Image of each position under the keyed permutation of range(size)."""
+
+def map_file(descriptor: int, size: int) -> npt.NDArray[np.uint8]:
+    """Read-only uint8 array over the first `size` bytes of an open file, which may be closed after."""
+
+def describe(
+    index: npt.NDArray[np.uint8],
+    documents: npt.NDArray[np.int64],
+    *,
+    num_sequences: int,
+    num_documents: int,
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """(length, caption, kind) of each document from the bytes of its shard's index."""

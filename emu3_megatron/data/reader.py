@@ -448,7 +448,7 @@ class MultimodalDataset:
         narrow = owners.astype(np.uint16) if len(self.shards) < 1 << 16 else owners
         order = np.argsort(narrow, kind="stable")
         borders = np.searchsorted(owners[order], np.arange(len(self.shards) + 1))
-        for number in np.flatnonzero(np.diff(borders)):
+        for number in np.flatnonzero(np.diff(borders)).tolist():
             places = order[borders[number] : borders[number + 1]]
             described = self.shards[number].describe(documents[places] - self._starts[number])
             for result, values in zip(results, described, strict=True):
