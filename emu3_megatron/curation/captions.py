@@ -122,8 +122,8 @@ class Journal:
             with open(path, "rb") as stream:
                 for line in stream:
                     try:
-                        row = json.loads(line) if line.endswith(b"\n") else None
-                        self._rows[row["key"]] = row  # type: ignore[index]
+                        row: dict[str, Any] = json.loads(line if line.endswith(b"\n") else b"")
+                        self._rows[row["key"]] = row
                     except (ValueError, KeyError, TypeError):
                         break
                     sound += len(line)

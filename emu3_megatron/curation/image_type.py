@@ -26,10 +26,15 @@ SEEN_EDGE = 448
 class TypeClassifier(Protocol):
     """Names the kind of a picture."""
 
-    name: str
-    """Goes into the fingerprint of scores."""
-    labels: Sequence[str]
-    """All kinds it knows."""
+    @property
+    def name(self) -> str:
+        """Goes into the fingerprint of scores."""
+        ...
+
+    @property
+    def labels(self) -> Sequence[str]:
+        """All kinds it knows."""
+        ...
 
     def __call__(self, picture: Picture) -> Score:
         """A score with the key ``type``, and what led to it."""

@@ -6,7 +6,7 @@ import multiprocessing
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Any, Protocol
@@ -22,7 +22,7 @@ ATTEMPTS = 2
 class Handler(Protocol):
     """Does one task."""
 
-    def __call__(self, task: Any, announce: Callable[[Key | None], None], failures: dict[Key, Score]) -> Any:
+    def __call__(self, task: Any, announce: Callable[[Key | None], None], failures: Mapping[Key, Score]) -> Any:
         """Do `task`, announcing each step; steps in `failures` have failed before."""
         ...
 
@@ -54,7 +54,7 @@ def run_tasks(
     *,
     processes: int,
     timeout: float,
-    on_step: Callable[[], object] = lambda: None,
+    on_step: Callable[[], None] = lambda: None,
 ) -> dict[Any, Any]:
     """Do all tasks.
 

@@ -63,11 +63,11 @@ class ChunkScorer:
         self._config, self._manifest = config, manifest
         self._pipeline = Pipeline(config)
 
-    def __call__(self, chunk: int, announce: Announce, failures: Mapping[Key, Score]) -> None:
+    def __call__(self, task: int, announce: Announce, failures: Mapping[Key, Score]) -> None:
         """Score one chunk.
 
         Args:
-            chunk: its number.
+            task: the chunk's number.
             announce: called before each score and after each entry.
             failures: scores to take for granted: what crashed the process before.
 
@@ -75,7 +75,7 @@ class ChunkScorer:
             OSError, MemoryError: a fault that did not pass; nothing of the chunk is published.
             UserError: the settings do not fit the models.
         """
-        known = read_scores(self._config.output, chunk)
+        known = read_scores(self._config.output, task)
         if self._config.retry_unusable:
             known = {key: score for key, score in known.items() if "error" not in score}
         used: dict[Key, Score] = {}
@@ -88,13 +88,13 @@ class ChunkScorer:
                 used[key] = known[key]
             return known[key]
 
-        for entry in self._manifest.entries(chunk):
+        for entry in self._manifest.entries(task):
             if not isinstance(entry, BadEntry):
                 for _ in self._pipeline.walk(entry, score_of):
                     pass
             announce(None)
-        if used or not scores_path(self._config.output, chunk).exists():
-            self._publish(chunk, known)
+        if used or not scores_path(self._config.output, task).exists():
+            self._publish(task, known)
 
     def _publish(self, chunk: int, known: Mapping[Key, Score]) -> None:
         """Write the scores, sorted, so that the bytes do not depend on the runs that made them."""

@@ -88,12 +88,12 @@ def _index(report: Report, sheets: dict[tuple[str, str, str], str]) -> str:
         if numbers[key]:
             body = [(html.escape(str(name)), str(count)) for name, count in numbers[key].items()]
             parts += [f"<h2>{title}</h2>", _table(("name", "kept"), body)]
-    found = [
+    contaminated = [
         (html.escape(f["id"]), html.escape(f["kind"]), html.escape(f["found"]))
         for f in report.contamination[:100]
     ]
     parts.append(f"<h2>In the evaluation data: {len(report.contamination)}</h2>")
-    parts.append(_table(("id", "kind", "found"), found) if found else "")
+    parts.append(_table(("id", "kind", "found"), contaminated) if contaminated else "")
     return "\n".join(parts)
 
 
