@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,7 @@ def clip_name(unit: Unit) -> str:
 class ClipWriter(Handler):
     """Writes clips. Answers what is wrong with the video, or nothing."""
 
-    def __call__(self, task: ClipTask, announce: Announce, failures: dict[Key, Score]) -> str | None:
+    def __call__(self, task: ClipTask, announce: Announce, failures: Mapping[Key, Score]) -> str | None:
         """Write one clip unless it is there."""
         key = ("clip", task.id)
         announce(key)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from emu3_megatron.errors import UserError
 
@@ -370,8 +371,8 @@ class CaptionConfig:
     """With `checkpoint`: its folder; an exported folder has its own."""
     area: int = 512 * 512
     """With `checkpoint`: pixels of a picture, about, as the model saw them."""
-    platform: str = "auto"
-    """With `checkpoint`: ``auto``, ``cuda`` or ``cpu``."""
+    platform: Literal["auto", "cuda", "cpu"] = "auto"
+    """With `checkpoint`: where it runs."""
     batch_size: int = 16
     """With `checkpoint`: pictures at a time."""
     image_prompt: Path | None = None

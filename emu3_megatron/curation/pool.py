@@ -22,7 +22,9 @@ ATTEMPTS = 2
 class Handler(Protocol):
     """Does one task."""
 
-    def __call__(self, task: Any, announce: Callable[[Key | None], None], failures: Mapping[Key, Score]) -> Any:
+    def __call__(
+        self, task: Any, announce: Callable[[Key | None], object], failures: Mapping[Key, Score]
+    ) -> Any:
         """Do `task`, announcing each step; steps in `failures` have failed before."""
         ...
 
@@ -54,7 +56,7 @@ def run_tasks(
     *,
     processes: int,
     timeout: float,
-    on_step: Callable[[], None] = lambda: None,
+    on_step: Callable[[], object] = lambda: None,
 ) -> dict[Any, Any]:
     """Do all tasks.
 

@@ -22,7 +22,7 @@ RETRY_SECONDS = (0.5, 2.0, 8.0)
 Key = tuple[str, str]
 """Key of a stage's scores, id of a unit."""
 
-Announce = Callable[[Key | None], None]
+Announce = Callable[[Key | None], object]
 """Told what is about to be scored, and None when an entry is finished."""
 
 

@@ -86,8 +86,8 @@ def _index(report: Report, sheets: dict[tuple[str, str, str], str]) -> str:
         parts += ["<h2>Video by category</h2>", _table(("category", "clips", "seconds"), body)]
     for title, key in (("Images by type", "image_types"), ("Texts by language", "languages")):
         if numbers[key]:
-            body = [(html.escape(str(name)), str(count)) for name, count in numbers[key].items()]
-            parts += [f"<h2>{title}</h2>", _table(("name", "kept"), body)]
+            named = [(html.escape(str(name)), str(count)) for name, count in numbers[key].items()]
+            parts += [f"<h2>{title}</h2>", _table(("name", "kept"), named)]
     contaminated = [
         (html.escape(f["id"]), html.escape(f["kind"]), html.escape(f["found"]))
         for f in report.contamination[:100]
