@@ -72,6 +72,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("content-type", "application/json")
         self.send_header("content-length", str(len(data)))
+        if status != 200:  # said, so that a client does not count the end of a kept connection as a try
+            self.send_header("connection", "close")
         self.end_headers()
         self.wfile.write(data)
 
