@@ -363,7 +363,10 @@ def test_real_clips_pass_as_they_are(tmp_path: Path) -> None:
     video = VideoConfig(probe=ProbeConfig(min_width=100, min_height=100), write_clips=False)
     assert curate(config_for(manifest, tmp_path / "out", video=video, thumbnails=0)) is not None
     rows = read(tmp_path / "out" / "manifest.jsonl")
-    assert {row["id"].split("@")[0] for row in rows} >= {"bikes", "carphone_pristine"}
+    assert {row["id"].split("@")[0] for row in rows} >= {"bikes", "carphone_distorted"}
+    seen = read(tmp_path / "out" / "stages" / "video-duplicates.jsonl")
+    twin = next(row for row in seen if row["id"].startswith("carphone_pristine"))
+    assert (twin["reason"], twin["detail"]) == ("near-duplicate", "of carphone_distorted@0-120")
     assert all(Path(row["video"]).is_absolute() for row in rows)
     whole = ("@0-250", "@0-120", "@0-132")
     assert all(row["end"] > row["start"] for row in rows if not row["id"].endswith(whole))

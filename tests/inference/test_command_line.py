@@ -36,7 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run, its tokenizers, its export, a picture and a clip."""
     from dataclasses import asdict
 
-    from emu3_megatron.conversion.checkpoints import _save
+    from emu3_megatron.conversion.checkpoints import save_weights
     from emu3_megatron.model import build_model
     from emu3_megatron.parallel.config import ParallelConfig
 
@@ -54,7 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     vision = VisionTokenizer(VISION).eval()
     vision.save_pretrained(root / "vision")
     record = {"model": asdict(config), "seed": 0, "trainer": {"precision": "fp32"}}
-    _save(model, root / "run" / "checkpoints" / "step-00000003", VOCABULARY.to_dict(), record)
+    save_weights(model, root / "run" / "checkpoints" / "step-00000003", VOCABULARY.to_dict(), record)
     export_hugging_face(
         root / "hf",
         model.state_dict(),

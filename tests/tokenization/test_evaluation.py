@@ -82,7 +82,7 @@ def test_the_tool_prints_the_table_and_writes_it_with_scores_and_sheets(folder: 
         ({"sizes": []}, "sizes is empty"),
         ({"frames": 6}, "frames is 6: it must be a multiple of 4"),
         ({"limit": 0}, "limit is 0"),
-        ({"device": "cuda:99"}, "device is 'cuda:99'"),
+        ({"device": "gpu"}, "device is 'gpu'"),
         ({"lpips": "alex", "lpips_weights": "missing.pth"}, "lpips_weights is missing.pth: no such file"),
         ({"features": "missing.pt"}, "features is missing.pt: no such file"),
         ({"data": "missing"}, "missing is not a folder"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -173,7 +174,7 @@ def test_what_does_not_fit_is_named(movq: ImageMoVQ, tmp_path: Path) -> None:
     (tmp_path / "text.pt").write_text("x" * 100)
     with pytest.raises(UserError, match="warm_start"):
         warm_start(tokenizer, tmp_path / "text.pt")
-    torch.save({"state_dict": {}, "callbacks": Path("x")}, tmp_path / "unsafe.ckpt")
+    torch.save({"state_dict": {}, "callbacks": Fraction(1, 2)}, tmp_path / "unsafe.ckpt")
     with pytest.raises(UserError, match="save its state_dict alone"):
         warm_start(tokenizer, tmp_path / "unsafe.ckpt")
 
