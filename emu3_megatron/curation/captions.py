@@ -234,9 +234,8 @@ class CaptionJob:
             return []
         if unit.kind == "image":
             return [Sample(unit)]
-        assert unit.path is not None
         try:
-            start, end = _interval(unit, info_of(unit.path).seconds)
+            start, end = _interval(unit, info_of(unit.file).seconds)
         except MediaError as error:
             self._fail(unit.id, unit, error)
             return []
@@ -279,16 +278,15 @@ class CaptionJob:
 
     def _pictures(self, sample: Sample) -> list[Picture]:
         """The image, or frames evenly spread over the interval, no larger than asked for."""
-        assert sample.unit.path is not None
         edge = self._config.max_edge
         if sample.interval is None:
-            return [resize(image_of(sample.unit.path), longer_edge=edge)]
-        info = info_of(sample.unit.path)
+            return [resize(image_of(sample.unit.file), longer_edge=edge)]
+        info = info_of(sample.unit.file)
         times = info.timestamps
         first, stop = (int((times < second - 0.5 / info.fps).sum()) for second in sample.interval)
         first = min(first, info.frame_count - 1)
         places = spread(first, max(stop, first + 1), self._config.frames)
-        return [resize(frame, longer_edge=edge) for frame in SOURCE.frames(sample.unit.path, info, places)]
+        return [resize(frame, longer_edge=edge) for frame in SOURCE.frames(sample.unit.file, info, places)]
 
     def _write(self) -> tuple[int, int]:
         """Write the manifest and the failures, in the order of the entries."""

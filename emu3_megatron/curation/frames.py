@@ -50,8 +50,7 @@ def small_size(
 
 def clip_frames(unit: Unit, indices: list[int], size: tuple[int, int] | None = None) -> Picture:
     """Frames of a clip by their places in the video, uint8 ``[T, H, W, 3]``."""
-    assert unit.path is not None
-    return SOURCE.frames(unit.path, info_of(unit.path), indices, size=size)
+    return SOURCE.frames(unit.file, info_of(unit.file), indices, size=size)
 
 
 def spread(first: int, stop: int, count: int) -> list[int]:
@@ -62,10 +61,9 @@ def spread(first: int, stop: int, count: int) -> list[int]:
 
 def pictures_of(unit: Unit, count: int) -> list[Picture]:
     """The picture of an image, or `count` frames of a clip, evenly spread."""
-    assert unit.path is not None
     if unit.kind == "image":
-        return [image_of(unit.path)]
-    return list(_spread_frames(unit.path, frame_range(unit, info_of(unit.path)), count))
+        return [image_of(unit.file)]
+    return list(_spread_frames(unit.file, frame_range(unit, info_of(unit.file)), count))
 
 
 @lru_cache(maxsize=1)

@@ -140,9 +140,8 @@ class CurationJob:
         tasks = []
         for step in self._steps():
             if isinstance(step, Step) and step.stage is None and step.unit.frames and _is_cut(step):
-                assert step.unit.path is not None
                 target = config.output / "clips" / clip_name(step.unit)
-                tasks.append(ClipTask(step.unit.id, step.unit.path, step.unit.frames, target))
+                tasks.append(ClipTask(step.unit.id, step.unit.file, step.unit.frames, target))
         with self._bar(len(tasks), "write clips", "clip") as bar:
             results = run_tasks(
                 tasks,

@@ -97,8 +97,7 @@ class MotionStage(Stage):
 
     def score(self, unit: Unit) -> Score:
         """Mean magnitude over the shorter edge, averaged over the pairs, and its range."""
-        assert unit.path is not None
-        info = info_of(unit.path)
+        info = info_of(unit.file)
         pairs = frame_pairs(info, *frame_range(unit, info), self._config)
         if not pairs:
             return {"motion": 0.0, "least": 0.0, "most": 0.0, "pairs": 0}

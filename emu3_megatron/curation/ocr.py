@@ -94,8 +94,7 @@ class TextCoverageStage(Stage):
 
     def score(self, unit: Unit) -> Score:
         """Mean and largest coverage over the frames looked at."""
-        assert unit.path is not None
-        config, info = self._config, info_of(unit.path)
+        config, info = self._config, info_of(unit.file)
         first, stop = frame_range(unit, info)
         count = max(1, min(config.max_frames, round((stop - first) / info.fps * config.fps)))
         size = small_size(info, shorter_edge=config.shorter_edge)

@@ -28,8 +28,7 @@ class ImageProbe(Stage):
 
     def score(self, unit: Unit) -> Score:
         """Pixels across and down, upright."""
-        assert unit.path is not None
-        rows, columns = image_of(unit.path).shape[:2]
+        rows, columns = image_of(unit.file).shape[:2]
         return {"width": columns, "height": rows}
 
     def decide(self, unit: Unit, score: Score) -> Decision:
@@ -48,8 +47,7 @@ class VideoProbe(Stage):
 
     def score(self, unit: Unit) -> Score:
         """What the file holds."""
-        assert unit.path is not None
-        info = info_of(unit.path)
+        info = info_of(unit.file)
         rows, columns = info.upright_size
         return {
             "width": columns,

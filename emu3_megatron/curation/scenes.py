@@ -42,8 +42,7 @@ class SceneStage(SplittingStage):
 
     def score(self, unit: Unit) -> Score:
         """Per frame: the change and the level, or the probability of a transition."""
-        assert unit.path is not None
-        info = info_of(unit.path)
+        info = info_of(unit.file)
         curves = (
             _transnet(unit, info) if self._config.detector == "transnetv2" else _pyscenedetect(unit, info)
         )
@@ -122,11 +121,10 @@ class _Change(ContentDetector):
 
 def _pyscenedetect(unit: Unit, info: VideoInfo) -> dict[str, list[float]]:
     """Change and level of each frame."""
-    assert unit.path is not None
     detector = _Change()
     change, level = [], []
     for place, picture in enumerate(
-        SOURCE.stream(unit.path, info, size=small_size(info, width=DETECTOR_WIDTH))
+        SOURCE.stream(unit.file, info, size=small_size(info, width=DETECTOR_WIDTH))
     ):
         bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
         change.append(round(detector.measure(FrameTimecode(place, fps=info.fps), bgr), 3))
@@ -192,10 +190,9 @@ def _transnet_model() -> Any:
 
 def _transnet(unit: Unit, info: VideoInfo) -> dict[str, list[float]]:
     """Probability of a transition at each frame."""
-    assert unit.path is not None
     import torch
 
-    frames = np.stack(list(SOURCE.stream(unit.path, info, size=TRANSNET_SIZE)))
+    frames = np.stack(list(SOURCE.stream(unit.file, info, size=TRANSNET_SIZE)))
     single, _ = _transnet_model().predict_frames(torch.from_numpy(frames), quiet=True)
     return {"transition": [round(float(value), 4) for value in single]}
 

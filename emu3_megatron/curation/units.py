@@ -32,6 +32,13 @@ class Unit:
     """Seconds from the video's start to the clip's first frame and to its end."""
 
     @property
+    def file(self) -> Path:
+        """`path` of a unit that has media. Raises `ValueError` for a text."""
+        if self.path is None:
+            raise ValueError(f"{self.id} is a {self.kind}: it has no media file")
+        return self.path
+
+    @property
     def text(self) -> str:
         """The document, or the caption; empty without one."""
         value = self.record.get("text" if self.kind == "text" else "caption")
