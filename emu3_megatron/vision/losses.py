@@ -22,8 +22,17 @@ def foreground_mask(target_NCHW: Tensor, background_NC: Tensor, threshold: float
     return F.max_pool2d((distance_N1HW > threshold).float(), 3, 1, 1)
 
 
+LEAST_SHARE = 0.02
+"""Share of a frame that a foreground counts as covering at least, where frames are to count alike."""
+
+
 def pixel_weights(
-    target_NCHW: Tensor, foreground_N1HW: Tensor, *, foreground_weight: float, edge_weight: float
+    target_NCHW: Tensor,
+    foreground_N1HW: Tensor,
+    *,
+    foreground_weight: float,
+    edge_weight: float,
+    frames_alike: bool = False,
 ) -> Tensor | None:
     """Weight of every pixel, [N, 1, H, W]: 1 on the background, more on the foreground and at edges.
 
@@ -34,17 +43,22 @@ def pixel_weights(
         foreground_N1HW: from `foreground_mask`.
         foreground_weight: added on the foreground.
         edge_weight: added, times the local contrast (0 to 1), where neighbouring pixels differ.
+        frames_alike: divide what is added to a frame by the share of the frame that its foreground covers,
+            over the mean of that share in the batch: small objects then count as much as large ones.
 
     Returns:
         The weights, or None where both are 0.
     """
     if foreground_weight == 0 and edge_weight == 0:
         return None
-    weights_N1HW = 1 + foreground_weight * foreground_N1HW
+    added_N1HW = foreground_weight * foreground_N1HW
     if edge_weight:
         high, low = F.max_pool2d(target_NCHW, 3, 1, 1), -F.max_pool2d(-target_NCHW, 3, 1, 1)
-        weights_N1HW = weights_N1HW + edge_weight * (high - low).amax(1, keepdim=True) / 2
-    return weights_N1HW
+        added_N1HW = added_N1HW + edge_weight * (high - low).amax(1, keepdim=True) / 2
+    if frames_alike:
+        share_N111 = foreground_N1HW.mean((1, 2, 3), keepdim=True).clamp_min(LEAST_SHARE)
+        added_N1HW = added_N1HW * (share_N111.mean() / share_N111)
+    return 1 + added_N1HW
 
 
 def reconstruction_loss(

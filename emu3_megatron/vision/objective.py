@@ -57,6 +57,7 @@ class Objective:
             foreground_N1HW,
             foreground_weight=config.foreground_weight,
             edge_weight=config.edge_weight,
+            frames_alike=config.frames_alike,
         )
         loss = reconstruction_loss(reconstruction_NCHW, target_NCHW, weights, l1_weight=config.l1_weight)
         parts = {"reconstruction": loss}

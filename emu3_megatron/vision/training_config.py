@@ -84,6 +84,9 @@ class LossConfig:
     """Added to the weight of pixels that differ from the picture's commonest colour."""
     edge_weight: float = 0.0
     """Added to the weight of pixels where neighbours differ, times the contrast."""
+    frames_alike: bool = False
+    """Whether the two weights above are divided by the share of the frame that its foreground covers, so that
+    small objects count as much as large ones."""
     commitment_weight: float = 0.1
     """Pull of latents towards their codes."""
     continuous_steps: int = 150

@@ -55,6 +55,23 @@ def test_foreground_and_edges_weigh_more() -> None:
     assert reconstruction_loss(picture + 1, picture, weights, l1_weight=0.5) > plain
 
 
+def test_where_frames_count_alike_small_objects_weigh_as_much_as_large_ones() -> None:
+    pictures = torch.zeros(2, 3, 32, 32)
+    pictures[0, :, 4:8, 4:8] = 1
+    pictures[1, :, 4:24, 4:24] = 1
+    mask = foreground_mask(pictures, torch.zeros(2, 3))
+
+    def added(frames_alike: bool) -> torch.Tensor:
+        weights = pixel_weights(pictures, mask, foreground_weight=4, edge_weight=0, frames_alike=frames_alike)
+        assert weights is not None
+        return (weights - 1).sum((1, 2, 3))
+
+    small, large = added(True)
+    assert small.item() == pytest.approx(large.item(), rel=1e-5)
+    assert added(True).sum().item() == pytest.approx(added(False).sum().item(), rel=1e-5)
+    assert added(False)[1] > 10 * added(False)[0]
+
+
 def test_straight_through_and_commitment_gradients() -> None:
     latents = torch.tensor([[1.0, 2.0]], requires_grad=True)
     codes = torch.tensor([[0.0, 2.5]], requires_grad=True)
