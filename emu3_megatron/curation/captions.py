@@ -22,7 +22,7 @@ from emu3_megatron.curation.manifest import BadEntry, RawManifest
 from emu3_megatron.curation.units import Unit
 from emu3_megatron.errors import UserError, one_line
 from emu3_megatron.files import atomic_write, fsync_directory
-from emu3_megatron.media import MediaError
+from emu3_megatron.media import MediaError, frame_range
 
 JOURNAL_FILE, MANIFEST_FILE, FAILURES_FILE = "journal.jsonl", "manifest.jsonl", "failures.jsonl"
 
@@ -282,8 +282,7 @@ class CaptionJob:
         if sample.interval is None:
             return [resize(image_of(sample.unit.file), longer_edge=edge)]
         info = info_of(sample.unit.file)
-        times = info.timestamps
-        first, stop = (int((times < second - 0.5 / info.fps).sum()) for second in sample.interval)
+        first, stop = frame_range(info, sample.interval)
         first = min(first, info.frame_count - 1)
         places = spread(first, max(stop, first + 1), self._config.frames)
         return [resize(frame, longer_edge=edge) for frame in SOURCE.frames(sample.unit.file, info, places)]

@@ -8,7 +8,7 @@ from emu3_megatron.media.images import decode_image, decode_images
 from emu3_megatron.media.load import load_clip, load_stills
 from emu3_megatron.media.preprocess import Preprocessor, to_uint8
 from emu3_megatron.media.probe import VideoInfo, probe_video
-from emu3_megatron.media.selection import Clip, ClipRule
+from emu3_megatron.media.selection import Clip, ClipRule, Interval, frame_range
 from emu3_megatron.media.sources import FrameSource, frame_source
 from emu3_megatron.media.write import write_mp4, write_png
 
@@ -17,6 +17,7 @@ __all__ = [
     "ClipRule",
     "FrameSource",
     "Geometry",
+    "Interval",
     "Media",
     "MediaError",
     "MediaFolder",
@@ -26,6 +27,7 @@ __all__ = [
     "decode_image",
     "decode_images",
     "fixed_geometry",
+    "frame_range",
     "frame_source",
     "list_media",
     "load_clip",

@@ -56,6 +56,7 @@ class Emu3Model(GPTModel):
         attention_mask: torch.Tensor | None = None,
         *,
         packed_seq_params: PackedSeqParams | None = None,
+        host_cu_seqlens: torch.Tensor | None = None,
         logits: Literal["none", "all"] = "none",
     ) -> torch.Tensor:
         """Run the chunk.
@@ -65,6 +66,8 @@ class Emu3Model(GPTModel):
             position_ids: Ignored; positions count from each document's start.
             attention_mask: Ignored; documents come from `packed_seq_params`.
             packed_seq_params: The full window, see `packed_sequence_parameters`.
+            host_cu_seqlens: The window's document lengths on the CPU; spares the torch attention to fetch
+                them from a GPU.
             logits: What the last stage returns: hidden states or all logits.
 
         Returns:
@@ -81,7 +84,7 @@ class Emu3Model(GPTModel):
         if self.transformer_engine:
             rotary = self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True)
         else:
-            packed_seq_params = self._with_layout(packed_seq_params, input_ids.device)
+            packed_seq_params = self._with_layout(packed_seq_params, host_cu_seqlens, input_ids.device)
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -127,12 +130,14 @@ class Emu3Model(GPTModel):
             z_loss=z_loss,
         )
 
-    def _with_layout(self, parameters: PackedSeqParams, device: torch.device) -> LayoutParameters:
+    def _with_layout(
+        self, parameters: PackedSeqParams, host_cu_seqlens: torch.Tensor | None, device: torch.device
+    ) -> LayoutParameters:
         if isinstance(parameters, LayoutParameters):
             return parameters
         group = self.pg_collection.cp
         layout = window_layout(
-            parameters.cu_seqlens_q,
+            parameters.cu_seqlens_q if host_cu_seqlens is None else host_cu_seqlens,
             cp_size=group.size(),
             cp_rank=group.rank(),
             all_to_all=self.config.cp_comm_type == "a2a",

@@ -88,7 +88,8 @@ def window_layout(
     """Work out the layout of a window.
 
     Args:
-        cu_seqlens: ``[D+1]`` cumulative document lengths of the full window.
+        cu_seqlens: ``[D+1]`` cumulative document lengths of the full window; best on the CPU, else they are
+            fetched, which waits for the device.
         cp_size: Context-parallel degree.
         cp_rank: Rank in the context-parallel group.
         all_to_all: Whether attention sees all tokens (and a part of the heads) instead of its own queries.
@@ -112,7 +113,7 @@ def window_layout(
         query = key = builder.query_gather(int(cu[-1]))
         if cp_size == 1:
             entry, query, key = query, _IDENTITY, _IDENTITY
-            positions = positions if entry.rows is None else positions[entry.rows.cpu().numpy()]
+            positions = positions if entry.rows is None else positions[builder.query_rows()]
     else:
         query_rows = np.empty(cu[-1], np.int64)
         query_rows[held[cp_rank]] = np.arange(len(held[cp_rank]))
@@ -126,7 +127,7 @@ def window_layout(
         entry=entry,
         query=query,
         key=key,
-        positions=torch.from_numpy(positions).to(device),
+        positions=_on(device, positions),
     )
 
 
@@ -189,7 +190,7 @@ class _Builder:
                 batch=len(starts),
                 queries=widest,
                 keys=keys.shape[1],
-                mask=torch.from_numpy(mask)[:, None].to(self.device),
+                mask=_on(self.device, mask[:, None]),
             )
         )
 
@@ -200,25 +201,32 @@ class _Builder:
         self._key.append(key.reshape(-1))
         self._padding.append(padding.reshape(-1))
 
+    def query_rows(self) -> np.ndarray[Any, Any]:
+        """Source row of every query slot."""
+        return np.concatenate(self._query)
+
     def query_gather(self, count: int) -> Gather:
         """The gather of the queries; every one of `count` rows has exactly one real slot."""
-        rows, padding = np.concatenate(self._query), np.concatenate(self._padding)
+        rows, padding = self.query_rows(), np.concatenate(self._padding)
         if len(rows) == count and bool((rows == np.arange(count)).all()):
             return _IDENTITY
         slots = np.empty(count, np.int64)
         slots[rows[~padding]] = np.flatnonzero(~padding)
         return Gather(
-            rows=self._tensor(rows),
-            slots=self._tensor(slots),
-            padding=self._tensor(np.flatnonzero(padding)) if padding.any() else None,
+            rows=_on(self.device, rows),
+            slots=_on(self.device, slots),
+            padding=_on(self.device, np.flatnonzero(padding)) if padding.any() else None,
         )
 
     def key_gather(self) -> Gather:
         """The gather of the keys; a row may have several slots."""
-        return Gather(rows=self._tensor(np.concatenate(self._key)), slots=None, padding=None)
+        return Gather(rows=_on(self.device, np.concatenate(self._key)), slots=None, padding=None)
 
-    def _tensor(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device)
+
+def _on(device: torch.device, array: np.ndarray[Any, Any]) -> torch.Tensor:
+    """The array as a tensor; on its way to a GPU it does not wait for the work that is queued there."""
+    tensor = torch.from_numpy(np.ascontiguousarray(array))
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _slots(

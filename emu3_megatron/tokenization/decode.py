@@ -127,7 +127,7 @@ class SampleDecoder:
         if entry.media is None:
             return Sample(entry=entry, pixels=None, clip=None)
         try:
-            return self._image(entry, next(images)) if entry.kind == "image" else _retry(self._video, entry)
+            return self._image(entry, next(images)) if entry.kind == "image" else retry(self._video, entry)
         except MediaError as error:
             reason = " ".join(str(error).split()) or "cannot be used"
             name = type(error).__name__
@@ -135,10 +135,8 @@ class SampleDecoder:
 
     def _images(self, entries: list[Entry]) -> Iterator[npt.NDArray[np.uint8] | MediaError]:
         """Decode images by the batch, in order."""
-        loaded = [_retry(_load_or_error, entry) for entry in entries]
-        decoded = iter(
-            _retry(decode_images, [media for media in loaded if not isinstance(media, MediaError)])
-        )
+        loaded = [retry(_load_or_error, entry) for entry in entries]
+        decoded = iter(retry(decode_images, [media for media in loaded if not isinstance(media, MediaError)]))
         return iter([media if isinstance(media, MediaError) else next(decoded) for media in loaded])
 
     def _image(self, entry: Entry, decoded: npt.NDArray[np.uint8] | MediaError) -> _Pictures:
@@ -152,7 +150,7 @@ class SampleDecoder:
         """Choose and decode a video's frames."""
         media = _load(entry)
         info = probe_video(media)
-        clip = self._clip_rule.select(info)
+        clip = self._clip_rule.select(info, entry.interval)
         geometry = self._rules["video"].plan(*info.upright_size, pixel_aspect=info.pixel_aspect)
         return _Pictures(entry, self._source.frames(media, info, clip.indices), geometry, clip)
 
@@ -188,7 +186,7 @@ def _load_or_error(entry: Entry) -> Media | MediaError:
         return error
 
 
-def _retry(function: Callable[[A], R], argument: A) -> R:
+def retry(function: Callable[[A], R], argument: A) -> R:
     """Call `function`; after a passing fault of the file system wait and try again, a few times."""
     for seconds in RETRY_SECONDS:
         try:

@@ -8,10 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emu3_megatron.media import Media, MediaError
+from emu3_megatron.media import Interval, Media, MediaError
 
 CONTENT_KEYS = ("image", "video", "text")
 """Keys of which an entry has exactly one."""
+
+MAX_SECONDS = 1e9
+"""No video is longer."""
 
 
 def printable(text: str) -> str:
@@ -68,6 +71,8 @@ class Entry:
     """The caption, or the document; None for media without a caption."""
     media: MediaPointer | None
     """Where the picture is; None for text."""
+    interval: Interval | None = None
+    """The part of a video that is meant: keys ``start`` and ``end``; None: all of it."""
     split: str | None = None
     """Value of the key ``split``."""
     task: str | None = None
@@ -118,6 +123,7 @@ def parse_record(record: Any, *, place: str, folder: Path) -> Entry | BadEntry:
             kind=kind,
             text=text,
             media=media,
+            interval=_interval(record) if kind == "video" else None,
             split=split,
             task=task,
         )
@@ -142,6 +148,28 @@ def _content(record: Mapping[str, Any]) -> tuple[str, str | None]:
     if not isinstance(record["caption"], str):
         raise EntryError(f'has a "caption" of type {type(record["caption"]).__name__}; it must be a string')
     return kind, record["caption"].strip() or None
+
+
+def _interval(record: Mapping[str, Any]) -> Interval | None:
+    """The part of a video that an entry means."""
+    start, end = (_seconds(record, key) for key in ("start", "end"))
+    if start is None and end is None:
+        return None
+    start = start or 0.0
+    if start < 0 or (end is not None and end <= start):
+        raise EntryError(f'has "start" {start:g} and "end" {end}; 0 <= start < end must hold')
+    return start, end
+
+
+def _seconds(record: Mapping[str, Any], key: str) -> float | None:
+    """The value of `key`, a finite number, where there is one."""
+    value = record.get(key)
+    if value is None:
+        return None
+    # Comparing, unlike converting, also works for whole numbers that no float can hold.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_SECONDS:
+        raise EntryError(f'has a "{key}" that is {str(value)[:40]!r}; it must be a number of seconds')
+    return float(value)
 
 
 def _path(record: Mapping[str, Any], key: str) -> str:

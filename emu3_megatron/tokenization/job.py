@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -41,6 +42,8 @@ class TokenizationJob:
             UserError: something does not fit together; the message says what.
         """
         self.config = config
+        self._reports: dict[int, ShardReport] = {}
+        self._listed = -1
         self.toolkit = Toolkit.load(config)
         self.inputs = Inputs(config.manifest)
         if not len(self.inputs):
@@ -54,22 +57,7 @@ class TokenizationJob:
             **self.toolkit.identity(),
             "manifests": self.inputs.fingerprints,
         }
-        identity = json.loads(json.dumps(identity))
-        path = self.config.output / JOB_FILE
-        if not path.exists():
-            write_json_atomic(path, identity)
-            return
-        try:
-            earlier = json.loads(path.read_text())
-        except ValueError as error:
-            raise UserError(f"{path}: not JSON ({error}); remove the folder and start again") from error
-        different = sorted(k for k in {*identity, *earlier} if identity.get(k) != earlier.get(k))
-        if different:
-            changes = ", ".join(f"{k} ({earlier.get(k)!r} -> {identity.get(k)!r})" for k in different)
-            raise UserError(
-                f"{self.config.output} holds a job with other settings: {changes}; "
-                "use the earlier ones, another --output, or remove the folder"
-            )
+        claim_folder(self.config.output, identity)
 
     def run(self) -> bool:
         """Make this worker's missing shards, then the manifest if all shards are there.
@@ -125,6 +113,7 @@ class TokenizationJob:
         ) as writer:
             report = maker.make(self.inputs.entries(start, stop), writer)
             write_json_atomic(self._report_path(shard), asdict(report))
+        self._reports[shard] = report
         return report
 
     def finalize(self) -> bool:
@@ -145,8 +134,10 @@ class TokenizationJob:
                     f"shards {missing} of {config.num_shards} are not finished; run their workers"
                 )
             return False
+        self._reports.clear()  # a worker that was killed may have made its shard again, of repaired files
+        self._listed = -1
         self._check_budget()
-        reports = list(self._reports())
+        reports = self._reports.values()
         write_manifest(
             config.output,
             config.dataset_name,
@@ -174,10 +165,13 @@ class TokenizationJob:
 
     def _check_budget(self) -> None:
         """Write the quarantine list of all shards so far, and fail where it is longer than the budget."""
-        bad = [entry for report in self._reports() for entry in report.quarantine]
+        self._read_reports()
+        bad = [entry for _, report in sorted(self._reports.items()) for entry in report.quarantine]
         path = self.config.output / QUARANTINE_FILE
-        with atomic_write(path) as stream:
-            stream.writelines(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in bad)
+        if len(bad) != self._listed:
+            with atomic_write(path) as stream:
+                stream.writelines(json.dumps(entry, ensure_ascii=False).encode() + b"\n" for entry in bad)
+            self._listed = len(bad)
         allowed = int(self.config.quarantine_budget * len(self.inputs))
         if len(bad) > allowed:
             example = f"{bad[0]['path'] or bad[0]['id']} {bad[0]['reason']}"
@@ -187,11 +181,14 @@ class TokenizationJob:
                 "repair the files, or raise --quarantine-budget and run again: finished shards are kept"
             )
 
-    def _reports(self) -> Iterable[ShardReport]:
-        """Reports of the shards that are done, in order."""
+    def _read_reports(self) -> None:
+        """Read the reports that are new since the last time: one listing, and each file once."""
+        folder = self.config.output / REPORTS
+        present = set(os.listdir(folder)) if folder.is_dir() else set()
         for shard in range(self.config.num_shards):
-            if self._report_path(shard).is_file():
-                yield ShardReport(**json.loads(self._report_path(shard).read_text()))
+            path = self._report_path(shard)
+            if shard not in self._reports and path.name in present:
+                self._reports[shard] = ShardReport(**json.loads(path.read_text()))
 
     def _report_path(self, shard: int) -> Path:
         """File of a shard's report."""
@@ -203,6 +200,34 @@ class TokenizationJob:
         config = self.config
         record = read_shard_record(config.output, config.dataset_name, shard, config.num_shards)
         return record is not None and self._report_path(shard).is_file()
+
+
+def claim_folder(output: Path, identity: dict[str, Any]) -> None:
+    """Write ``job.json``, or compare with the one that is there.
+
+    Args:
+        output: folder of the dataset.
+        identity: all that decides the shards' bytes, as JSON.
+
+    Raises:
+        UserError: the folder holds a job with other settings; the message names them.
+    """
+    identity = json.loads(json.dumps(identity))
+    path = output / JOB_FILE
+    if not path.exists():
+        write_json_atomic(path, identity)
+        return
+    try:
+        earlier = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON ({error}); remove the folder and start again") from error
+    different = sorted(k for k in {*identity, *earlier} if identity.get(k) != earlier.get(k))
+    if different:
+        changes = ", ".join(f"{k} ({earlier.get(k)!r} -> {identity.get(k)!r})" for k in different)
+        raise UserError(
+            f"{output} holds a job with other settings: {changes}; "
+            "use the earlier ones, another --output, or remove the folder"
+        )
 
 
 def _summary(

@@ -57,6 +57,8 @@ class DataConfig:
     """Tokens of a window (paper: 5,120 in stage 1, 131,072 in stage 2)."""
     template: Template = field(default_factory=Template)
     """Order and dropout of captions, BOS and EOS, for every source that does not set its own."""
+    attention: Literal["document", "window"] = "document"
+    """What a token may look back at: its document, or the whole window whatever it holds (ours)."""
     policy: Literal["online", "offline"] = "online"
     """Packing: documents in shuffled order, or best-fit decreasing for the fill to compare with (ours)."""
     fill: bool = True
@@ -370,6 +372,15 @@ class LoggingConfig:
     """Scalars in RUN/tensorboard."""
     peak_tflops: float | None = None
     """Peak of one device in TFLOP/s, against which MFU is stated; known for common GPUs, none for a CPU."""
+    straggler_interval: int = 100
+    """Steps after which the slowest rank is named, where one is clearly slower than the median; 0: never."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        require(
+            self.straggler_interval >= 0,
+            f"logging.straggler_interval={self.straggler_interval} must not be negative",
+        )
 
 
 @dataclass(kw_only=True)
@@ -416,4 +427,10 @@ class TrainingConfig:
         require(
             warmup < steps,
             f"optimizer.warmup_steps={warmup} must be smaller than trainer.steps={steps}; lower it",
+        )
+        length, chunks = self.data.context_length, 2 * self.parallel.context_parallel_size
+        require(
+            self.data.attention == "document" or chunks == 2 or length % chunks == 0,
+            f"data.attention=window needs a data.context_length that {chunks} (2 x context_parallel_size) "
+            f"divides; it is {length}",
         )

@@ -37,6 +37,8 @@ class MetricsLayout:
     """Where each sum stands in the one vector that is reduced at the end of a step."""
 
     sources: tuple[str, ...]
+    ranks: int = 0
+    """Ranks whose own seconds are told apart; see `Stopwatch`."""
 
     @property
     def cells(self) -> int:
@@ -46,21 +48,35 @@ class MetricsLayout:
     @property
     def size(self) -> int:
         """Length of the vector."""
-        return self.cells * len(QUANTITIES) + len(EXTRAS)
+        return self.cells * len(QUANTITIES) + len(EXTRAS) + self.ranks
 
-    def vector(self, sums: torch.Tensor, extras: dict[str, float]) -> torch.Tensor:
-        """Join `sums` (float64 ``[S*C, Q]``) and named extras (absent ones are 0) into float64 ``[size]``."""
-        tail = torch.tensor([extras.get(name, 0.0) for name in EXTRAS], dtype=torch.float64)
+    def vector(
+        self, sums: torch.Tensor, extras: dict[str, float], *, rank: int = 0, seconds: float = 0.0
+    ) -> torch.Tensor:
+        """Join what this rank has measured into float64 ``[size]``, to be added up over all ranks.
+
+        Args:
+            sums: float64 ``[S*C, Q]``.
+            extras: by name; absent ones are 0.
+            rank: this rank; it fills a place of its own.
+            seconds: this rank's own part of the step.
+        """
+        own = [0.0] * self.ranks
+        if self.ranks:
+            own[rank] = seconds
+        tail = torch.tensor([*(extras.get(name, 0.0) for name in EXTRAS), *own], dtype=torch.float64)
         return torch.cat([sums.reshape(-1), tail.to(sums.device)])
 
     def totals(self, vector: torch.Tensor) -> Totals:
         """Read a reduced vector; this is the step's one copy to the host."""
         values = vector.detach().to("cpu", torch.float64).numpy()
         split = self.cells * len(QUANTITIES)
+        last = split + len(EXTRAS)
         return Totals(
             sources=self.sources,
             sums=values[:split].reshape(len(self.sources), len(CLASSES), len(QUANTITIES)),
-            extras=dict(zip(EXTRAS, values[split:].tolist(), strict=True)),
+            extras=dict(zip(EXTRAS, values[split:last].tolist(), strict=True)),
+            rank_seconds=values[last:],
         )
 
 
@@ -72,6 +88,8 @@ class Totals:
     sums: npt.NDArray[np.float64]
     """``[S, C, Q]``."""
     extras: dict[str, float]
+    rank_seconds: npt.NDArray[np.float64] = field(default_factory=lambda: np.empty(0))
+    """``[ranks]``: each rank's own part of the step, empty where they are not told apart."""
 
     def loss(self, weights: Sequence[float]) -> float:
         """Cross entropy weighted by class, in nats; NaN where no target has a weight."""

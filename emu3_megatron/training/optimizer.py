@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -10,10 +10,17 @@ import torch
 from emu3_megatron.training.config import OptimizerConfig, Precision
 
 
-def wrap_for_data_parallelism(chunks: Sequence[Any], config: OptimizerConfig) -> list[Any]:
+def wrap_for_data_parallelism(
+    chunks: Sequence[Any], config: OptimizerConfig, on_gradients: Callable[[], None]
+) -> list[Any]:
     """Give every chunk megatron-core's gradient buffers (fp32) and its data-parallel reduction.
 
     Gradients are summed over ranks, not averaged: the loss is already divided by the global sum of weights.
+
+    Args:
+        chunks: The model's chunks on this rank.
+        config: Sharding and overlap.
+        on_gradients: Called once a step when this rank has its own gradients, before they are reduced.
     """
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 
@@ -27,15 +34,18 @@ def wrap_for_data_parallelism(chunks: Sequence[Any], config: OptimizerConfig) ->
         DistributedDataParallel(chunk.config, ddp, chunk, disable_bucketing=index > 0)
         for index, chunk in enumerate(chunks)
     ]
-    _connect_schedule(wrapped, config)
+    _connect_schedule(wrapped, config, on_gradients)
     return wrapped
 
 
-def _connect_schedule(wrapped: Sequence[Any], config: OptimizerConfig) -> None:
+def _connect_schedule(
+    wrapped: Sequence[Any], config: OptimizerConfig, on_gradients: Callable[[], None]
+) -> None:
     """Tell megatron-core's schedules how to finish gradients, and when not to reduce them."""
     from megatron.core.distributed import finalize_model_grads
 
     def finalize(model: list[torch.nn.Module], _num_tokens: object, **groups: object) -> None:
+        on_gradients()
         # The count would divide gradients once more; ours are already divided by the sum of weights.
         finalize_model_grads(model, None, **groups)
 

@@ -41,6 +41,8 @@ class MicroBatch:
     """int64, row of the sums that each label counts in: source * C + class."""
     packed: Any
     """`PackedSeqParams` of the whole micro-batch."""
+    host_cu_seqlens: torch.Tensor
+    """Borders of attention, see `attention_borders`, on the CPU."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,18 @@ class Groups:
         )
 
 
+def attention_borders(batch: Batch, window_tokens: int | None) -> tuple[torch.Tensor, int]:
+    """Borders that attention does not cross, int32 ``[D + 1]`` on the CPU, and the longest stretch.
+
+    Args:
+        batch: A micro-batch.
+        window_tokens: Its windows' length where attention reaches over whole windows; None: over documents.
+    """
+    if window_tokens is None:
+        return batch.cu_seqlens, batch.max_seqlen
+    return torch.arange(0, batch.tokens.numel() + 1, window_tokens, dtype=torch.int32), window_tokens
+
+
 class ForwardBackward:
     """Runs global batches through megatron-core's schedules and sums what they measure.
 
@@ -76,6 +90,7 @@ class ForwardBackward:
         loss: Weights by class, and the loss's chunk size.
         layout: Where sums stand; its sources name the documents' `Batch.source`.
         device: Where the chunks are.
+        window_tokens: Length of a window over all of which attention reaches; None: documents only.
     """
 
     def __init__(
@@ -85,11 +100,13 @@ class ForwardBackward:
         layout: MetricsLayout,
         *,
         device: torch.device,
+        window_tokens: int | None = None,
     ) -> None:
         from megatron.core.pipeline_parallel import get_forward_backward_func
 
         self._chunks = list(chunks)
         self._device = device
+        self._window_tokens = window_tokens
         self._groups = Groups.current()
         self._weights_C = torch.tensor(loss.by_class(), dtype=torch.float64)
         self._weights32_C = self._weights_C.to(device, torch.float32)
@@ -146,24 +163,30 @@ class ForwardBackward:
             "classes": batch.modality.long(),
             "cells": (source_T * len(CLASSES))[None] + batch.modality.long(),
         }
-        share = split_batch_for_context_parallel(tensors, batch.cu_seqlens, self._groups.context)
+        borders, longest = attention_borders(batch, self._window_tokens)
+        share = split_batch_for_context_parallel(tensors, borders, self._groups.context)
         share = {name: value.to(self._device, non_blocking=True) for name, value in share.items()}
-        packed = packed_sequence_parameters(
-            batch.cu_seqlens.to(self._device, non_blocking=True), batch.max_seqlen
-        )
+        packed = packed_sequence_parameters(borders.to(self._device, non_blocking=True), longest)
         return MicroBatch(
             tokens_1L=share["tokens"],
             labels_1L=share["labels"],
             classes_L=share["classes"].reshape(-1),
             cells_L=share["cells"].reshape(-1),
             packed=packed,
+            host_cu_seqlens=borders,
         )
 
     def _forward_step(
         self, scale: torch.Tensor, iterator: Iterator[MicroBatch], chunk: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, float]]]]:
         batch = next(iterator)
-        output = chunk(batch.tokens_1L, None, None, packed_seq_params=batch.packed)
+        output = chunk(
+            batch.tokens_1L,
+            None,
+            None,
+            packed_seq_params=batch.packed,
+            host_cu_seqlens=batch.host_cu_seqlens,
+        )
         return output, partial(self._loss, scale, batch, chunk)
 
     def _loss(
@@ -187,7 +210,8 @@ class ForwardBackward:
             return {}
         pairs = 0.0
         for batch in batches:
-            lengths = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).double()
+            borders, _ = attention_borders(batch, self._window_tokens)
+            lengths = (borders[1:] - borders[:-1]).double()
             pairs += float((lengths * (lengths + 1)).sum()) / 2
         return {
             "padding_tokens": float(sum(batch.padding_tokens for batch in batches)),

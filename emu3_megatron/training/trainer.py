@@ -15,7 +15,7 @@ import torch
 from emu3_megatron.data.loader import Batch
 from emu3_megatron.parallel.platform import Platform
 from emu3_megatron.training import checkpoint_files
-from emu3_megatron.training.callbacks import Callback, WeightAverage, build_callbacks
+from emu3_megatron.training.callbacks import Callback, WeightAverage, build_callbacks, spread
 from emu3_megatron.training.checkpoint import Checkpointer, Progress, Record, newest_valid
 from emu3_megatron.training.config import TrainingConfig
 from emu3_megatron.training.data import TrainingData
@@ -26,6 +26,7 @@ from emu3_megatron.training.randomness import seed_step
 from emu3_megatron.training.resume import check_resumable, check_weights_fit
 from emu3_megatron.training.schedules import learning_rate
 from emu3_megatron.training.step import ForwardBackward
+from emu3_megatron.training.stopwatch import Stopwatch
 from emu3_megatron.training.throughput import device_peak_tflops, training_flops
 
 logger = logging.getLogger(__name__)
@@ -55,6 +56,7 @@ class Trainer:
         self._weights = config.loss.by_class()
         shape = config.model
         self._has_dropout = any((shape.embedding_dropout, shape.attention_dropout, shape.hidden_dropout))
+        self._stopwatch = Stopwatch(on_gpu=platform.is_cuda)
         model = build_model(
             config.model,
             vocabulary_padded_size=data.vocabulary.padded_size,
@@ -63,9 +65,11 @@ class Trainer:
             seed=config.seed,
             precision=config.trainer.precision,
         )
-        self.chunks = wrap_for_data_parallelism(model, config.optimizer)
+        self.chunks = wrap_for_data_parallelism(model, config.optimizer, self._stopwatch.stop)
         self.optimizer = Optimizer(self.chunks, config.optimizer, config.trainer.precision)
-        self._layout, self._forward_backward = self._measuring(data.source_names)
+        self._layout, self._forward_backward = self._measuring(
+            data.source_names, ranks=torch.distributed.get_world_size()
+        )
         self._average = WeightAverage(self.chunks, config.ema.decay) if config.ema.decay else None
         self._checkpointer = Checkpointer(
             Path(config.run) / "checkpoints",
@@ -107,9 +111,10 @@ class Trainer:
         if self._has_dropout:
             seed_step(self.config.seed, step)
         self.optimizer.zero_gradients()
+        self._stopwatch.start()
         sums, extras = self._forward_backward(batches)
         extras |= {"wait_seconds": waited, "saving": float(self._checkpointer.is_writing), **self._wishes}
-        totals = self._reduce(self._layout, sums, extras)
+        totals = self._reduce(self._layout, sums, extras, waited + self._stopwatch.seconds)
         report = StepReport(
             step=step + 1,
             windows=self.progress.windows + self.config.trainer.batch_size(step),
@@ -205,13 +210,22 @@ class Trainer:
 
     # ---- measuring
 
-    def _measuring(self, sources: tuple[str, ...]) -> tuple[MetricsLayout, ForwardBackward]:
-        layout = MetricsLayout(sources)
-        return layout, ForwardBackward(self.chunks, self.config.loss, layout, device=self._platform.device)
+    def _measuring(self, sources: tuple[str, ...], ranks: int = 1) -> tuple[MetricsLayout, ForwardBackward]:
+        layout = MetricsLayout(sources, ranks if ranks > 1 else 0)
+        data = self.config.data
+        return layout, ForwardBackward(
+            self.chunks,
+            self.config.loss,
+            layout,
+            device=self._platform.device,
+            window_tokens=data.context_length if data.attention == "window" else None,
+        )
 
-    def _reduce(self, layout: MetricsLayout, sums: torch.Tensor, extras: dict[str, float]) -> Totals:
+    def _reduce(
+        self, layout: MetricsLayout, sums: torch.Tensor, extras: dict[str, float], seconds: float = 0.0
+    ) -> Totals:
         """Add up over all ranks; the one collective that a step spends on metrics."""
-        vector = layout.vector(sums, extras)
+        vector = layout.vector(sums, extras, rank=torch.distributed.get_rank(), seconds=seconds)
         if torch.distributed.get_world_size() > 1:
             torch.distributed.all_reduce(vector)
         return layout.totals(vector)
@@ -235,6 +249,7 @@ class Trainer:
             "seconds": report.seconds,
             "skipped_steps": self.progress.skipped,
             "memory_gib": self._peak_memory() / 2**30,
+            **spread(report.totals.rank_seconds),
         }
         if self._peak_flops:
             vocabulary = self.data.vocabulary.size

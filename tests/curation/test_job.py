@@ -40,6 +40,7 @@ from emu3_megatron.media import probe_video
 from tests.curation import corpus
 from tests.curation.corpus import photograph, save, write_manifest
 from tests.curation.test_text import CHINESE, ENGLISH
+from tests.media.bad_files import write_bad_corpus
 from tests.media.clips import CLIPS, PHOTOGRAPHS
 
 IMAGE = ImageConfig(probe=SizeConfig(min_width=300, min_height=300))
@@ -363,11 +364,32 @@ def test_real_clips_pass_as_they_are(tmp_path: Path) -> None:
     video = VideoConfig(probe=ProbeConfig(min_width=100, min_height=100), write_clips=False)
     assert curate(config_for(manifest, tmp_path / "out", video=video, thumbnails=0)) is not None
     rows = read(tmp_path / "out" / "manifest.jsonl")
-    assert {row["id"].split("@")[0] for row in rows} >= {"bikes", "carphone_distorted"}
-    seen = read(tmp_path / "out" / "stages" / "video-duplicates.jsonl")
-    twin = next(row for row in seen if row["id"].startswith("carphone_pristine"))
-    assert (twin["reason"], twin["detail"]) == ("near-duplicate", "of carphone_distorted@0-120")
+    assert {row["id"].split("@")[0] for row in rows} > {"bikes"}
+    stages = tmp_path / "out" / "stages"
+    seen = [row for row in read(stages / "video-duplicates.jsonl") if row["id"].startswith("carphone")]
+    quality = {row["id"]: row["score"]["quality"] for row in read(stages / "video-quality.jsonl")}
+    (best,) = (row["id"] for row in seen if row["keep"])
+    (twin,) = (row for row in seen if not row["keep"])
+    assert (twin["reason"], twin["detail"]) == ("near-duplicate", f"of {best}")
+    assert quality[best] >= quality[twin["id"]]
     assert all(Path(row["video"]).is_absolute() for row in rows)
     whole = ("@0-250", "@0-120", "@0-132")
     assert all(row["end"] > row["start"] for row in rows if not row["id"].endswith(whole))
     assert np.isfinite([row["scores"]["motion"] for row in rows]).all()
+
+
+def test_every_kind_of_bad_file_is_set_aside_and_nothing_else_lost(tmp_path: Path) -> None:
+    manifest, bad = write_bad_corpus(tmp_path / "raw")
+    assert len(bad) >= 30
+    image = ImageConfig(stages=("probe",), probe=SizeConfig(min_width=32, min_height=32))
+    video = VideoConfig(stages=("probe",), probe=ProbeConfig(min_width=100, min_height=100))
+    config = config_for(manifest, tmp_path / "out", image=image, video=video, thumbnails=0)
+    assert curate(config) is not None
+    quarantine = {row["id"]: row for row in read(tmp_path / "out" / "quarantine.jsonl")}
+    assert set(quarantine) == set(bad)
+    for name, reason in bad.items():
+        assert quarantine[name]["reason"]
+        assert reason in quarantine[name]["reason"]
+        assert quarantine[name]["error"] == "MediaError"
+    kept = [row["id"] for row in read(tmp_path / "out" / "manifest.jsonl")]
+    assert kept == [row["id"] for row in read(manifest) if row["id"] not in bad]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +16,9 @@ import pytest
 from emu3_megatron.media import MediaError, decode_images, frame_source, probe_video
 from emu3_megatron.media import files as media_files
 from tests.media.clips import CLIPS, PHOTOGRAPHS, encode, encode_image, moving_picture
+
+NOBODY = 65534
+"""The user without rights, on Linux."""
 
 
 def use_video(path: Path, indices: tuple[int, ...] | None = None) -> None:
@@ -41,12 +47,28 @@ def test_bad_paths(tmp_path: Path) -> None:
         use_video(tmp_path / ("n" * 10) / "x.mp4")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
-def test_unreadable_file(tmp_path: Path) -> None:
-    path = tmp_path / "a.png"
-    path.write_bytes(b"x")
-    path.chmod(0)
-    (error,) = decode_images([path])
+@contextlib.contextmanager
+def without_rights() -> Iterator[None]:
+    """Root reads everything, so root is somebody else for a moment."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(NOBODY)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+def test_unreadable_file() -> None:
+    with tempfile.TemporaryDirectory() as folder:  # unlike pytest's, not below a folder of root's alone
+        os.chmod(folder, 0o755)
+        path = Path(folder) / "a.png"
+        path.write_bytes(b"x")
+        with without_rights():
+            assert path.read_bytes() == b"x"
+        path.chmod(0)
+        with without_rights():
+            (error,) = decode_images([path])
     assert "permission denied" in str(error)
 
 

@@ -131,11 +131,14 @@ def test_png_round_trip_is_exact(tmp_path: Path) -> None:
         write_png(tmp_path / "c.png", picture.astype(np.float32))
 
 
-@pytest.mark.parametrize("encoder", [None, "libvpx-vp9", "mpeg4"])
-@pytest.mark.parametrize("size", [(64, 64), (63, 61)])
+@pytest.mark.parametrize(
+    ("encoder", "size"),
+    [
+        *((encoder, (64, 64)) for encoder in (None, "libvpx-vp9", "mpeg4")),
+        *((encoder, (63, 61)) for encoder in (None, "libvpx-vp9")),  # MPEG-4 has no 4:4:4 for odd sizes
+    ],
+)
 def test_mp4_round_trip_is_close(tmp_path: Path, encoder: str | None, size: tuple[int, int]) -> None:
-    if encoder == "mpeg4" and size[0] % 2:
-        pytest.skip("MPEG-4 has no 4:4:4")
     frames = moving_picture(8, *size)
     for name in ("a.mp4", "b.mp4"):
         write_mp4(tmp_path / name, frames, 8, encoder=encoder)

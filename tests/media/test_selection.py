@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 
 import numpy as np
 import pytest
 
-from emu3_megatron.media import ClipRule, MediaError, VideoInfo
+from emu3_megatron.media import ClipRule, MediaError, VideoInfo, frame_range
 
 
 def video(pts: list[int], time_base: Fraction) -> VideoInfo:
@@ -73,3 +74,47 @@ def test_bad_rules_are_refused() -> None:
     for rule in ({"frames": 0}, {"fps": 0.0}, {"fps": -1.0}, {"position": "end"}):
         with pytest.raises(ValueError, match="clip"):
             ClipRule(**rule)  # type: ignore[arg-type]
+
+
+def test_a_part_holds_the_frames_that_appear_in_it() -> None:
+    info = video([0, 40, 80, 500, 540, 900, 1000], Fraction(1, 1000))
+    for interval, wanted in {
+        (0.0, None): (0, 7),
+        (0.04, 0.5): (1, 3),
+        (0.03, 0.55): (1, 5),
+        (0.6, 0.8): (5, 5),
+        (0.9, 50.0): (5, 7),
+        (2.0, None): (7, 7),
+    }.items():
+        assert frame_range(info, interval) == wanted
+
+
+@pytest.mark.parametrize("milliseconds", [False, True])
+@pytest.mark.parametrize("rate", [Fraction(24), Fraction(30000, 1001), Fraction(25)])
+def test_parts_that_meet_share_no_frame_and_lose_none(rate: Fraction, milliseconds: bool) -> None:
+    """Edges at the frames' exact times, rounded to microseconds as curation does."""
+    base = Fraction(1, 1000) if milliseconds else 1 / (rate * 512)
+    info = video([round(Fraction(i) / rate / base) + 3 for i in range(120)], base)
+    edges = [round(float(i / rate), 6) for i in range(121)]
+    for first in range(0, 120, 7):
+        assert frame_range(info, (edges[first], edges[first + 1])) == (first, first + 1)
+        assert frame_range(info, (edges[first], None)) == (first, 120)
+
+
+@pytest.mark.parametrize("position", ["start", "centre"])
+@pytest.mark.parametrize("fps", [None, 5.0, 12.0])
+def test_a_clip_of_a_part_is_the_clip_of_the_cut_file(position: str, fps: float | None) -> None:
+    info = video([round(i * 1000 / 24) for i in range(100)], Fraction(1, 1000))
+    rule = ClipRule(frames=8, fps=fps, position=position)
+    first, stop = frame_range(info, (1.0, 3.1))
+    cut = rule.select(replace(info, pts=info.pts[first:stop]))
+    clip = rule.select(info, (1.0, 3.1))
+    assert clip.indices == tuple(first + index for index in cut.indices)
+    assert (clip.fps, clip.seconds) == (cut.fps, cut.seconds)
+
+
+def test_a_part_that_is_too_short_or_outside_is_refused() -> None:
+    info = video(list(range(40)), Fraction(1, 10))
+    for interval, reason in (((0.0, 0.7), "too few"), ((9.0, None), "no frame"), ((3.95, 3.99), "no frame")):
+        with pytest.raises(MediaError, match=reason):
+            ClipRule(frames=8).select(info, interval)

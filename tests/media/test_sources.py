@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emu3_megatron.media import MediaError, frame_source, probe_video
-from tests.media.clips import CLIPS, decode_in_order, encode, moving_picture
+from emu3_megatron.media import ClipRule, MediaError, frame_source, probe_video
+from tests.media.clips import CLIPS, cut_losslessly, decode_in_order, encode, moving_picture
 
 INDICES = (0, 1, 5, 11, 17, 23)
 
@@ -134,6 +134,36 @@ def test_real_clips_are_exact(name: str) -> None:
     indices = [0, 3, 50, info.frame_count - 1]
     frames = frame_source("auto").frames(path, info, indices)
     assert np.array_equal(frames, np.stack([reference[i] for i in indices]))
+
+
+@pytest.mark.parametrize("name", ["bikes.mp4", "carphone_pristine.mp4"])
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (1.52, 3.44), (2.0, 3.999)])
+def test_parts_of_real_clips_are_those_of_the_cut_file(
+    tmp_path: Path, name: str, interval: tuple[float, float]
+) -> None:
+    cut = cut_losslessly(CLIPS / name, tmp_path / "cut.mp4", *interval)
+    whole_info, cut_info = probe_video(CLIPS / name), probe_video(cut)
+    source = frame_source("pyav")
+    for rule in (ClipRule(frames=8), ClipRule(frames=8, fps=10.0), ClipRule(frames=4, position="centre")):
+        part = rule.select(whole_info, interval)
+        alone = rule.select(cut_info)
+        assert np.array_equal(
+            source.frames(CLIPS / name, whole_info, part.indices), source.frames(cut, cut_info, alone.indices)
+        )
+        assert part.fps == pytest.approx(alone.fps, abs=0.01)
+
+
+def test_dali_cuts_parts_as_pyav_does(tmp_path: Path) -> None:
+    whole = cut_losslessly(CLIPS / "carphone_pristine.mp4", tmp_path / "whole.webm", 0.0, 4.0)
+    cut = cut_losslessly(whole, tmp_path / "cut.webm", 1.1, 3.0)
+    whole_info, cut_info = probe_video(whole), probe_video(cut)
+    dali, pyav = frame_source("dali"), frame_source("pyav")
+    assert dali.supports(whole_info)
+    for rule in (ClipRule(frames=8), ClipRule(frames=8, fps=6.0, position="centre")):
+        indices = rule.select(whole_info, (1.1, 3.0)).indices
+        expected = pyav.frames(cut, cut_info, rule.select(cut_info).indices)
+        assert np.array_equal(dali.frames(whole, whole_info, indices), expected)
+        assert np.array_equal(pyav.frames(whole, whole_info, indices), expected)
 
 
 def test_encoded_bytes_are_as_good_as_a_path(tmp_path: Path) -> None:

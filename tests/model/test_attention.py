@@ -114,3 +114,22 @@ def test_dropout_follows_the_tensor_parallel_random_state(single_process: Parall
         assert torch.equal(torch.get_rng_state(), before)  # the common state is for replicated dropout only
         assert not torch.equal(_run(attention, layout, *heads), draws[-1])
     assert torch.equal(*draws)
+
+
+@pytest.mark.parametrize("lengths", WINDOWS.values(), ids=WINDOWS.keys())
+@pytest.mark.parametrize(("cp_size", "all_to_all"), [(1, False), (2, False), (2, True)])
+def test_a_layout_of_lengths_on_the_host_reads_nothing_back_from_its_device(
+    lengths: list[int], cp_size: int, all_to_all: bool
+) -> None:
+    """Nothing can be read from the meta device, so whatever would wait for a GPU fails here."""
+    cu = torch.tensor([0, *(length * 2 * cp_size for length in lengths)]).cumsum(0)
+    made = [
+        window_layout(cu, cp_size=cp_size, cp_rank=0, all_to_all=all_to_all, device=torch.device(name))
+        for name in ("cpu", "meta")
+    ]
+    host, meta = made
+    assert meta.positions.is_meta
+    assert [(g.batch, g.queries, g.keys) for g in meta.groups] == [
+        (g.batch, g.queries, g.keys) for g in host.groups
+    ]
+    assert meta.positions.shape == host.positions.shape

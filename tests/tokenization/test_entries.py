@@ -39,10 +39,16 @@ def test_good_entries(tmp_path: Path) -> None:
         {"id": 7, "video": "b.mp4"},
         {"text": "prose", "task": "t"},
         {"id": "c", "image": "c.png", "caption": "  ", "text": None},
+        {"id": "d", "video": "d.mp4", "start": 1.5, "end": 4},
+        {"id": "e", "video": "d.mp4", "start": 2, "end": None},
     ]
     manifest.write_text("\n\n".join(map(json.dumps, lines)))
-    image, video, text, blank = read(manifest)
+    image, video, text, blank, part, rest = read(manifest)
+    assert isinstance(part, Entry)
+    assert isinstance(rest, Entry)
+    assert (part.interval, rest.interval) == ((1.5, 4.0), (2.0, None))
     assert isinstance(image, Entry)
+    assert image.interval is None
     assert (image.id, image.kind, image.text, image.split) == ("a", "image", "a cat", "train")
     assert str(image.media) == str(tmp_path / "x/a.png")
     assert isinstance(video, Entry)
@@ -70,6 +76,12 @@ def test_good_entries(tmp_path: Path) -> None:
         ("[" * 100_000, "not valid JSON"),
         (r'{"id": "a", "image": "a\u0000.png"}', "cannot be a path"),
         (r'{"id": "a", "video": "a\ud800.mp4"}', "cannot be a path"),
+        ('{"id": "a", "video": "a.mp4", "start": "1"}', "number of seconds"),
+        ('{"id": "a", "video": "a.mp4", "end": true}', "number of seconds"),
+        ('{"id": "a", "video": "a.mp4", "end": NaN}', "number of seconds"),
+        ('{"id": "a", "video": "a.mp4", "end": 1' + "0" * 400 + "}", "number of seconds"),
+        ('{"id": "a", "video": "a.mp4", "start": -1}', "start < end"),
+        ('{"id": "a", "video": "a.mp4", "start": 2, "end": 2}', "start < end"),
     ],
 )
 def test_bad_entries_have_a_reason_and_harm_no_other(tmp_path: Path, line: str, reason: str) -> None:

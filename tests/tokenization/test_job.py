@@ -25,7 +25,8 @@ from emu3_megatron.text import load_text_tokenizer
 from emu3_megatron.tokenization import TokenizationConfig, TokenizationJob, choose_vocabulary, tokenize
 from emu3_megatron.tokenization import decode as decoding
 from emu3_megatron.vision import VisionTokenizer
-from tests.media.clips import CLIPS, PHOTOGRAPHS, encode_image, moving_picture
+from tests.media.bad_files import write_bad_corpus
+from tests.media.clips import CLIPS, cut_losslessly, encode_image, moving_picture
 from tests.tokenization.conftest import Tokenizers, contents
 
 MakeConfig = Callable[..., TokenizationConfig]
@@ -109,6 +110,31 @@ def test_sizes_follow_the_pictures(tmp_path: Path, corpus: Path, make_config: Ma
     assert manifest["provenance"]["texts"] == 8
     assert manifest["provenance"]["quarantined"] == 0
     assert (tmp_path / "data" / "quarantine.jsonl").read_bytes() == b""
+
+
+@pytest.mark.parametrize("source", ["pyav", "auto"])
+def test_a_part_of_a_video_gives_the_bytes_of_the_cut_file(
+    tmp_path: Path, make_config: MakeConfig, source: str
+) -> None:
+    """`start` and `end`, as curation and captioning write them."""
+    whole = CLIPS / "carphone_pristine.mp4"
+    parts = {"a": (0.0, 1.0), "b": (1.0, 2.5), "c": (3.2, 4.0)}
+    for place, (start, end) in parts.items():
+        cut_losslessly(whole, tmp_path / f"{place}.mp4", start, end)
+    rows = {
+        "parts": [{"video": str(whole), "start": start, "end": end} for start, end in parts.values()],
+        "files": [{"video": f"{place}.mp4"} for place in parts],
+    }
+    made = {}
+    for name, records in rows.items():
+        manifest = tmp_path / f"{name}.jsonl"
+        lines = [{"id": str(i), **record} for i, record in enumerate(records)]
+        manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        assert tokenize(make_config(manifest, tmp_path / name, frame_source=source))
+        made[name] = contents(tmp_path / name)
+    assert made["parts"]["quarantine.jsonl"] == b""
+    for suffix in (".bin", ".idx"):
+        assert made["parts"][f"data-00000-of-00001{suffix}"] == made["files"][f"data-00000-of-00001{suffix}"]
 
 
 @pytest.mark.parametrize("workers", [2, 3, 5])
@@ -200,48 +226,21 @@ def test_an_interrupted_shard_is_not_published(
 
 def bad_corpus(folder: Path) -> tuple[Path, dict[str, str]]:
     """A manifest of good and bad entries in turn; the bad ones with a part of their reason."""
-    folder.mkdir(parents=True)
-    (folder / "folder.png").mkdir()
-    (folder / "empty.png").touch()
-    (folder / "empty.mp4").touch()
-    (folder / "text.mp4").write_text("not a video\n" * 100)
-    (folder / "text.png").write_text("not an image\n" * 100)
-    real, photograph = (
-        (CLIPS / "carphone_pristine.mp4").read_bytes(),
-        (PHOTOGRAPHS / "rocket.jpg").read_bytes(),
-    )
-    (folder / "cut.mp4").write_bytes(real[: len(real) * 2 // 3])
-    (folder / "cut.jpg").write_bytes(photograph[: len(photograph) // 2])
-    (folder / "long.png").write_bytes(encode_image(np.zeros((10, 80, 3), np.uint8), "PNG"))
-    (folder / "picture.mp4").write_bytes(encode_image(moving_picture(1)[0], "PNG"))
-    (folder / "bomb.ppm").write_bytes(b"P6\n90000 90000\n255\n" + bytes(100))
-    bad: dict[str, tuple[dict[str, Any], str]] = {
-        "missing image": ({"image": "none.png", "caption": "c"}, "no such file"),
-        "missing video": ({"video": "none.mp4"}, "no such file"),
-        "folder": ({"image": "folder.png"}, "is a folder"),
-        "empty image": ({"image": "empty.png"}, "zero bytes"),
-        "empty video": ({"video": "empty.mp4"}, "zero bytes"),
-        "text as video": ({"video": "text.mp4"}, "cannot be read as video"),
-        "text as image": ({"image": "text.png"}, "not an image"),
-        "cut video": ({"video": "cut.mp4"}, ""),
-        "cut image": ({"image": "cut.jpg"}, "truncated"),
-        "long": ({"image": "long.png"}, "aspect ratio"),
-        "picture as video": ({"video": "picture.mp4"}, "too"),
-        "bomb": ({"image": "bomb.ppm"}, "pixels"),
+    long, picture = folder.with_name("long.png"), folder.with_name("picture.mp4")
+    long.write_bytes(encode_image(np.zeros((10, 80, 3), np.uint8), "PNG"))
+    picture.write_bytes(encode_image(moving_picture(1)[0], "PNG"))
+    carphone = str(CLIPS / "carphone_pristine.mp4")
+    further: dict[str, tuple[dict[str, Any], str]] = {
+        "long": ({"image": str(long)}, "aspect ratio"),
+        "picture as video": ({"video": str(picture)}, "too"),
+        "part past the end": ({"video": carphone, "start": 60}, "no frame"),
+        "part too short": ({"video": carphone, "start": 1, "end": 1.1}, "too few"),
+        "part without sense": ({"video": carphone, "start": 2, "end": 1}, "start < end"),
         "caption alone": ({"caption": "c"}, "neither"),
         "nothing": ({}, "exactly one"),
         "blank text": ({"text": " "}, "must be a string"),
     }
-    lines = []
-    for number, (name, (record, _)) in enumerate(bad.items()):
-        (folder / f"{number}.png").write_bytes(encode_image(moving_picture(1, 64, 64)[0], "PNG"))
-        lines += [
-            {"id": f"good {number}", "image": f"{number}.png", "caption": "a cat"},
-            {"id": name, **record},
-        ]
-    manifest = folder / "manifest.jsonl"
-    manifest.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return manifest, {name: reason for name, (_, reason) in bad.items()}
+    return write_bad_corpus(folder, further)
 
 
 def test_bad_entries_are_set_aside_by_name_and_nothing_good_is_lost(
@@ -252,13 +251,14 @@ def test_bad_entries_are_set_aside_by_name_and_nothing_good_is_lost(
     quarantine = [
         json.loads(line) for line in (tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()
     ]
+    assert len(reasons) >= 30
     assert [entry["id"] for entry in quarantine] == list(reasons)
     for entry in quarantine:
         assert entry["reason"]
         assert reasons[entry["id"]] in entry["reason"]
         assert entry["error"] in ("MediaError", "EntryError")
     dataset = MultimodalDataset.open(tmp_path / "data")
-    assert len(dataset) == len(reasons)
+    assert len(dataset) == len(reasons) + 1
 
 
 def test_past_the_budget_the_job_fails_with_one_line(tmp_path: Path, make_config: MakeConfig) -> None:
@@ -269,7 +269,7 @@ def test_past_the_budget_the_job_fails_with_one_line(tmp_path: Path, make_config
     assert process.returncode == 2
     lines = [line for line in errors.splitlines() if line.startswith("error:")]
     assert len(lines) == 1
-    assert f"{len(reasons)} of {2 * len(reasons)} entries cannot be used" in lines[0]
+    assert f"{len(reasons)} of {2 * len(reasons) + 1} entries cannot be used" in lines[0]
     assert "--quarantine-budget" in lines[0]
     assert not (tmp_path / "data" / "manifest.json").exists()
     assert tokenize(make_config(manifest, tmp_path / "data", quarantine_budget=0.5))

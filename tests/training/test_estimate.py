@@ -5,6 +5,7 @@ import pytest
 from emu3_megatron.errors import UserError
 from emu3_megatron.training import command_line, predict
 from emu3_megatron.training.config import TrainingConfig
+from emu3_megatron.training.estimate import rank_memory
 from emu3_megatron.training.step_time import Cluster, search, step_time
 from emu3_megatron.vocabulary import Vocabulary
 from tests.training import runs
@@ -70,3 +71,14 @@ def test_more_devices_and_a_better_balanced_pipeline_are_faster() -> None:
 def test_without_a_vocabulary_the_way_out_is_named() -> None:
     with pytest.raises(UserError, match="--vocabulary"):
         predict.predict(asked(vocabulary=None), ["--config", str(STAGE1)])
+
+
+def test_a_cpu_adds_its_allocator_and_code_and_says_so() -> None:
+    gpu = predict.predict(asked(), ["--config", str(STAGE1)])
+    cpu = predict.predict(asked(), ["--config", str(STAGE1), "--platform", "cpu"])
+    assert "allocator" not in gpu
+    assert "allocator" in cpu
+    assert "code 25.0 MiB" in cpu
+    devices = rank_memory(stage1(), 64, EMU3.padded_size)
+    processes = rank_memory(stage1("--platform", "cpu"), 64, EMU3.padded_size)
+    assert devices.total == devices.in_use == processes.in_use < processes.total

@@ -14,6 +14,7 @@ from emu3_megatron.training.callbacks.profiler import Profiler
 from emu3_megatron.training.callbacks.progress import ProgressBar
 from emu3_megatron.training.callbacks.samples import Samples
 from emu3_megatron.training.callbacks.stop import StopAfterMinutes, StopOnSignal
+from emu3_megatron.training.callbacks.stragglers import Stragglers, spread
 from emu3_megatron.training.callbacks.tensorboard import TensorBoard
 from emu3_megatron.training.callbacks.validation import Validation
 from emu3_megatron.training.callbacks.watchdog import HangWatchdog
@@ -21,7 +22,7 @@ from emu3_megatron.training.callbacks.watchdog import HangWatchdog
 if TYPE_CHECKING:
     from emu3_megatron.training.trainer import Trainer
 
-__all__ = ["Callback", "UnstableRunError", "WeightAverage", "build_callbacks"]
+__all__ = ["Callback", "UnstableRunError", "WeightAverage", "build_callbacks", "spread"]
 
 
 def build_callbacks(trainer: Trainer, average: WeightAverage | None) -> list[Callback]:
@@ -42,6 +43,8 @@ def build_callbacks(trainer: Trainer, average: WeightAverage | None) -> list[Cal
         callbacks.append(TensorBoard(run / "tensorboard"))
     if config.logging.progress:
         callbacks.append(ProgressBar())
+    if config.logging.straggler_interval:
+        callbacks.append(Stragglers(config.logging.straggler_interval))
     if config.samples.interval:
         callbacks.append(Samples(config.samples, run / "tensorboard"))
     if config.profiler.start is not None:
