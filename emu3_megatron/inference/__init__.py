@@ -5,7 +5,8 @@ this package needs nothing of megatron-core; install the platform before the fir
 """
 
 from emu3_megatron.inference.bundle import ModelBundle, open_bundle
-from emu3_megatron.inference.engine import Completion, Engine, Request
+from emu3_megatron.inference.engine import Engine
+from emu3_megatron.inference.request import Completion, Request
 from emu3_megatron.inference.sampling import Sampling
 from emu3_megatron.inference.tasks import Caption, GeneratedImage, GeneratedVideo, Generator
 

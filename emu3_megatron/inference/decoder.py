@@ -5,8 +5,8 @@ of different lengths therefore need no padding on the left; a row's queries see 
 position, and what a shorter row wrote into its padding is overwritten before its queries can see it. One
 function serves prefill, decode and runs of forced tokens.
 
-Projections, norms and MLP are megatron-core's own modules, called as in training (so tensor parallelism and
-Transformer Engine come with them); only rotary embedding, cache and attention are here.
+Weights are those of megatron-core's own modules (see `layers`), so tensor parallelism and Transformer Engine
+come with them; rotary embedding, cache and attention are here.
 
 Shape suffixes: B rows, N tokens fed per row, S cache slots, H hidden size, Q query heads, G key-value heads
 (both of this tensor-parallel rank), R = Q/G, D head size.
@@ -14,12 +14,14 @@ Shape suffixes: B rows, N tokens fed per row, S cache slots, H hidden size, Q qu
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
+
+from emu3_megatron.inference.layers import Layer
 
 MAX_RUN = 64
 """Most tokens fed to a row in one decode step; also the slack of the cache, see `CachedDecoder`."""
@@ -28,13 +30,43 @@ Ranges = tuple[tuple[int, int], ...]
 """Ids to compute logits for: ascending, disjoint, half-open ranges."""
 
 
+class _Step(NamedTuple):
+    """What all layers of one `feed` share."""
+
+    rows: slice
+    """Cache rows."""
+    limit: int
+    """Slots that attention reads."""
+    index: Tensor
+    """Where keys and values go: numbers of vectors ``[D]`` in a layer's cache, ``[B * N * 2 * G]``."""
+    cosine: Tensor
+    """``[B, N, 1, 1, D]``."""
+    sine: Tensor
+    """Likewise, negative in the first half: see `_rotate`."""
+    mask: Tensor | None
+    """Added to the scores, ``[B, 1, R * N, S]``."""
+
+
 class CachedDecoder:
     """Runs a whole (not pipeline-parallel) GPTModel of megatron-core for generation.
+
+    Args:
+        model: in evaluation mode.
+        max_rows: rows of the cache.
+        max_length: most tokens of a row.
+        cache_dtype: of keys and values, and so of attention; by default the model's.
 
     Raises `ValueError` for a model that is cut by pipeline parallelism or built with sequence parallelism.
     """
 
-    def __init__(self, model: torch.nn.Module, *, max_rows: int, max_length: int) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        max_rows: int,
+        max_length: int,
+        cache_dtype: torch.dtype | None = None,
+    ) -> None:
         self._model = unwrap(model)
         config = self._model.config
         if not (self._model.pre_process and self._model.post_process):
@@ -49,20 +81,18 @@ class CachedDecoder:
         self.max_length = max_length
         weight = self._model.embedding.word_embeddings.weight
         self.device, self._dtype = weight.device, weight.dtype
-        self._layers: list[Any] = list(self._model.decoder.layers)
-        attention = self._layers[0].self_attention
-        self._groups = attention.num_query_groups_per_partition
-        self._scale = float(config.kv_channels) ** -0.5
-        shape = (max_rows, self._groups, max_length + MAX_RUN, config.kv_channels)
+        self._logits_dtype = torch.promote_types(self._dtype, torch.float32)
+        self._layers = [Layer(layer) for layer in self._model.decoder.layers]
+        self._groups, self._size = self._layers[0].groups, int(config.kv_channels)
+        self._repeat = self._layers[0].heads // self._groups
+        self._scale = self._size**-0.5
+        self._slots = max_length + MAX_RUN
+        shape = (max_rows, 2, self._groups, self._slots, self._size)
         self._cache = [
-            (
-                torch.zeros(shape, dtype=self._dtype, device=self.device),
-                torch.zeros(shape, dtype=self._dtype, device=self.device),
-            )
-            for _ in self._layers
+            torch.zeros(shape, dtype=cache_dtype or self._dtype, device=self.device) for _ in self._layers
         ]
-        self._cos, self._sin = self._rotary_table(max_length + MAX_RUN)
-        self._group = attention.linear_proj.tp_group if hasattr(attention.linear_proj, "tp_group") else None
+        self._cosine, self._sine = self._rotary_table(self._slots)
+        self._group = self._layers[0].tensor_parallel_group
 
     @torch.no_grad()
     def feed(self, tokens_BN: Tensor, starts_B: Tensor, counts_B: Tensor, *, first_row: int = 0) -> Tensor:
@@ -79,126 +109,115 @@ class CachedDecoder:
             ``[B, H]`` after the final norm, in the model's dtype.
         """
         rows, width = tokens_BN.shape
-        first, last = int(starts_B.min()), int(starts_B.max())
-        uniform, limit = first == last, last + width
+        step = self._step(starts_B, first_row, rows, width)
         starts_B, counts_B = starts_B.to(self.device), counts_B.to(self.device)
-        offsets_N = torch.arange(width, device=self.device)
-        positions_BN = starts_B[:, None] + offsets_N
-        mask = None
-        if not (uniform and width == 1):
-            slots_S = torch.arange(limit, device=self.device)
-            mask = slots_S[None, None, :] <= positions_BN[:, :, None]
-        cos, sin = self._cos[positions_BN], self._sin[positions_BN]
-        write = _Write(first_row, rows, positions_BN, first if uniform else None, limit)
-        hidden_NBH = self._model.embedding(input_ids=tokens_BN, position_ids=positions_BN)
+        positions_BN = starts_B[:, None] + torch.arange(width, device=self.device)
+        hidden_BNH = self._model.embedding(input_ids=tokens_BN, position_ids=positions_BN).transpose(0, 1)
         for layer, cache in zip(self._layers, self._cache, strict=True):
-            normed = layer.input_layernorm(hidden_NBH)
-            hidden_NBH = hidden_NBH + self._attention(
-                layer.self_attention, normed, cos, sin, cache, write, mask
-            )
-            hidden_NBH = hidden_NBH + _output(layer.mlp(layer.pre_mlp_layernorm(hidden_NBH)))
-        last_B = (counts_B - 1).clamp_min(0)
-        hidden_BH = hidden_NBH[last_B, torch.arange(rows, device=self.device)]
+            attended = self._attention(layer, layer.attention_norm(hidden_BNH), cache, step)
+            hidden_BNH = hidden_BNH + attended
+            hidden_BNH = hidden_BNH + layer.feed_forward(hidden_BNH)
+        if width > 1:
+            last_B = (counts_B - 1).clamp_min(0)
+            hidden_BH = hidden_BNH[torch.arange(rows, device=self.device), last_B]
+        else:
+            hidden_BH = hidden_BNH[:, 0]
         return self._model.decoder.final_layernorm(hidden_BH[None])[0]
 
     @torch.no_grad()
     def logits(self, hidden_BH: Tensor, ranges: Ranges) -> Tensor:
-        """Logits in fp32 of the ids in `ranges` only, concatenated in order (``[B, number of ids]``).
+        """Logits of the ids in `ranges` only, concatenated in order: ``[B, number of ids]``, fp32 (fp64 of a
+        model in fp64).
 
         Under tensor parallelism every rank gets all of them.
         """
         weight = self._output_weight()
         world = 1 if self._group is None else torch.distributed.get_world_size(self._group)
         if world == 1:
-            return torch.cat([F.linear(hidden_BH, weight[low:high]) for low, high in ranges], dim=1).float()
+            parts = [F.linear(hidden_BH, weight[low:high]) for low, high in ranges]
+            return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(self._logits_dtype)
         first = torch.distributed.get_rank(self._group) * len(weight)
         total = sum(high - low for low, high in ranges)
-        logits = hidden_BH.new_zeros((len(hidden_BH), total), dtype=torch.float32)
+        logits = hidden_BH.new_zeros((len(hidden_BH), total), dtype=self._logits_dtype)
         column = 0
         for low, high in ranges:
             mine = range(max(low, first), min(high, first + len(weight)))
             if mine:
                 place = column + mine.start - low
                 part = F.linear(hidden_BH, weight[mine.start - first : mine.stop - first])
-                logits[:, place : place + len(mine)] = part.float()
+                logits[:, place : place + len(mine)] = part.to(self._logits_dtype)
             column += high - low
         torch.distributed.all_reduce(logits, group=self._group)
         return logits
 
-    def keep_rows(self, rows: list[int]) -> None:
-        """Move the cache of `rows` (ascending) to rows ``0 ..``; the others are free afterwards."""
+    def keep_rows(self, rows: list[int], *, length: int | None = None) -> None:
+        """Move the cache of `rows` (ascending) to rows ``0 ..``; the others are free afterwards.
+
+        No row of them holds more than `length` tokens (by default ``max_length``).
+        """
         if rows == list(range(len(rows))):
             return
         index = torch.tensor(rows, device=self.device)
-        for key_BGSD, value_BGSD in self._cache:
-            key_BGSD[: len(rows)] = key_BGSD[index]
-            value_BGSD[: len(rows)] = value_BGSD[index]
+        for cache in self._cache:
+            used = cache[..., : self._slots if length is None else length, :]
+            used[: len(rows)] = used[index]
 
-    def _attention(
-        self,
-        attention: Any,
-        normed_NBH: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        cache: tuple[Tensor, Tensor],
-        write: _Write,
-        mask_BNS: Tensor | None,
-    ) -> Tensor:
-        """Self-attention of one layer over the cache, new tokens included: ``[N, B, H]``."""
-        query, key, value = attention.get_query_key_value_tensors(normed_NBH, None)[:3]
-        query_BNQD = _rotate(query.transpose(0, 1), cos, sin)
-        key_BNGD = _rotate(key.transpose(0, 1), cos, sin)
-        keys_BGSD, values_BGSD = write.into(cache, key_BNGD, value.transpose(0, 1))
-        batch, width, heads, size = query_BNQD.shape
-        repeat = heads // self._groups
-        # the query heads of a group become further query rows of its one key head: no copy of keys per head
-        query = query_BNQD.view(batch, width, self._groups, repeat, size).permute(0, 2, 3, 1, 4)
-        query = query.reshape(batch, self._groups, repeat * width, size)
-        mask = None if mask_BNS is None else mask_BNS.repeat(1, repeat, 1)[:, None]
-        out = F.scaled_dot_product_attention(query, keys_BGSD, values_BGSD, attn_mask=mask, scale=self._scale)
-        out = out.view(batch, self._groups, repeat, width, size).permute(3, 0, 1, 2, 4)
-        return _output(attention.linear_proj(out.reshape(width, batch, heads * size)))
+    def _step(self, starts_B: Tensor, first_row: int, rows: int, width: int) -> _Step:
+        """Positions, mask and places in the cache of one `feed`."""
+        first, last = int(starts_B.min()), int(starts_B.max())
+        limit = last + width
+        offsets_N = torch.arange(width)
+        positions_BN = starts_B[:, None] + offsets_N
+        mask = None
+        if first != last or width > 1:
+            seen = torch.arange(limit) <= positions_BN[:, :, None]
+            blocked = torch.zeros(seen.shape, dtype=self._cache[0].dtype).masked_fill_(~seen, float("-inf"))
+            # the query heads of a key head are further queries of it
+            mask = blocked.repeat(1, self._repeat, 1)[:, None].to(self.device)
+        heads = torch.arange(2 * self._groups)
+        vectors_B = torch.arange(first_row, first_row + rows)[:, None, None] * len(heads)
+        index_BNG = (vectors_B + heads) * self._slots + positions_BN[:, :, None]
+        positions_BN = positions_BN.to(self.device)
+        return _Step(
+            slice(first_row, first_row + rows),
+            limit,
+            index_BNG.flatten().to(self.device),
+            self._cosine[positions_BN],
+            self._sine[positions_BN],
+            mask,
+        )
+
+    def _attention(self, layer: Layer, normed_BNH: Tensor, cache: Tensor, step: _Step) -> Tensor:
+        """Self-attention of one layer over the cache, new tokens included: ``[B, N, H]``."""
+        batch, width, _ = normed_BNH.shape
+        mixed = layer.query_key_value(normed_BNH).view(batch, width, self._groups, self._repeat + 2, -1)
+        turned = _rotate(layer.normed_heads(mixed[..., :-1, :]), step.cosine, step.sine)
+        new = torch.stack([turned[..., -1, :], mixed[..., -1, :]], dim=2)
+        cache.view(-1, self._size).index_copy_(0, step.index, new.view(-1, self._size).to(cache.dtype))
+        keys_values = cache[step.rows, :, :, : step.limit]
+        # the query heads of a group become further queries of its one key head: no copy of keys per head
+        query = turned[..., :-1, :].permute(0, 2, 3, 1, 4)
+        query = query.reshape(batch, self._groups, self._repeat * width, self._size).to(cache.dtype)
+        out = F.scaled_dot_product_attention(
+            query, keys_values[:, 0], keys_values[:, 1], attn_mask=step.mask, scale=self._scale
+        )
+        out = out.view(batch, self._groups, self._repeat, width, self._size).permute(0, 3, 1, 2, 4)
+        return layer.attention_output(out.reshape(batch, width, -1).to(normed_BNH.dtype))
 
     def _rotary_table(self, length: int) -> tuple[Tensor, Tensor]:
-        """Cosine and sine of every position, ``[length, 1, D/2]``, computed in fp32 as in training."""
-        config = self._model.config
-        channels = torch.arange(0, config.kv_channels, 2, dtype=torch.float32, device=self.device)
-        frequencies = 1.0 / config.rotary_base ** (channels / config.kv_channels)
+        """Cosine and sine of every position, ``[length, 1, 1, D]``, computed in fp32 as in training."""
+        channels = torch.arange(0, self._size, 2, dtype=torch.float32, device=self.device)
+        frequencies = 1.0 / self._model.config.rotary_base ** (channels / self._size)
         angles = torch.outer(torch.arange(length, dtype=torch.float32, device=self.device), frequencies)
-        return angles.cos()[:, None].to(self._dtype), angles.sin()[:, None].to(self._dtype)
+        cosine, sine = angles.cos(), angles.sin()
+        tables = torch.cat([cosine, cosine], dim=1), torch.cat([-sine, sine], dim=1)
+        return tables[0][:, None, None].to(self._dtype), tables[1][:, None, None].to(self._dtype)
 
     def _output_weight(self) -> Tensor:
         """Rows of the output layer on this rank."""
         if self._model.share_embeddings_and_output_weights:
             return self._model.shared_embedding_or_output_weight()
         return self._model.output_layer.weight
-
-
-class _Write:
-    """Where the new keys and values of one `feed` go, and which part of the cache attention reads."""
-
-    def __init__(
-        self, first_row: int, rows: int, positions_BN: Tensor, start: int | None, limit: int
-    ) -> None:
-        self._rows = slice(first_row, first_row + rows)
-        self._limit = limit
-        self._start = start
-        self._positions_BN = positions_BN
-        self._index_B1 = torch.arange(rows, device=positions_BN.device)[:, None]
-
-    def into(
-        self, cache: tuple[Tensor, Tensor], key_BNGD: Tensor, value_BNGD: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Write and return the keys and values to attend to, views ``[B, G, limit, D]``."""
-        views = []
-        for store, new in zip(cache, (key_BNGD, value_BNGD), strict=True):
-            rows = store[self._rows]
-            if self._start is None:
-                rows[self._index_B1, :, self._positions_BN] = new
-            else:
-                rows[:, :, self._start : self._limit] = new.transpose(1, 2)
-            views.append(rows[:, :, : self._limit])
-        return views[0], views[1]
 
 
 def unwrap(model: torch.nn.Module) -> Any:
@@ -209,15 +228,6 @@ def unwrap(model: torch.nn.Module) -> Any:
     return inner
 
 
-def _rotate(x_BNHD: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding, Llama's half rotation; `cos` and `sin` are ``[B, N, 1, D/2]``."""
-    first, second = x_BNHD.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def _output(result: Tensor | tuple[Tensor, Tensor | None]) -> Tensor:
-    """megatron-core's linear layers and MLP return (output, bias not yet added)."""
-    if isinstance(result, Tensor):
-        return result
-    output, bias = result
-    return output if bias is None else output + bias
+def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """Rotary embedding, Llama's half rotation, of heads ``[..., D]``; `sine` is first negative."""
+    return (x * cosine).addcmul_(x.roll(x.size(-1) // 2, dims=-1), sine)

@@ -16,7 +16,8 @@ import torch
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Image, Text, Video
 from emu3_megatron.inference.bundle import ModelBundle
-from emu3_megatron.inference.engine import Completion, Engine, Request
+from emu3_megatron.inference.engine import Engine
+from emu3_megatron.inference.request import Completion, Request
 from emu3_megatron.inference.sampling import Sampling
 
 Ids = npt.NDArray[np.int64]
@@ -123,7 +124,7 @@ class Generator:
         rows, columns = self._latent(height, "height"), self._latent(width, "width")
         span = self._dialect.open_span(rows, columns)
         length = self._dialect.span_length(rows, columns) - len(span)
-        requests = self._span_requests(
+        requests = self.span_requests(
             prompts, [span] * len(prompts), length, sampling, seeds, negative_prompt
         )
         completions = self.engine.generate(requests, progress=progress)
@@ -131,7 +132,7 @@ class Generator:
         return [
             GeneratedImage(prompt, request.seed, own, picture, len(completion.ids))
             for prompt, request, own, picture, completion in zip(
-                prompts, requests, codes, self._pixels(codes), completions, strict=True
+                prompts, requests, codes, self.pixels(codes), completions, strict=True
             )
         ]
 
@@ -268,17 +269,17 @@ class Generator:
             ]
         length = self._dialect.span_length(rows, columns, steps, fps, frames / fps)
         lengths = length - min((len(span) for span in spans), default=0)
-        requests = self._span_requests(prompts, spans, lengths, sampling, seeds, negative_prompt)
+        requests = self.span_requests(prompts, spans, lengths, sampling, seeds, negative_prompt)
         completions = self.engine.generate(requests, progress=progress)
         codes = [self._parse(span, done) for span, done in zip(spans, completions, strict=True)]
         return [
             GeneratedVideo(prompt, request.seed, own, picture, fps, len(completion.ids))
             for prompt, request, own, picture, completion in zip(
-                prompts, requests, codes, self._pixels(codes), completions, strict=True
+                prompts, requests, codes, self.pixels(codes), completions, strict=True
             )
         ]
 
-    def _span_requests(
+    def span_requests(
         self,
         prompts: Sequence[str],
         spans: Sequence[Ids],
@@ -287,7 +288,7 @@ class Generator:
         seeds: Sequence[int] | None,
         negative_prompt: str,
     ) -> list[Request]:
-        """Requests to finish a span after a caption."""
+        """Requests of at most `length` tokens to finish a span (its beginning given) after a caption."""
         bos = np.array([self._vocabulary.bos])
         negative = np.concatenate([bos, self._dialect.encode_text(negative_prompt)])
         return [
@@ -306,7 +307,7 @@ class Generator:
         """Codes of a finished span."""
         return self._dialect.parse_span(np.concatenate([span, completion.ids])).codes
 
-    def _pixels(self, codes: Sequence[Ids]) -> list[npt.NDArray[np.uint8]]:
+    def pixels(self, codes: Sequence[Ids]) -> list[npt.NDArray[np.uint8]]:
         """Decode images or clips; those of the same shape together, as many as memory allows."""
         from emu3_megatron.media import to_uint8
 
