@@ -15,5 +15,6 @@ if ((code != 0)); then
   record="$(date +%s.%N) $SLURM_PROCID ${SLURMD_NODENAME:-$(hostname)} $code $told"
   echo "$record" >"$FAILURES/.$SLURM_PROCID"
   mv "$FAILURES/.$SLURM_PROCID" "$FAILURES/rank-$SLURM_PROCID"
+  sleep 2  # srun ends the others when this one ends: what they failed of themselves is written first
 fi
 exit "$code"

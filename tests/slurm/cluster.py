@@ -1,7 +1,7 @@
-"""A SLURM of two nodes on this machine: munged, slurmctld and two slurmd in a temporary folder, no privileges of systemd.
+"""A SLURM of two nodes on this machine, in a temporary folder: munged, slurmctld and two slurmd, no systemd.
 
-Both nodes are this machine under two names; they have their own ports and their own processes, so that one of them can be
-taken away.
+Both nodes are this machine under two names; they have their own ports and their own processes, so that one of
+them can be taken away.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,7 +26,16 @@ NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 LOST_AFTER = 10
 """Seconds without an answer after which a node counts as lost."""
-_ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+_ENDED = {
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "BOOT_FAIL",
+    "DEADLINE",
+}
 
 _CONFIGURATION = """\
 ClusterName=emu3-tests
@@ -99,14 +109,23 @@ class Cluster:
                 lost_after=LOST_AFTER,
             )
         )
-        files = {"key-file": "munge.key", "socket": "munge.socket", "pid-file": "munged.pid", "seed-file": "seed"}
+        files = {
+            "key-file": "munge.key",
+            "socket": "munge.socket",
+            "pid-file": "munged.pid",
+            "seed-file": "seed",
+        }
         options = [f"--{option}={self.folder / name}" for option, name in files.items()]
         self._start("munged", "munged", "--foreground", "--force", *options)
         wait_until((self.folder / "munge.socket").exists, 20, "munged makes its socket")
         self._start("slurmctld", "slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
-        wait_until(lambda: self._states() == {"idle"}, 60, "both nodes are idle")
+        self.wait_until_idle()
+
+    def wait_until_idle(self) -> None:
+        """Wait until both nodes can take a job."""
+        wait_until(lambda: self._states() == {"idle"}, 120, "both nodes are idle", self.log_tails)
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd."""
@@ -125,7 +144,7 @@ class Cluster:
     def bring_node_back(self, node: str) -> None:
         """Start a node that was taken away, and wait until it can be used."""
         self.start_node(node)
-        wait_until(lambda: self._states() == {"idle"}, 60, f"{node} is back")
+        self.wait_until_idle()
 
     def stop(self) -> None:
         """End all daemons and every process of their jobs, and remove the folder."""
@@ -158,7 +177,7 @@ class Cluster:
         text = self.run("scontrol", "--oneliner", "show", "job", number)
         return dict(re.findall(r"(\w+)=(\S*)", text.splitlines()[0]))
 
-    def wait_for(self, number: str, timeout: float = 240) -> str:
+    def wait_for(self, number: str, timeout: float = 500) -> str:
         """Wait until a job, or every task of an array, has ended for good; the state of all that agree."""
         states: set[str] = set()
 
@@ -198,7 +217,7 @@ def wait_until(
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"{timeout:.0f} s were not enough until {what}\n{details()}")
-        time.sleep(0.2)
+        time.sleep(0.1)
 
 
 def _free_ports(count: int) -> list[int]:
@@ -208,3 +227,19 @@ def _free_ports(count: int) -> list[int]:
         for each in sockets:
             each.bind(("127.0.0.1", 0))
         return [each.getsockname()[1] for each in sockets]
+
+
+def main() -> None:
+    """Run a command (a shell by default) beside a cluster that ends with it: ``python -m tests.slurm.cluster``."""
+    if missing := missing_programs():
+        sys.exit(f"error: no {', '.join(missing)} here; install slurm-wlm and munge")
+    cluster = Cluster()
+    try:
+        cluster.start()
+        sys.exit(subprocess.run(sys.argv[1:] or ["bash"], env=cluster.environment, check=False).returncode)
+    finally:
+        cluster.stop()
+
+
+if __name__ == "__main__":
+    main()

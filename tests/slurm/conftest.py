@@ -9,7 +9,11 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.cluster import Cluster, missing_programs
+from tests.tokenization.conftest import tokenizers
 from tests.training import runs
+from tests.training.conftest import config_file, tiny_data
+
+__all__ = ["cluster", "config_file", "tiny_data", "tokenizers", "workplace"]
 
 SCRIPTS = runs.ROOT / "examples" / "slurm"
 
@@ -66,6 +70,11 @@ class Workplace:
         command = [SCRIPTS / "submit.sh", job, *options, *(("--", *arguments) if arguments else ())]
         return self.cluster.run(*command, EMU3_SETTINGS=str(self.settings))
 
+    def chain(self, *jobs: str) -> dict[str, str]:
+        """Submit a chain by `chain.sh`; the jobs' numbers by name."""
+        lines = self.cluster.run(SCRIPTS / "chain.sh", *jobs, EMU3_SETTINGS=str(self.settings)).splitlines()
+        return dict(line.split() for line in lines)
+
     def log(self, job: str, number: str) -> str:
         """What the job's own log says."""
         return (self.folder / "logs" / f"{job}-{number}.log").read_text()
@@ -80,31 +89,7 @@ class Workplace:
 
 @pytest.fixture
 def workplace(cluster: Cluster, config_file: Path, tmp_path: Path) -> Workplace:
+    cluster.wait_until_idle()
     settings = tmp_path / "settings.sh"
     settings.write_text(SETTINGS.format(work=tmp_path, python=sys.executable, config=config_file))
     return Workplace(cluster, tmp_path, settings)
-
-
-@pytest.fixture(scope="session")
-def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny sample datasets."""
-    from emu3_megatron.samples.tiny import PARTS, prepare
-
-    folder = tmp_path_factory.mktemp("tiny")
-    for name in PARTS:
-        prepare(folder / name)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def config_file(tmp_path_factory: pytest.TempPathFactory, tiny_data: Path) -> Path:
-    return runs.write_configuration(tmp_path_factory.mktemp("config"), tiny_data)
-
-
-@pytest.fixture(scope="session")
-def reference(tmp_path_factory: pytest.TempPathFactory, config_file: Path) -> Path:
-    """One process, through the real command line."""
-    run = tmp_path_factory.mktemp("reference") / "run"
-    done = runs.train(config_file, run)
-    assert done.returncode == 0, done.stderr
-    return run
