@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from typing import Any, cast
 
 import torch
@@ -17,7 +18,8 @@ _SEED_STRIDE_PIPELINE = 101
 def initialize_parallel(parallel: ParallelConfig, platform: Platform, seed: int) -> None:
     """Start torch.distributed if needed, build megatron-core's groups, seed the random states.
 
-    A single process needs no launcher: without ``WORLD_SIZE`` in the environment a world of one is made.
+    Processes find one another by ``MASTER_ADDR``, ``MASTER_PORT``, ``RANK`` and ``WORLD_SIZE``, which torchrun sets
+    and the SLURM scripts too. A single process needs no launcher: without them a world of one is made.
     Dropout draws differ between data-, context- and pipeline-parallel ranks (they hold other tokens or other
     layers), are equal on tensor-parallel ranks for what they hold in common, and differ for what they split.
 
@@ -49,7 +51,7 @@ def initialize_parallel(parallel: ParallelConfig, platform: Platform, seed: int)
 
 
 def _start_distributed(platform: Platform) -> None:
-    if torch.distributed.is_torchelastic_launched():
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         torch.distributed.init_process_group(platform.backend)
     else:
         store = cast(Any, torch.distributed).HashStore()

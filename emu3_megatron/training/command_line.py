@@ -161,11 +161,14 @@ def to_yaml(config: TrainingConfig) -> str:
 
 
 def parse_once(arguments: Sequence[str]) -> CommandLine:
-    """`parse`, where of many processes only the first reports a mistake that all of them find."""
+    """`parse`, where of torchrun's processes, which share one output, only the first reports a mistake.
+
+    Processes that another launcher started (``srun`` in the SLURM scripts) write a log each, and report each.
+    """
     try:
         return parse(arguments)
     except ValueError:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or "TORCHELASTIC_RUN_ID" not in os.environ:
             raise
         sys.exit(EXIT_USER_ERROR)
 

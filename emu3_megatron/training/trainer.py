@@ -42,9 +42,16 @@ class Trainer:
         config: The resolved configuration.
         platform: Device and backend.
         data: Vocabulary, plan and loaders.
+        callbacks: More of them, after those that the configuration asks for; the same on all ranks.
     """
 
-    def __init__(self, config: TrainingConfig, platform: Platform, data: TrainingData) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        platform: Platform,
+        data: TrainingData,
+        callbacks: Sequence[Callback] = (),
+    ) -> None:
         from emu3_megatron.model import build_model  # megatron-core, so after the platform
 
         self.config = config
@@ -79,7 +86,7 @@ class Trainer:
             precision=config.trainer.precision,
             averages=self._average.averages if self._average else None,
         )
-        self._callbacks: list[Callback] = build_callbacks(self, self._average)
+        self._callbacks: list[Callback] = [*build_callbacks(self, self._average), *callbacks]
         self._peak_flops = self._peak_flops_of_all_devices()
 
     # ---- the loop

@@ -38,7 +38,9 @@ def test_every_example_is_a_valid_configuration(program: Programs, config: Path)
             for path in (settings.vision, settings.training):
                 assert (ROOT / path).is_file()
         return
-    ended = program(*TRAINING, "--config", config, "--dry-run", "--world-size", 2)
+    cluster = re.search(r"-(\d+)gpu$", config.stem)
+    processes = int(cluster.group(1)) if cluster else 2
+    ended = program(*TRAINING, "--config", config, "--dry-run", "--world-size", processes)
     assert ended.code == 0, ended.err
     assert "trainer:" in ended.out
     assert not ended.err
