@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from emu3_megatron.data import MultimodalDataset
 from emu3_megatron.files import atomic_write
@@ -124,7 +125,7 @@ class Prompt:
 
     kind: str
     """First part of the sample id."""
-    ids: np.ndarray[tuple[int], np.dtype[np.int64]]
+    ids: npt.NDArray[np.int64]
     """From BOS to where the answer begins."""
     answer: tuple[int, ...]
     """The answer's ids, EOS last."""
