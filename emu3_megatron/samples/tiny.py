@@ -17,11 +17,13 @@ import numpy.typing as npt
 import torch
 
 from emu3_megatron.data import ShardWriter, write_manifest
+from emu3_megatron.data.format import SPAN_MODE, TEXT_MODE
+from emu3_megatron.data.writer import Segment
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Dialect, Document, Image, Text, Video
 from emu3_megatron.samples.captions import LANGUAGES, WORDINGS, caption, text_document
 from emu3_megatron.samples.world import Scene, World, WorldConfig
-from emu3_megatron.text import TextTokenizer, train_sentencepiece
+from emu3_megatron.text import CHAT_TEMPLATES, TextTokenizer, train_sentencepiece
 from emu3_megatron.vision import VisionTokenizer, VisionTokenizerConfig
 from emu3_megatron.vocabulary import Vocabulary
 
@@ -46,13 +48,15 @@ PARTS = {
     "clips": _Part("video", "train", 48),
     "texts": _Part("text", "train", 96),
     "held-out": _Part("image", "held-out", 32),
+    "talks": _Part("talk", "train", 64),
+    "held-out-talks": _Part("talk", "held-out", 16),
 }
 """Datasets by the name of their folder."""
 
 
 def prepare(folder: str | Path) -> None:
-    """Make the dataset that the last part of `folder` names: ``stills``, ``clips``, ``texts`` or
-    ``held-out``.
+    """Make the dataset that the last part of `folder` names: ``stills``, ``clips``, ``texts``, ``held-out``,
+    ``talks`` (questions about pictures) or ``held-out-talks``.
 
     The same bytes every time. All have one vocabulary of 512 text pieces and 512 codes.
 
@@ -71,13 +75,7 @@ def prepare(folder: str | Path) -> None:
     vocabulary = Vocabulary.build("tiny-samples", text_size=text.size, codebook_size=CODEBOOK)
     dialect = Dialect.preset("emu3", vocabulary, text)
     with ShardWriter(folder, folder.name, vocabulary=vocabulary) as writer:
-        for number, document in enumerate(_documents(part, world, vision)):
-            segments = [
-                (dialect.encode_text(segment), 0)
-                if isinstance(segment, Text)
-                else (dialect.encode_span(segment), 1)
-                for segment in document.segments
-            ]
+        for number, segments in enumerate(_segments(part, world, vision, dialect)):
             writer.add_document(segments, f"{folder.name}-{number:04d}")
     write_manifest(
         folder,
@@ -131,6 +129,41 @@ def _vision_tokenizer(world: World) -> VisionTokenizer:
 def _pixels(pictures: list[npt.NDArray[np.uint8]]) -> torch.Tensor:
     """uint8 ``[..., H, W, 3]`` pictures or clips to float ``[B, ..., 3, H, W]`` in [-1, 1]."""
     return torch.from_numpy(np.stack(pictures)).float().div(127.5).sub(1.0).movedim(-1, -3)
+
+
+def _segments(
+    part: _Part, world: World, vision: VisionTokenizer, dialect: Dialect
+) -> Iterator[list[Segment]]:
+    """The documents of a part as stored."""
+    if part.medium == "talk":
+        yield from _talks(part, world, vision, dialect)
+        return
+    for document in _documents(part, world, vision):
+        yield [
+            (dialect.encode_text(segment), TEXT_MODE)
+            if isinstance(segment, Text)
+            else (dialect.encode_span(segment), SPAN_MODE)
+            for segment in document.segments
+        ]
+
+
+def _talks(part: _Part, world: World, vision: VisionTokenizer, dialect: Dialect) -> Iterator[list[Segment]]:
+    """Conversations of one or two turns; those that count show several pictures."""
+    # Conversations bring along what decodes media, which the other parts do without.
+    from emu3_megatron.posttraining.conversation_writer import ConversationWriter
+    from emu3_megatron.posttraining.conversations import Conversation
+    from emu3_megatron.samples.questions import KINDS, as_turns, pose
+
+    rng = np.random.default_rng([SEED, 4, *part.split.encode()])
+    writer = ConversationWriter(dialect, CHAT_TEMPLATES["emu3-chat"])
+    for number in range(part.count):
+        kinds = [KINDS[number % len(KINDS)]] if number % 3 else ["colour", "yes or no"]
+        questions = [pose(kind, world, part.split, rng) for kind in kinds]
+        pictures = [world.render(scene) for question in questions for scene in question.scenes]
+        codes = vision.encode(_pixels(pictures)).numpy()
+        name = f"talk {number}"
+        talk = Conversation(id=name, place=name, system=None, turns=as_turns(questions), media=())
+        yield writer.segments(talk, [Image(each) for each in codes])
 
 
 def _documents(part: _Part, world: World, vision: VisionTokenizer) -> Iterator[Document]:
