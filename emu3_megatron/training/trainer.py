@@ -54,7 +54,9 @@ class Trainer:
         self._wishes: dict[str, float] = {}
         self._weights = config.loss.by_class()
         shape = config.model
-        self._has_dropout = any((shape.embedding_dropout, shape.attention_dropout, shape.hidden_dropout))
+        self._has_dropout = any(
+            (shape.embedding_dropout, shape.attention_dropout, shape.hidden_dropout, config.lora.dropout)
+        )
         model = build_model(
             config.model,
             vocabulary_padded_size=data.vocabulary.padded_size,
@@ -63,6 +65,11 @@ class Trainer:
             seed=config.seed,
             precision=config.trainer.precision,
         )
+        if config.lora.rank:
+            from emu3_megatron.model.lora import add_adapters
+
+            for chunk in model:
+                add_adapters(chunk, config.lora, seed=config.seed)
         self.chunks = wrap_for_data_parallelism(model, config.optimizer)
         self.optimizer = Optimizer(self.chunks, config.optimizer, config.trainer.precision)
         self._layout, self._forward_backward = self._measuring(data.source_names)
