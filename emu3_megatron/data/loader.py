@@ -40,6 +40,8 @@ class Batch:
     """Tokens of the longest segment."""
     source: torch.Tensor
     """int16 ``[D]``: source of each segment, as in `Mixture.names`; -1 for padding."""
+    document: torch.Tensor
+    """int64 ``[D]``: number of each segment's document in its source's dataset; -1 for padding."""
     windows: tuple[int, ...]
     """Numbers of the B windows in the plan."""
     padding_tokens: int
@@ -63,6 +65,7 @@ class Batch:
             cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32, copy=False)),
             max_seqlen=int(np.diff(cu_seqlens).max()),
             source=row("source")[0],
+            document=row("document")[0],
             windows=tuple(window.index for window in windows),
             padding_tokens=sum(size - int(window.length.sum()) for window in windows),
         )

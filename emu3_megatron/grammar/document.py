@@ -26,6 +26,10 @@ class Modality(IntEnum):
     """BOS, EOS, BOI, IMG, EOI."""
     PADDING = 5
     """Padding: never a target."""
+    PROMPT = 6
+    """Text that is given to the model, not asked of it: instructions and questions of a conversation."""
+    END = 7
+    """EOS, where a loss weighs it apart from other control tokens; nothing stores this class."""
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ COLOURS = {
     Modality.BREAK: "#956cb4",
     Modality.CONTROL: "#d65f5f",
     Modality.PADDING: "#dddddd",
+    Modality.PROMPT: "#9ec1e8",
+    Modality.END: "#8c613c",
 }
 """Colour of each class of label."""
 

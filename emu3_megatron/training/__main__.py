@@ -21,15 +21,26 @@ from emu3_megatron.training.config import TrainingConfig
 from emu3_megatron.training.data import TrainingData
 from emu3_megatron.training.estimate import describe
 from emu3_megatron.training.modules import is_rank_zero
+from emu3_megatron.training.objective import NextToken, ObjectiveFactory
 from emu3_megatron.training.trainer import Trainer
 
 
 def main() -> None:
-    """Report what the machine has, explain a configuration, or train."""
+    """Pre-train, or train on with other data and weights of the loss."""
+    launch(TrainingConfig, NextToken.make)
+
+
+def launch(kind: type[TrainingConfig], objective: ObjectiveFactory) -> None:
+    """Report what the machine has, explain a configuration, or train: the whole command-line program.
+
+    Args:
+        kind: The configuration that the command line fills.
+        objective: What the windows are trained for.
+    """
     if command_line.CAPABILITIES in sys.argv[1:]:
         print(report())
         return
-    asked = command_line.parse_once(sys.argv[1:])
+    asked = command_line.parse_once(kind, sys.argv[1:])
     if asked.dry_run:
         vocabulary = TrainingData.vocabulary_if_ready(asked.config.data)
         sizes = (vocabulary.size, vocabulary.padded_size) if vocabulary else (None, None)
@@ -38,14 +49,14 @@ def main() -> None:
         return
     log.set_up()
     try:
-        train(asked.config)
+        train(asked.config, objective)
     except (ValueError, OSError) as error:
         if not is_first_to_report(one_line(error)):
             sys.exit(EXIT_USER_ERROR)
         raise
 
 
-def train(config: TrainingConfig) -> None:
+def train(config: TrainingConfig, objective: ObjectiveFactory = NextToken.make) -> None:
     """One run on this rank, from its process groups to its last checkpoint."""
     try:
         machine = platform.install(config.platform)
@@ -56,7 +67,7 @@ def train(config: TrainingConfig) -> None:
         with atomic_write(Path(config.run) / "config.yaml") as stream:
             stream.write(command_line.to_yaml(config).encode())
     data = TrainingData.open(config)
-    Trainer(config, machine, data).fit()
+    Trainer(config, machine, data, objective).fit()
     destroy_parallel()
 
 

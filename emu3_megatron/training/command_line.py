@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -25,37 +25,49 @@ CAPABILITIES = "--capabilities"
 """Asks for a report that needs no configuration."""
 
 
+C = TypeVar("C", bound=TrainingConfig)
+
+
 @dataclass(frozen=True)
-class CommandLine:
+class CommandLine(Generic[C]):
     """What was asked for."""
 
-    config: TrainingConfig
+    config: C
     dry_run: bool
     """Print the configuration and its arithmetic, and end."""
     world_size: int
     """Processes: as started, or as given for a dry run."""
 
 
-def parse(arguments: Sequence[str]) -> CommandLine:
+def parse(arguments: Sequence[str]) -> CommandLine[TrainingConfig]:
+    """`parse_as` of the plain configuration."""
+    return parse_as(TrainingConfig, arguments)
+
+
+def parse_as(kind: type[C], arguments: Sequence[str]) -> CommandLine[C]:
     """Read arguments and the files they name; check every section, alone and against the others.
+
+    Args:
+        kind: The configuration to fill: `TrainingConfig`, or one with sections of its own.
+        arguments: The command line.
 
     Raises:
         UserError: one line with the key or value, the rule, the remedy.
     """
-    parser = build_parser()
+    parser = build_parser(kind)
     try:
         values = parser.parse_args([_without_alias(argument) for argument in arguments])
         values = parser.instantiate(values)
     except (ArgumentError, TypeError, ValueError) as error:
         raise UserError(_readable(error)) from error
-    fields = {name: getattr(values, name) for name in TrainingConfig.__dataclass_fields__}
-    config = TrainingConfig(**fields)
+    fields = {name: getattr(values, name) for name in kind.__dataclass_fields__}
+    config = kind(**fields)
     world_size = values.world_size or int(os.environ.get("WORLD_SIZE", "1"))
     check_layout(config, world_size)
     return CommandLine(config=config, dry_run=values.dry_run, world_size=world_size)
 
 
-def build_parser() -> ArgumentParser:
+def build_parser(kind: type[TrainingConfig] = TrainingConfig) -> ArgumentParser:
     """The parser: ``--config FILE``, every field as ``--section.key VALUE``, and two options of its own."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
@@ -72,7 +84,7 @@ def build_parser() -> ArgumentParser:
         CAPABILITIES, action="store_true", help="print what this machine has for training, and end"
     )
     parser.add_argument("--world-size", type=int, default=0, help="processes to assume in a dry run")
-    parser.add_class_arguments(TrainingConfig)
+    parser.add_class_arguments(kind)
     return parser
 
 
@@ -160,10 +172,10 @@ def to_yaml(config: TrainingConfig) -> str:
     return yaml.safe_dump(asdict(config), sort_keys=False, allow_unicode=True)
 
 
-def parse_once(arguments: Sequence[str]) -> CommandLine:
-    """`parse`, where of many processes only the first reports a mistake that all of them find."""
+def parse_once(kind: type[C], arguments: Sequence[str]) -> CommandLine[C]:
+    """`parse_as`, where of many processes only the first reports a mistake that all of them find."""
     try:
-        return parse(arguments)
+        return parse_as(kind, arguments)
     except ValueError:
         if os.environ.get("RANK", "0") == "0":
             raise

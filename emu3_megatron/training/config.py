@@ -27,6 +27,56 @@ def require(condition: bool, message: str) -> None:
 
 
 @dataclass(kw_only=True)
+class LossConfig:
+    """Cross entropy by class of token. A class of weight zero is neither trained on nor counted in `loss`."""
+
+    text_weight: float = 1.0
+    """Captions, prose, turns (paper)."""
+    vision_weight: float = 0.5
+    """Vision codes (paper: 0.5)."""
+    meta_weight: float = 1.0
+    """The text that states a span's size, rate and duration (ours: it is text)."""
+    break_weight: float = 0.5
+    """End of row and end of frame (ours: as the vision tokens they stand among)."""
+    control_weight: float = 1.0
+    """BOS, EOS, BOI, IMG, EOI (ours)."""
+    end_weight: float | None = None
+    """EOS, where it should count otherwise than `control_weight`; it is then measured apart, as `end`."""
+    prompt_weight: float = 0.0
+    """Instructions and questions of conversations (paper: answers only)."""
+    chunk_size: int | None = None
+    """Tokens whose logits exist at a time; where not set, as many as keep them near 16 MiB, at least 128."""
+    z_loss: float = 0.0
+    """Coefficient of the squared logarithm of the softmax's denominator, weighted as the cross entropy and
+    trained on, but not counted in `loss`; 1e-4 is common, 0 is off (ours)."""
+
+    def __post_init__(self) -> None:
+        """Check that something is trained."""
+        weights = self.by_class()
+        require(min(weights) >= 0, f"loss weights {weights} must not be negative")
+        require(max(weights) > 0, "every loss weight is zero; nothing would be trained")
+        require(self.z_loss >= 0, f"loss.z_loss={self.z_loss} must not be negative; 0 is off")
+        require(
+            self.chunk_size is None or self.chunk_size > 0,
+            f"loss.chunk_size={self.chunk_size} must be positive",
+        )
+
+    def by_class(self) -> list[float]:
+        """Weights in the order of `Modality`; padding is never a target."""
+        weights = {
+            Modality.TEXT: self.text_weight,
+            Modality.VISION: self.vision_weight,
+            Modality.META: self.meta_weight,
+            Modality.BREAK: self.break_weight,
+            Modality.CONTROL: self.control_weight,
+            Modality.PADDING: 0.0,
+            Modality.PROMPT: self.prompt_weight,
+            Modality.END: self.control_weight if self.end_weight is None else self.end_weight,
+        }
+        return [weights[modality] for modality in Modality]
+
+
+@dataclass(kw_only=True)
 class SourceConfig:
     """One dataset of the mixture."""
 
@@ -36,6 +86,9 @@ class SourceConfig:
     """Share of the mixture in tokens, relative to the other sources' weights (ours: equal)."""
     template: Template | None = None
     """How its documents are laid out, where it differs from `data.template`."""
+    loss: LossConfig | None = None
+    """Weights by class of token, where they differ from the run's `loss`: a mixture may ask for pictures of
+    one source and answers of another."""
 
     def __post_init__(self) -> None:
         """Check the weight."""
@@ -138,50 +191,6 @@ class OptimizerConfig:
             "optimizer.overlap_param_gather needs optimizer.use_distributed_optimizer and "
             "optimizer.overlap_grad_reduce; set both, or switch it off",
         )
-
-
-@dataclass(kw_only=True)
-class LossConfig:
-    """Cross entropy by class of token. A class of weight zero is neither trained on nor counted in `loss`."""
-
-    text_weight: float = 1.0
-    """Captions, prose, turns (paper)."""
-    vision_weight: float = 0.5
-    """Vision codes (paper: 0.5)."""
-    meta_weight: float = 1.0
-    """The text that states a span's size, rate and duration (ours: it is text)."""
-    break_weight: float = 0.5
-    """End of row and end of frame (ours: as the vision tokens they stand among)."""
-    control_weight: float = 1.0
-    """BOS, EOS, BOI, IMG, EOI (ours)."""
-    chunk_size: int | None = None
-    """Tokens whose logits exist at a time; where not set, as many as keep them near 16 MiB, at least 128."""
-    z_loss: float = 0.0
-    """Coefficient of the squared logarithm of the softmax's denominator, weighted as the cross entropy and
-    trained on, but not counted in `loss`; 1e-4 is common, 0 is off (ours)."""
-
-    def __post_init__(self) -> None:
-        """Check that something is trained."""
-        weights = self.by_class()
-        require(min(weights) >= 0, f"loss weights {weights} must not be negative")
-        require(max(weights) > 0, "every loss weight is zero; nothing would be trained")
-        require(self.z_loss >= 0, f"loss.z_loss={self.z_loss} must not be negative; 0 is off")
-        require(
-            self.chunk_size is None or self.chunk_size > 0,
-            f"loss.chunk_size={self.chunk_size} must be positive",
-        )
-
-    def by_class(self) -> list[float]:
-        """Weights in the order of `Modality`; padding is never a target."""
-        weights = {
-            Modality.TEXT: self.text_weight,
-            Modality.VISION: self.vision_weight,
-            Modality.META: self.meta_weight,
-            Modality.BREAK: self.break_weight,
-            Modality.CONTROL: self.control_weight,
-            Modality.PADDING: 0.0,
-        }
-        return [weights[modality] for modality in Modality]
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,7 @@
 """What one step measured: sums kept on the device, reduced once, and turned into named numbers.
 
-Legend: S sources, C token classes (`Modality`), Q quantities (`QUANTITIES`).
+Legend: S sources, C token classes (`Modality`), Q quantities of a cell (`QUANTITIES`), E quantities that the
+objective adds.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from emu3_megatron.data.loader import Batch
 from emu3_megatron.grammar.document import Modality
 
 QUANTITIES = ("cross_entropy", "correct", "tokens")
@@ -32,11 +34,18 @@ EXTRAS = (
 CLASSES = tuple(Modality)
 
 
+def cells_of(batch: Batch, classes: torch.Tensor) -> torch.Tensor:
+    """int64 ``[1, T]``: source * C + class of each label, the row of the sums that it counts in."""
+    return batch.source_of_tokens.long().clamp_min(0) * len(CLASSES) + classes
+
+
 @dataclass(frozen=True)
 class MetricsLayout:
     """Where each sum stands in the one vector that is reduced at the end of a step."""
 
     sources: tuple[str, ...]
+    quantities: tuple[str, ...] = ()
+    """Names of the sums that the objective adds."""
 
     @property
     def cells(self) -> int:
@@ -46,21 +55,27 @@ class MetricsLayout:
     @property
     def size(self) -> int:
         """Length of the vector."""
-        return self.cells * len(QUANTITIES) + len(EXTRAS)
+        return self.cells * len(QUANTITIES) + len(self.quantities) + len(EXTRAS)
 
     def vector(self, sums: torch.Tensor, extras: dict[str, float]) -> torch.Tensor:
-        """Join `sums` (float64 ``[S*C, Q]``) and named extras (absent ones are 0) into float64 ``[size]``."""
+        """Join `sums` and named extras (absent ones are 0) into float64 ``[size]``.
+
+        Args:
+            sums: float64 ``[S*C*Q + E]``.
+            extras: By the names of `EXTRAS`.
+        """
         tail = torch.tensor([extras.get(name, 0.0) for name in EXTRAS], dtype=torch.float64)
-        return torch.cat([sums.reshape(-1), tail.to(sums.device)])
+        return torch.cat([sums, tail.to(sums.device)])
 
     def totals(self, vector: torch.Tensor) -> Totals:
         """Read a reduced vector; this is the step's one copy to the host."""
         values = vector.detach().to("cpu", torch.float64).numpy()
-        split = self.cells * len(QUANTITIES)
+        cells, own, extras = np.split(values, np.cumsum([self.cells * len(QUANTITIES), len(self.quantities)]))
         return Totals(
             sources=self.sources,
-            sums=values[:split].reshape(len(self.sources), len(CLASSES), len(QUANTITIES)),
-            extras=dict(zip(EXTRAS, values[split:].tolist(), strict=True)),
+            sums=cells.reshape(len(self.sources), len(CLASSES), len(QUANTITIES)),
+            extras=dict(zip(EXTRAS, extras.tolist(), strict=True)),
+            quantities=dict(zip(self.quantities, own.tolist(), strict=True)),
         )
 
 
@@ -71,15 +86,39 @@ class Totals:
     sources: tuple[str, ...]
     sums: npt.NDArray[np.float64]
     """``[S, C, Q]``."""
-    extras: dict[str, float]
+    extras: dict[str, float] = field(default_factory=dict)
+    quantities: dict[str, float] = field(default_factory=dict)
+    """Sums that the objective added, by name."""
 
-    def loss(self, weights: Sequence[float]) -> float:
-        """Cross entropy weighted by class, in nats; NaN where no target has a weight."""
-        return _weighted_mean(self.sums.sum(axis=0), weights)
+    @classmethod
+    def added(cls, parts: Sequence[Totals]) -> Totals:
+        """Several steps as one; their extras are left out."""
+        names = parts[0].quantities
+        return cls(
+            sources=parts[0].sources,
+            sums=np.sum([part.sums for part in parts], axis=0),
+            quantities={name: sum(part.quantities[name] for part in parts) for name in names},
+        )
 
-    def source_loss(self, source: int, weights: Sequence[float]) -> float:
-        """`loss` over the documents of one source."""
-        return _weighted_mean(self.sums[source], weights)
+    def loss(self, weights: npt.NDArray[np.float64], source: int | None = None) -> float:
+        """Weighted mean of the cross entropy, in nats; NaN where no target has a weight.
+
+        Args:
+            weights: Of every class in every source, ``[S, C]``.
+            source: Only the documents of this one.
+        """
+        rows = range(len(self.sources)) if source is None else [source]
+        alike: dict[bytes, list[int]] = {}  # sources of equal weights are added up before they are weighted
+        for row in rows:
+            alike.setdefault(weights[row].tobytes(), []).append(row)
+        entropy = total = 0.0
+        for members in alike.values():
+            here = weights[members[0]]
+            used = here > 0
+            sums = self.sums[members].sum(axis=0)[used]
+            entropy += float(here[used] @ sums[:, 0])
+            total += float(here[used] @ sums[:, 2])
+        return entropy / total if total > 0 else float("nan")
 
     def named(self) -> dict[str, float]:
         """Loss, accuracy and count of every class, and loss of every source's classes, where there are
@@ -109,14 +148,6 @@ class Totals:
         return values
 
 
-def _weighted_mean(rows: npt.NDArray[np.float64], weights: Sequence[float]) -> float:
-    """Mean cross entropy of ``[C, Q]`` sums under class weights."""
-    used = np.asarray(weights) > 0
-    scale = np.asarray(weights)[used]
-    total = float(scale @ rows[used, 2])
-    return float(scale @ rows[used, 0]) / total if total > 0 else float("nan")
-
-
 @dataclass
 class StepReport:
     """One finished optimizer step, as every callback sees it."""
@@ -127,7 +158,7 @@ class StepReport:
     """Windows consumed so far."""
     totals: Totals
     loss: float
-    """Weighted cross entropy, nats."""
+    """The objective's value; for next-token prediction the weighted cross entropy, nats."""
     grad_norm: float
     """Global gradient norm before clipping."""
     learning_rate: float

@@ -1,13 +1,11 @@
-"""One step's forward and backward pass: token losses, their weights, and their sums.
+"""One step's forward and backward pass, and the sums of what it measures.
 
-The loss of a step is ``sum(w * ce) / sum(w)`` over every target of the global batch, where ``w`` is the
-weight of the target's class. The denominator is known before the first forward pass, from the labels' classes
-alone, and is added up over data-parallel ranks in float64; so gradients are right whatever the layout, the
-number of micro-batches, or how unevenly targets fall on ranks, and a rank without any weighted target is
-harmless.
+The loss is an objective's, which divides by denominators that are known before the first forward pass and
+added up over data-parallel ranks in float64; so gradients are right whatever the layout, the number of
+micro-batches, or how unevenly targets fall on ranks, and a rank without any target is harmless.
 
 Legend: T tokens of a micro-batch (all its windows joined), L this rank's share under context parallelism,
-S sources, C classes, Q quantities, H hidden size.
+S sources, C classes, Q quantities of a cell, E quantities and N denominators of the objective, H hidden size.
 """
 
 from __future__ import annotations
@@ -15,32 +13,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 
 from emu3_megatron.data.loader import Batch
 from emu3_megatron.parallel.context import packed_sequence_parameters, split_batch_for_context_parallel
-from emu3_megatron.training.config import LossConfig
-from emu3_megatron.training.metrics import CLASSES, QUANTITIES, MetricsLayout
+from emu3_megatron.training.metrics import QUANTITIES, MetricsLayout, cells_of
 from emu3_megatron.training.modules import unwrap
+from emu3_megatron.training.objective import MicroBatch, Objective, Prepared
 
 TINY_WEIGHT = 1e-30
-"""Stands in for a global sum of weights of zero: the step then has a loss and gradients of zero."""
-
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """One micro-batch on this rank's device, context-parallel share taken."""
-
-    tokens_1L: torch.Tensor
-    labels_1L: torch.Tensor
-    classes_L: torch.Tensor
-    """int64, `Modality` of each label."""
-    cells_L: torch.Tensor
-    """int64, row of the sums that each label counts in: source * C + class."""
-    packed: Any
-    """`PackedSeqParams` of the whole micro-batch."""
+"""Stands in for a global denominator of zero: the step then has a loss and gradients of zero."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +56,7 @@ class ForwardBackward:
 
     Args:
         chunks: The model's chunks on this rank, wrapped for data parallelism.
-        loss: Weights by class, and the loss's chunk size.
+        objective: What turns token losses into one loss.
         layout: Where sums stand; its sources name the documents' `Batch.source`.
         device: Where the chunks are.
     """
@@ -81,7 +64,7 @@ class ForwardBackward:
     def __init__(
         self,
         chunks: Sequence[torch.nn.Module],
-        loss: LossConfig,
+        objective: Objective,
         layout: MetricsLayout,
         *,
         device: torch.device,
@@ -91,12 +74,11 @@ class ForwardBackward:
         self._chunks = list(chunks)
         self._device = device
         self._groups = Groups.current()
-        self._weights_C = torch.tensor(loss.by_class(), dtype=torch.float64)
-        self._weights32_C = self._weights_C.to(device, torch.float32)
+        self._objective = objective
         self._sums = torch.zeros(layout.cells, len(QUANTITIES), dtype=torch.float64, device=device)
+        self._own_sums = torch.zeros(len(layout.quantities), dtype=torch.float64, device=device)
         self._no_tokens = torch.zeros((), dtype=torch.int)
         self._schedule = get_forward_backward_func()
-        self._chunk_size, self._z_loss = loss.chunk_size, loss.z_loss
 
     def __call__(
         self, batches: Sequence[Batch], *, forward_only: bool = False
@@ -108,15 +90,17 @@ class ForwardBackward:
             forward_only: Measure, without gradients.
 
         Returns:
-            This rank's sums, float64 ``[S*C, Q]`` on the device, and its extras, both to be added over all
+            This rank's sums, float64 ``[S*C*Q + E]`` on the device, and its extras, both to be added over all
             ranks.
         """
         self._sums.zero_()
-        scale = self._loss_scale(batches)
-        micro = [self._prepare(batch) for batch in batches]
+        self._own_sums.zero_()
+        scales = self._scales(batches)
+        prepared = self._objective.prepare(batches)
+        micro = [self._placed(*pair) for pair in zip(batches, prepared, strict=True)]
         iterators = [iter(micro) for _ in self._chunks]
         self._schedule(
-            forward_step_func=partial(self._forward_step, scale),
+            forward_step_func=partial(self._forward_step, scales),
             data_iterator=iterators if len(iterators) > 1 else iterators[0],
             model=self._chunks if len(self._chunks) > 1 else self._chunks[0],
             num_microbatches=len(micro),
@@ -124,29 +108,24 @@ class ForwardBackward:
             micro_batch_size=1,
             forward_only=forward_only,
         )
-        return self._sums.clone(), self._extras(batches)
+        return torch.cat([self._sums.reshape(-1), self._own_sums]), self._extras(batches)
 
-    def _loss_scale(self, batches: Sequence[Batch]) -> torch.Tensor:
-        """One over the global sum of weights, fp32 scalar on the device."""
-        counts_C = sum(
-            torch.bincount(batch.modality.reshape(-1), minlength=len(CLASSES)) for batch in batches
-        )
-        total = torch.dot(torch.as_tensor(counts_C).double(), self._weights_C).to(self._device)
+    def _scales(self, batches: Sequence[Batch]) -> torch.Tensor:
+        """One over each global denominator, fp32 ``[N]`` on the device."""
+        totals_N = self._objective.denominators(batches).to(self._device)
         if self._groups.data.size() > 1:
-            torch.distributed.all_reduce(total, group=self._groups.data)
-        return total.clamp_min(TINY_WEIGHT).reciprocal().float()
+            torch.distributed.all_reduce(totals_N, group=self._groups.data)
+        return totals_N.clamp_min(TINY_WEIGHT).reciprocal().float()
 
-    def _prepare(self, batch: Batch) -> MicroBatch:
-        """Move to the device, take the context-parallel share, number the cells of the sums."""
-        lengths_D = (batch.cu_seqlens[1:] - batch.cu_seqlens[:-1]).long()
-        source_T = torch.repeat_interleave(batch.source.long().clamp_min(0), lengths_D)
+    def _placed(self, batch: Batch, prepared: Prepared) -> MicroBatch:
+        """Take the context-parallel share, move to the device."""
         tensors = {
             "tokens": batch.tokens,
             "labels": batch.labels,
-            "classes": batch.modality.long(),
-            "cells": (source_T * len(CLASSES))[None] + batch.modality.long(),
+            "cells": cells_of(batch, prepared.classes),
         }
-        share = split_batch_for_context_parallel(tensors, batch.cu_seqlens, self._groups.context)
+        own = {f"prepared {name}": value for name, value in prepared.tokens.items()}
+        share = split_batch_for_context_parallel(tensors | own, batch.cu_seqlens, self._groups.context)
         share = {name: value.to(self._device, non_blocking=True) for name, value in share.items()}
         packed = packed_sequence_parameters(
             batch.cu_seqlens.to(self._device, non_blocking=True), batch.max_seqlen
@@ -154,32 +133,32 @@ class ForwardBackward:
         return MicroBatch(
             tokens_1L=share["tokens"],
             labels_1L=share["labels"],
-            classes_L=share["classes"].reshape(-1),
             cells_L=share["cells"].reshape(-1),
             packed=packed,
+            prepared_L={name: share[f"prepared {name}"].reshape(-1) for name in prepared.tokens},
+            whole={name: value.to(self._device) for name, value in prepared.whole.items()},
         )
 
     def _forward_step(
-        self, scale: torch.Tensor, iterator: Iterator[MicroBatch], chunk: torch.nn.Module
+        self, scales: torch.Tensor, iterator: Iterator[MicroBatch], chunk: torch.nn.Module
     ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, float]]]]:
         batch = next(iterator)
         output = chunk(batch.tokens_1L, None, None, packed_seq_params=batch.packed)
-        return output, partial(self._loss, scale, batch, chunk)
+        return output, partial(self._loss, scales, batch, chunk)
 
     def _loss(
-        self, scale: torch.Tensor, batch: MicroBatch, chunk: torch.nn.Module, hidden_L1H: torch.Tensor
+        self, scales: torch.Tensor, batch: MicroBatch, chunk: torch.nn.Module, hidden_L1H: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
         """The micro-batch's part of the loss; megatron-core calls it on the last stage only."""
-        weights_L = self._weights32_C[batch.classes_L] * scale
-        loss, losses_L, correct_L = unwrap(chunk).weighted_loss(
-            hidden_L1H, batch.labels_1L, weights_L, chunk_size=self._chunk_size, z_loss=self._z_loss
-        )
+        loss = self._objective.loss(unwrap(chunk), hidden_L1H, batch, scales)
         if self._groups.counts_here:
             quantities_LQ = torch.stack(
-                [losses_L, correct_L.to(losses_L.dtype), torch.ones_like(losses_L)], dim=1
+                [loss.losses_L, loss.correct_L.to(loss.losses_L.dtype), torch.ones_like(loss.losses_L)], dim=1
             )
             self._sums.index_add_(0, batch.cells_L, quantities_LQ.double())
-        return loss, self._no_tokens, {}
+            if loss.quantities_E is not None:
+                self._own_sums += loss.quantities_E
+        return loss.total, self._no_tokens, {}
 
     def _extras(self, batches: Sequence[Batch]) -> dict[str, float]:
         """Counts that need no model; each window is counted by one rank."""

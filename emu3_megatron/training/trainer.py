@@ -6,8 +6,8 @@ import logging
 import resource
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -17,10 +17,11 @@ from emu3_megatron.parallel.platform import Platform
 from emu3_megatron.training import checkpoint_files
 from emu3_megatron.training.callbacks import Callback, WeightAverage, build_callbacks
 from emu3_megatron.training.checkpoint import Checkpointer, Progress, Record, newest_valid
-from emu3_megatron.training.config import TrainingConfig
+from emu3_megatron.training.config import SourceConfig, TrainingConfig
 from emu3_megatron.training.data import TrainingData
 from emu3_megatron.training.metrics import MetricsLayout, StepReport, Totals
 from emu3_megatron.training.modules import is_rank_zero
+from emu3_megatron.training.objective import NextToken, Objective, ObjectiveFactory
 from emu3_megatron.training.optimizer import Optimizer, wrap_for_data_parallelism
 from emu3_megatron.training.randomness import seed_step
 from emu3_megatron.training.resume import check_resumable, check_weights_fit
@@ -34,6 +35,15 @@ MAXRSS_UNIT = 1024 if sys.platform.startswith("linux") else 1
 """Bytes in a unit of `ru_maxrss`."""
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """What turns the windows of one list of sources into sums."""
+
+    objective: Objective
+    layout: MetricsLayout
+    run: ForwardBackward
+
+
 class Trainer:
     """One run on this rank. Process groups must exist; `fit` does the rest.
 
@@ -41,9 +51,16 @@ class Trainer:
         config: The resolved configuration.
         platform: Device and backend.
         data: Vocabulary, plan and loaders.
+        objective: What the windows are trained for.
     """
 
-    def __init__(self, config: TrainingConfig, platform: Platform, data: TrainingData) -> None:
+    def __init__(
+        self,
+        config: TrainingConfig,
+        platform: Platform,
+        data: TrainingData,
+        objective: ObjectiveFactory = NextToken.make,
+    ) -> None:
         from emu3_megatron.model import build_model  # megatron-core, so after the platform
 
         self.config = config
@@ -52,7 +69,7 @@ class Trainer:
         self._platform = platform
         self._stopping = False
         self._wishes: dict[str, float] = {}
-        self._weights = config.loss.by_class()
+        self._make_objective = objective
         shape = config.model
         self._has_dropout = any(
             (shape.embedding_dropout, shape.attention_dropout, shape.hidden_dropout, config.lora.dropout)
@@ -72,7 +89,7 @@ class Trainer:
                 add_adapters(chunk, config.lora, seed=config.seed)
         self.chunks = wrap_for_data_parallelism(model, config.optimizer)
         self.optimizer = Optimizer(self.chunks, config.optimizer, config.trainer.precision)
-        self._layout, self._forward_backward = self._measuring(data.source_names)
+        self._training = self.measuring(config.data.sources)
         self._average = WeightAverage(self.chunks, config.ema.decay) if config.ema.decay else None
         self._checkpointer = Checkpointer(
             Path(config.run) / "checkpoints",
@@ -114,14 +131,14 @@ class Trainer:
         if self._has_dropout:
             seed_step(self.config.seed, step)
         self.optimizer.zero_gradients()
-        sums, extras = self._forward_backward(batches)
+        sums, extras = self._training.run(batches)
         extras |= {"wait_seconds": waited, "saving": float(self._checkpointer.is_writing), **self._wishes}
-        totals = self._reduce(self._layout, sums, extras)
+        totals = self._reduce(self._training.layout, sums, extras)
         report = StepReport(
             step=step + 1,
             windows=self.progress.windows + self.config.trainer.batch_size(step),
             totals=totals,
-            loss=totals.loss(self._weights),
+            loss=self._training.objective.value(totals),
             grad_norm=self.optimizer.gradient_norm(),
             learning_rate=learning_rate(self.config.optimizer, step, self.config.trainer.steps),
         )
@@ -157,20 +174,22 @@ class Trainer:
         """Wait for what `begin_save` started, and commit it; all ranks call it together."""
         return self._checkpointer.finish()
 
-    def evaluator(self, sources: tuple[str, ...]) -> tuple[ForwardBackward, MetricsLayout]:
-        """What measures windows of other sources with the same model; see `evaluate`."""
-        layout, run = self._measuring(sources)
-        return run, layout
+    def measuring(self, sources: Mapping[str, SourceConfig]) -> Measuring:
+        """What measures windows of these sources with the run's model and objective; see `evaluate`."""
+        device = self._platform.device
+        objective = self._make_objective(self.config, sources, self.data.vocabulary, device)
+        layout = MetricsLayout(tuple(sources), objective.quantities)
+        return Measuring(objective, layout, ForwardBackward(self.chunks, objective, layout, device=device))
 
-    def evaluate(self, run: ForwardBackward, layout: MetricsLayout, batches: Sequence[Batch]) -> Totals:
+    def evaluate(self, measuring: Measuring, batches: Sequence[Batch]) -> Totals:
         """Sums of one global batch over all ranks, without gradients and without dropout."""
         for chunk in self.chunks:
             chunk.eval()
         with torch.no_grad():
-            sums, extras = run(batches, forward_only=True)
+            sums, extras = measuring.run(batches, forward_only=True)
         for chunk in self.chunks:
             chunk.train()
-        return self._reduce(layout, sums, extras)
+        return self._reduce(measuring.layout, sums, extras)
 
     # ---- starting
 
@@ -212,10 +231,6 @@ class Trainer:
 
     # ---- measuring
 
-    def _measuring(self, sources: tuple[str, ...]) -> tuple[MetricsLayout, ForwardBackward]:
-        layout = MetricsLayout(sources)
-        return layout, ForwardBackward(self.chunks, self.config.loss, layout, device=self._platform.device)
-
     def _reduce(self, layout: MetricsLayout, sums: torch.Tensor, extras: dict[str, float]) -> Totals:
         """Add up over all ranks; the one collective that a step spends on metrics."""
         vector = layout.vector(sums, extras)
@@ -232,7 +247,7 @@ class Trainer:
             "loss": report.loss,
             "loss_text": float("nan"),
             "loss_vision": float("nan"),
-            **report.totals.named(),
+            **self._training.objective.named(report.totals),
             "grad_norm": report.grad_norm,
             "learning_rate": report.learning_rate,
             "tokens_per_second": tokens / report.seconds,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 
@@ -15,18 +16,40 @@ def totals(sources: tuple[str, ...] = ("a", "b")) -> Totals:
     sums[0, Modality.TEXT] = torch.tensor([20.0, 3.0, 10.0])
     sums[1, Modality.VISION] = torch.tensor([240.0, 10.0, 40.0])
     sums[1, Modality.PADDING] = torch.tensor([999.0, 9.0, 99.0])
-    return layout.totals(layout.vector(sums.reshape(-1, 3), {"signals": 2.0}))
+    return layout.totals(layout.vector(sums.reshape(-1), {"signals": 2.0}))
+
+
+def weights(*rows: dict[Modality, float]) -> npt.NDArray[np.float64]:
+    """Weights of classes, a row for each source; 0 where none is given."""
+    return np.array([[row.get(modality, 0.0) for modality in Modality] for row in rows])
 
 
 def test_the_loss_weighs_classes() -> None:
-    weights = [1.0, 0.5, 1.0, 0.5, 1.0, 0.0]
-    assert totals().loss(weights) == pytest.approx((20.0 + 0.5 * 240.0) / (10.0 + 0.5 * 40.0))
-    assert totals().source_loss(1, weights) == pytest.approx(6.0)
+    row = {Modality.TEXT: 1.0, Modality.VISION: 0.5, Modality.META: 1.0}
+    assert totals().loss(weights(row, row)) == pytest.approx((20.0 + 0.5 * 240.0) / (10.0 + 0.5 * 40.0))
+    assert totals().loss(weights(row, row), source=1) == pytest.approx(6.0)
+
+
+def test_the_loss_weighs_sources() -> None:
+    pictures, answers = {Modality.VISION: 0.25}, {Modality.TEXT: 2.0}
+    assert totals().loss(weights(answers, pictures)) == pytest.approx((40.0 + 60.0) / (20.0 + 10.0))
+    assert np.isnan(totals().loss(weights(pictures, answers)))
 
 
 def test_classes_without_weight_do_not_count() -> None:
-    assert totals().loss([1.0, 0.0, 0.0, 0.0, 0.0, 0.0]) == pytest.approx(2.0)
-    assert np.isnan(totals().loss([0.0, 0.0, 1.0, 0.0, 0.0, 0.0]))
+    row = {Modality.TEXT: 1.0}
+    assert totals().loss(weights(row, row)) == pytest.approx(2.0)
+    assert np.isnan(totals().loss(weights({Modality.META: 1.0}, {Modality.META: 1.0})))
+
+
+def test_steps_add_up() -> None:
+    layout = MetricsLayout(("a",), ("margin",))
+    vector = torch.arange(layout.size, dtype=torch.float64)
+    part = layout.totals(vector)
+    both = Totals.added([part, part])
+    assert both.quantities == {"margin": 2 * part.quantities["margin"]}
+    assert both.quantities["margin"] == 2 * layout.cells * 3
+    np.testing.assert_array_equal(both.sums, 2 * part.sums)
 
 
 def test_names_are_by_class_and_by_source() -> None:

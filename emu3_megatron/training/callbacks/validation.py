@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from emu3_megatron.training.callbacks.base import Callback
 from emu3_megatron.training.config import ValidationConfig
 from emu3_megatron.training.metrics import StepReport, Totals
@@ -31,20 +29,17 @@ class Validation(Callback):
         steps = -(-self._config.windows // trainer.config.trainer.global_batch_size)
         loader = iter(data.validation_loader(trainer.config))
         self._batches = [next(loader) for _ in range(steps)]
-        self._run, self._layout = trainer.evaluator(data.validation_names)
+        self._measuring = trainer.measuring(trainer.config.data.validation)
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         """Evaluate if it is time, or if this was the last step."""
         last = report.step == trainer.config.trainer.steps
         if report.step % self._config.interval and not last:
             return
-        parts = [trainer.evaluate(self._run, self._layout, batches) for batches in self._batches]
-        totals = Totals(
-            sources=self._layout.sources, sums=np.sum([part.sums for part in parts], axis=0), extras={}
-        )
-        weights = trainer.config.loss.by_class()
-        report.values["validation_loss"] = totals.loss(weights)
-        report.values.update({f"validation_{name}": value for name, value in totals.named().items()})
+        objective = self._measuring.objective
+        totals = Totals.added([trainer.evaluate(self._measuring, batches) for batches in self._batches])
+        report.values["validation_loss"] = objective.value(totals)
+        report.values.update({f"validation_{name}": value for name, value in objective.named(totals).items()})
         if len(totals.sources) > 1:
             for index, source in enumerate(totals.sources):
-                report.values[f"validation_loss_{source}"] = totals.source_loss(index, weights)
+                report.values[f"validation_loss_{source}"] = objective.value(totals, index)
