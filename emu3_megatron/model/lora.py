@@ -105,7 +105,8 @@ class Adapter(torch.nn.Module):
 def add_adapters(chunk: torch.nn.Module, config: LoRAConfig, *, seed: int) -> None:
     """Freeze one pipeline chunk and put adapters beside its layers; the model computes what it did before.
 
-    A is uniform within ``1 / sqrt(inputs)``, as in the PEFT library, from the seed and its name alone; B is 0.
+    A is uniform within ``1 / sqrt(inputs)``, as in the PEFT library, from the seed and its name alone; B is
+    0.
 
     Args:
         chunk: A chunk of `build_model`, not yet wrapped for data parallelism.

@@ -23,6 +23,7 @@ from emu3_megatron.model.config import ADAPTER_SUFFIX
 from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint_files import CheckpointError
+from emu3_megatron.training.config import Precision
 from emu3_megatron.training.modules import is_rank_zero, unwrap
 from emu3_megatron.training.optimizer import Optimizer
 from emu3_megatron.vocabulary import Vocabulary
@@ -400,6 +401,7 @@ def load_model_for_inference(
     *,
     averaged: bool | None = None,
     merge: bool = True,
+    precision: Precision | None = None,
 ) -> tuple[list[Any], ModelConfig, Vocabulary]:
     """Build the model of a checkpoint under any layout, with its weights, in evaluation mode.
 
@@ -410,6 +412,7 @@ def load_model_for_inference(
         parallel: Layout to load into; a single process where not given.
         averaged: Take the averaged weights; where not given, they are taken if the checkpoint has them.
         merge: Add adapters (LoRA) to the weights, so that the model is a plain one.
+        precision: Of the parameters; the run's where not given.
 
     Returns:
         The chunks of this rank, the model's configuration, its vocabulary.
@@ -432,7 +435,7 @@ def load_model_for_inference(
         vocabulary_size=vocabulary.size,
         parallel=parallel,
         seed=record.config["seed"],
-        precision=record.config["trainer"]["precision"],
+        precision=precision or record.config["trainer"]["precision"],
     )
     adapted = has_adapters(record.config)
     if adapted:

@@ -83,15 +83,15 @@ def check_resumable(folder: Path, old: Record, new: Record, *, accept_changed_da
     check_weights_fit(folder, old, new)
     if (new.config["lora"]["rank"] > 0) != bool(old.config.get("lora", {}).get("rank")):
         raise CheckpointError(
-            f"{folder}: adapters (lora.rank) cannot be switched on or off in the middle of a run; start a new "
-            f"`run` with checkpoint.load={folder}"
+            f"{folder}: adapters (lora.rank) cannot be switched on or off in the middle of a run; start a "
+            f"new `run` with checkpoint.load={folder}"
         )
     before, now = (record.config["trainer"]["precision"] for record in (old, new))
     if before != now:
         raise CheckpointError(
             f"{folder} was trained with trainer.precision={before}, this run has {now}; set "
             f"it back, or start a new "
-            f"`run` with checkpoint.load={folder}"
+            f"new `run` with checkpoint.load={folder}"
         )
     if old.plan_fingerprint == new.plan_fingerprint:
         return
