@@ -72,6 +72,10 @@ class PreferenceTrainingConfig(TrainingConfig):
         """Check that there is a reference."""
         super().__post_init__()
         require(bool(self.reference), "dpo.reference is empty; name a run or a checkpoint")
+        require(
+            self.loss.z_loss == 0 and self.loss.end_weight is None,
+            "preference training has neither loss.z_loss nor loss.end_weight; leave them out",
+        )
         sources = {**self.data.sources, **self.data.validation}
         for name, source in sources.items():
             template = source.template or self.data.template

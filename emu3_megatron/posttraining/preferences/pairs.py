@@ -85,9 +85,8 @@ class PairTemplate(Template):
         """
         middle = len(segments) // 2
         first, second = segments[:middle], segments[middle:]
-        same = len(first) == len(second) >= 1 and all(
-            one[1] == other[1] and np.array_equal(one[0], other[0])
-            for one, other in zip(first[:-1], second[:-1], strict=True)
+        same = [mode for _, mode in first] == [mode for _, mode in second] != [] and all(
+            np.array_equal(one, other) for (one, _), (other, _) in zip(first[:-1], second[:-1], strict=True)
         )
         if not same:
             raise UserError(

@@ -34,7 +34,7 @@ LARGEST_VOTE = 65_536
 """Bytes of a request's body."""
 SECONDS_FOR_A_REQUEST = 30
 
-_IMAGE = re.compile(r"/image/(\d{1,9})/(\d{1,4})")
+_IMAGE = re.compile(r"/image/([0-9]{1,9})/([0-9]{1,4})")
 _STATIC = {
     "/": ("text/html; charset=utf-8", PAGE),
     "/page.js": ("text/javascript; charset=utf-8", SCRIPT),
