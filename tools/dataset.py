@@ -117,12 +117,17 @@ def _replay(arguments: argparse.Namespace) -> int:
     size = config.trainer.global_batch_size
     windows = list(range((arguments.step - 1) * size, arguments.step * size))
     title = f"step {arguments.step} of {given}: windows {windows[0]} to {windows[-1]}"
-    _write_page(open_plan(config), windows, arguments, config.loss.by_class(), title)
+    weights = [(source.loss or config.loss).by_class() for source in config.data.sources.values()]
+    _write_page(open_plan(config), windows, arguments, weights, title)
     return 0
 
 
 def _write_page(
-    plan: Plan, windows: list[int], arguments: argparse.Namespace, weights: list[float] | None, title: str
+    plan: Plan,
+    windows: list[int],
+    arguments: argparse.Namespace,
+    weights: list[list[float]] | None,
+    title: str,
 ) -> None:
     from emu3_megatron.tokenization.view import Decoder, windows_page
 

@@ -22,6 +22,9 @@ TEXT_MODE = 0
 """Mode of a text segment."""
 SPAN_MODE = 1
 """Mode of a span: one image or video with its control tokens."""
+PROMPT_MODE = 2
+"""Mode of a text that is given and not asked of the model: what an answer follows in a conversation. A
+document that holds one is never split."""
 
 TOKEN_DTYPE = np.dtype("<i4")
 """Tokens on disk."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from emu3_megatron.data.format import SPAN_MODE, crc32c
+from emu3_megatron.data.format import PROMPT_MODE, SPAN_MODE, TEXT_MODE, crc32c
 from emu3_megatron.data.reader import Kind, MultimodalDataset
 from emu3_megatron.vocabulary import Vocabulary
 
@@ -92,6 +92,8 @@ def _faults(
         yield "documents without any text (no caption)"
     vocabulary = dataset.vocabulary
     for ids, mode in segments:
-        if mode != SPAN_MODE and int(ids.max()) >= vocabulary.text_size:
+        if PROMPT_MODE in modes and mode == TEXT_MODE and ids[-1] == vocabulary.eos:
+            ids = ids[:-1]  # an answer's end, before the next question
+        if len(ids) and mode != SPAN_MODE and int(ids.max()) >= vocabulary.text_size:
             yield "documents with control or vision ids in a text"
             break

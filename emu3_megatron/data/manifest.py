@@ -40,7 +40,7 @@ class ShardRecord:
     tokens: int
     """Number of tokens, without BOS, EOS or padding."""
     text_tokens: int
-    """Of these, tokens of text segments."""
+    """Of these, tokens of text segments and prompts."""
     longest_document: int
     """Tokens of the longest document."""
     files: dict[str, dict[str, Any]]

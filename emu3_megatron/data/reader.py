@@ -47,7 +47,7 @@ class Kind(IntEnum):
     PAIR = 1
     """A caption, then one span: the template chooses their order and may drop the caption."""
     OTHER = 2
-    """Any other order of segments with at least one span; kept as stored, never split."""
+    """Any other order of segments with at least one span or prompt; kept as stored, never split."""
 
 
 class FileCache:

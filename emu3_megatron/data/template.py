@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from emu3_megatron.data.format import SPAN_MODE, TEXT_MODE
+from emu3_megatron.data.format import PROMPT_MODE, SPAN_MODE, TEXT_MODE
 from emu3_megatron.data.permutation import derive_key, uniform
 from emu3_megatron.data.reader import Kind
 from emu3_megatron.errors import UserError
@@ -129,6 +129,7 @@ class Template:
             kept = len(caption) if caption_tokens is None else caption_tokens
             text = [(caption[:kept], TEXT_MODE)] if kept else []
             parts = [span, *text] if caption_after else [*text, span]
+        talk = any(mode == PROMPT_MODE for _, mode in parts)
         control = np.array([Modality.CONTROL], dtype=np.uint8)
         ids: list[npt.NDArray[Any]] = []
         classes: list[npt.NDArray[np.uint8]] = []
@@ -140,6 +141,10 @@ class Template:
             classes.append(
                 span_modality(tokens, vocabulary) if mode == SPAN_MODE else text_modality(len(tokens))
             )
+            if mode == PROMPT_MODE:
+                classes[-1][:] = Modality.PROMPT
+            elif talk and mode == TEXT_MODE:  # the end of every answer but the last is stored with it
+                classes[-1][tokens == vocabulary.eos] = Modality.CONTROL
         if self.eos:
             ids.append(np.array([vocabulary.eos]))
             classes.append(control)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from emu3_megatron.data.format import DATA_SUFFIXES, RECORD_SUFFIX, SPAN_MODE
+from emu3_megatron.data.format import DATA_SUFFIXES, PROMPT_MODE, RECORD_SUFFIX, SPAN_MODE
 from emu3_megatron.data.manifest import Manifest
 from emu3_megatron.data.reader import Kind, MultimodalDataset
 from emu3_megatron.errors import UserError, one_line
@@ -115,7 +115,7 @@ def show(folder: str | os.PathLike[str], which: str, limit: int = 16) -> Iterato
     task = f", task {name['task']}" if name["task"] else ""
     yield f"document {number}: sample {name['id']}{task}"
     for place, (ids, mode) in enumerate(dataset.document(number)):
-        kind = "span" if mode == SPAN_MODE else "text"
+        kind = {SPAN_MODE: "span", PROMPT_MODE: "prompt"}.get(mode, "text")
         values = ids.tolist()
         if len(values) > 2 * limit:
             values = [*values[:limit], "...", *values[-limit:]]

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from emu3_megatron.data.format import (
     MANIFEST_NAME,
+    PROMPT_MODE,
     RECORD_SUFFIX,
     SPAN_MODE,
     TEXT_MODE,
@@ -32,7 +33,7 @@ from emu3_megatron.files import publish, temporary_path, write_json_atomic
 from emu3_megatron.vocabulary import Vocabulary
 
 Segment = tuple[npt.NDArray[np.integer[Any]], int]
-"""Token ids ``[N]`` and the mode: 0 for a text segment, 1 for a span."""
+"""Token ids ``[N]`` and the mode: 0 for a text segment, 1 for a span, 2 for a prompt."""
 
 WRITE_BUFFER_BYTES = 1 << 20
 
@@ -122,13 +123,15 @@ class ShardWriter:
 
         Args:
             segments: ``(ids, mode)`` in document order. A text segment (mode 0) holds any ids of the
-                vocabulary; a span (mode 1) begins with BOI and ends with EOI. Neither BOS nor EOS belongs
-                here: the template adds them when a window is read.
+                vocabulary; a span (mode 1) begins with BOI and ends with EOI; a prompt (mode 2) is a text
+                that the model is given, and does not end a document. Neither the BOS nor the EOS of the
+                document belongs here: the template adds them when a window is read.
             sample_id: Name of the sample, for reports; not empty.
             task: Optional label kept beside the name.
 
         Raises:
-            UserError: no segment, an empty one, an id outside the vocabulary, or a malformed span.
+            UserError: no segment, an empty one, an id outside the vocabulary, a malformed span, or a prompt
+                that nothing follows.
         """
         if self._bin is None or self._names is None:
             raise RuntimeError("ShardWriter.add_document needs the writer to be entered: use `with`")
@@ -136,6 +139,8 @@ class ShardWriter:
             raise UserError(f"sample_id must be a string that is not empty, got {sample_id!r}")
         if not segments:
             raise UserError(f"document {sample_id!r} has no segments; leave it out")
+        if segments[-1][1] == PROMPT_MODE:
+            raise UserError(f"document {sample_id!r} ends with a prompt; add its answer, or leave it out")
         # All segments are checked before the first is written, so that a refused document leaves no trace.
         checked = [(self._check(ids, mode, sample_id), mode) for ids, mode in segments]
         for tokens, mode in checked:
@@ -144,7 +149,7 @@ class ShardWriter:
             self._lengths.append(len(tokens))
             self._modes.append(mode)
             self._checksums.append(crc32c(data))
-            self._text_tokens += len(tokens) if mode == TEXT_MODE else 0
+            self._text_tokens += len(tokens) if mode != SPAN_MODE else 0
         length = sum(len(tokens) for tokens, _ in checked)
         self.num_tokens += length
         self.num_documents += 1
@@ -167,8 +172,11 @@ class ShardWriter:
                 f"{where}: ids from {low} to {high} do not fit vocabulary {self.vocabulary.name!r} "
                 f"(0 to {self.vocabulary.size - 1}); was it tokenized with another vocabulary?"
             )
-        if mode not in (TEXT_MODE, SPAN_MODE):
-            raise UserError(f"{where}: mode {mode!r} must be {TEXT_MODE} (text) or {SPAN_MODE} (span)")
+        if mode not in (TEXT_MODE, SPAN_MODE, PROMPT_MODE):
+            raise UserError(
+                f"{where}: mode {mode!r} must be {TEXT_MODE} (text), {SPAN_MODE} (span) or {PROMPT_MODE} "
+                "(prompt)"
+            )
         ends = (int(array_[0]), int(array_[-1]))
         if mode == SPAN_MODE and ends != (self.vocabulary.boi, self.vocabulary.eoi):
             raise UserError(

@@ -3,7 +3,7 @@
 from emu3_megatron.media.errors import MediaError
 from emu3_megatron.media.files import Media, read_media
 from emu3_megatron.media.folders import MediaFolder, list_media
-from emu3_megatron.media.geometry import Geometry, ResizeRule, fixed_geometry
+from emu3_megatron.media.geometry import BoundedResizeRule, Geometry, ResizeRule, fixed_geometry
 from emu3_megatron.media.images import decode_image, decode_images
 from emu3_megatron.media.load import load_clip, load_stills
 from emu3_megatron.media.preprocess import Preprocessor, to_uint8
@@ -13,6 +13,7 @@ from emu3_megatron.media.sources import FrameSource, frame_source
 from emu3_megatron.media.write import write_mp4, write_png
 
 __all__ = [
+    "BoundedResizeRule",
     "Clip",
     "ClipRule",
     "FrameSource",

@@ -17,12 +17,17 @@ import numpy.typing as npt
 import torch
 
 from emu3_megatron.data import ShardWriter, write_manifest
+from emu3_megatron.data.format import SPAN_MODE, TEXT_MODE
+from emu3_megatron.data.writer import Segment
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Dialect, Document, Image, Text, Video
+from emu3_megatron.posttraining.conversation_writer import ConversationWriter
+from emu3_megatron.posttraining.conversations import Conversation
 from emu3_megatron.posttraining.preferences.pairs import PAIR_TASK
 from emu3_megatron.samples.captions import LANGUAGES, WORDINGS, caption, text_document
+from emu3_megatron.samples.questions import KINDS, conversation_turns, pictures_of
 from emu3_megatron.samples.world import Scene, World, WorldConfig
-from emu3_megatron.text import TextTokenizer, train_sentencepiece
+from emu3_megatron.text import CHAT_TEMPLATES, TextTokenizer, train_sentencepiece
 from emu3_megatron.vision import VisionTokenizer, VisionTokenizerConfig
 from emu3_megatron.vocabulary import Vocabulary
 
@@ -47,6 +52,8 @@ PARTS = {
     "clips": _Part("video", "train", 48),
     "texts": _Part("text", "train", 96),
     "held-out": _Part("image", "held-out", 32),
+    "talks": _Part("talk", "train", 64),
+    "held-out-talks": _Part("talk", "held-out", 16),
     "pairs": _Part("pair", "train", 96),
     "held-out-pairs": _Part("pair", "held-out", 16),
 }
@@ -55,7 +62,8 @@ PARTS = {
 
 def prepare(folder: str | Path) -> None:
     """Make the dataset that the last part of `folder` names: ``stills``, ``clips``, ``texts``, ``held-out``,
-    or preference pairs, ``pairs`` and ``held-out-pairs``: of a caption's own picture and another one's.
+    ``talks`` (questions about pictures), ``held-out-talks``, or preference pairs: ``pairs`` and
+    ``held-out-pairs``, of a caption's own picture and another one's.
 
     The same bytes every time. All have one vocabulary of 512 text pieces and 512 codes.
 
@@ -74,14 +82,8 @@ def prepare(folder: str | Path) -> None:
     vocabulary = Vocabulary.build("tiny-samples", text_size=text.size, codebook_size=CODEBOOK)
     dialect = Dialect.preset("emu3", vocabulary, text)
     with ShardWriter(folder, folder.name, vocabulary=vocabulary) as writer:
-        for number, document in enumerate(_documents(part, world, vision)):
-            segments = [
-                (dialect.encode_text(segment), 0)
-                if isinstance(segment, Text)
-                else (dialect.encode_span(segment), 1)
-                for segment in document.segments
-            ]
-            task = PAIR_TASK if part.medium == "pair" else None
+        task = PAIR_TASK if part.medium == "pair" else None
+        for number, segments in enumerate(_segments(part, world, vision, dialect)):
             writer.add_document(segments, f"{folder.name}-{number:04d}", task)
     write_manifest(
         folder,
@@ -135,6 +137,39 @@ def _vision_tokenizer(world: World) -> VisionTokenizer:
 def _pixels(pictures: list[npt.NDArray[np.uint8]]) -> torch.Tensor:
     """uint8 ``[..., H, W, 3]`` pictures or clips to float ``[B, ..., 3, H, W]`` in [-1, 1]."""
     return torch.from_numpy(np.stack(pictures)).float().div(127.5).sub(1.0).movedim(-1, -3)
+
+
+def _segments(
+    part: _Part, world: World, vision: VisionTokenizer, dialect: Dialect
+) -> Iterator[list[Segment]]:
+    """The documents of a part as stored."""
+    if part.medium == "talk":
+        yield from _talks(part, world, vision, dialect)
+        return
+    for document in _documents(part, world, vision):
+        yield [
+            (dialect.encode_text(segment), TEXT_MODE)
+            if isinstance(segment, Text)
+            else (dialect.encode_span(segment), SPAN_MODE)
+            for segment in document.segments
+        ]
+
+
+def _talks(part: _Part, world: World, vision: VisionTokenizer, dialect: Dialect) -> Iterator[list[Segment]]:
+    """Conversations of one or two turns; those that count show several pictures."""
+    rng = np.random.default_rng([SEED, 4, *part.split.encode()])
+    writer = ConversationWriter(dialect, CHAT_TEMPLATES["emu3-chat"])
+    for number in range(part.count):
+        kinds = [KINDS[number % len(KINDS)]] if number % 3 else ["colour", "yes or no"]
+        groups = [
+            (kind, [world.sample(rng, "image", part.split) for _ in range(pictures_of(kind))])
+            for kind in kinds
+        ]
+        scenes = [scene for _, group in groups for scene in group]
+        codes = vision.encode(_pixels([world.render(scene) for scene in scenes])).numpy()
+        name = f"talk {number}"
+        talk = Conversation(id=name, place=name, system=None, turns=conversation_turns(groups, rng), media=())
+        yield writer.segments(talk, [Image(each) for each in codes])
 
 
 def _documents(part: _Part, world: World, vision: VisionTokenizer) -> Iterator[Document]:

@@ -8,29 +8,37 @@ differently. What a user writes is only ever text: ``{`` or ``<|image start|>`` 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from emu3_megatron.grammar.document import Document, Image, Text, Video
+from emu3_megatron.grammar.document import Document, Image, Segment, Text, Video
 
 _PLACE = re.compile(r"\{(media|question)\}")
 
 
 @dataclass(frozen=True)
 class ChatTemplate:
-    """One turn: a question about any number of images or videos.
+    """A conversation about any number of images or videos.
 
-    Raises `ValueError` unless each of the two places stands in the pattern exactly once.
+    Raises `ValueError` unless each of the two places stands in the pattern exactly once, and the pattern
+    begins with the opening.
     """
 
     pattern: str
-    """The turn up to the answer, with the places ``{media}`` and ``{question}``."""
+    """The first turn up to the answer, with the places ``{media}`` and ``{question}``."""
+    opening: str = ""
+    """What of the pattern is said once, before the first turn; a system message takes its place."""
 
     def __post_init__(self) -> None:
         """Check the places."""
         if sorted(_PLACE.findall(self.pattern)) != ["media", "question"]:
             raise ValueError(
                 f"chat template {self.pattern!r} must hold {{media}} and {{question}}, each exactly once"
+            )
+        if not self.pattern.startswith(self.opening) or _PLACE.search(self.opening):
+            raise ValueError(
+                f"chat template {self.pattern!r} must begin with its opening {self.opening!r}, which holds "
+                "no place"
             )
 
     def render(
@@ -40,15 +48,45 @@ class ChatTemplate:
 
         A prompt for generation is the document's ids without the EOS.
         """
-        before, first, between, second, after = _PLACE.split(self.pattern)
-        ending = after if answer is None else f"{after} {answer}"
-        filling = {"media": tuple(media), "question": (Text(question),)}
-        return Document((Text(before), *filling[first], Text(between), *filling[second], Text(ending)))
+        prompt = self.prompt((Text(question),), tuple(media))
+        return Document((*prompt.segments, Text(self.answer(answer)))) if answer is not None else prompt
+
+    def prompt(
+        self,
+        question: Sequence[Segment],
+        media: Sequence[Image | Video] = (),
+        *,
+        system: str | None = None,
+        later: bool = False,
+    ) -> Document:
+        """What stands before an answer.
+
+        Args:
+            question: Text, and images or videos that stand inside it.
+            media: Those at the place that the template has for them.
+            system: A system message instead of the opening; one space follows it.
+            later: This is not the first turn: the opening is left out.
+        """
+        opening = "" if later else self.opening if system is None else f"{system} "
+        pattern = self.pattern.removeprefix(self.opening)
+        before, first, between, second, after = _PLACE.split(pattern)
+        filling = {"media": tuple(media), "question": tuple(question)}
+        return Document(
+            (Text(opening + before), *filling[first], Text(between), *filling[second], Text(after))
+        )
+
+    @staticmethod
+    def answer(text: str) -> str:
+        """An answer as it follows the prompt."""
+        return f" {text}"
 
 
 CHAT_TEMPLATES = {
     # github.com/baaivision/Emu3, processing_emu3.py: Emu3-Chat, and the first stage of pre-training
-    "emu3-chat": ChatTemplate("You are a helpful assistant. USER: {media}{question}. ASSISTANT:"),
+    "emu3-chat": ChatTemplate(
+        "You are a helpful assistant. USER: {media}{question}. ASSISTANT:",
+        opening="You are a helpful assistant. ",
+    ),
     "emu3-stage1": ChatTemplate("{media}{question}"),
 }
 """The released templates by name."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from emu3_megatron.errors import UserError
-from emu3_megatron.media import ClipRule, ResizeRule
+from emu3_megatron.media import BoundedResizeRule, ClipRule, ResizeRule
 
 PRECISIONS = ("fp32", "bf16")
 """Arithmetic of the encoder; the nearest code is looked up in fp32 either way."""
@@ -122,7 +122,7 @@ class TokenizationConfig:
         """Which frames make a clip."""
         return ClipRule(frames=self.video_frames, fps=self.video_fps, position=self.video_position)
 
-    def resize_rule(self, kind: str, spatial_factor: int) -> ResizeRule:
+    def resize_rule(self, kind: str, spatial_factor: int) -> ResizeRule | BoundedResizeRule:
         """Size of an ``image`` or of a ``video``'s frames."""
         area = self.video_area if kind == "video" and self.video_area is not None else self.image_area
         return ResizeRule(area=area, spatial_factor=spatial_factor, max_aspect_ratio=self.max_aspect_ratio)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
@@ -31,8 +32,38 @@ REPORTS = "reports"
 """Folder of the shards' reports."""
 
 
+class EntryList(Protocol):
+    """The numbered entries of a job."""
+
+    fingerprints: list[str]
+    """SHA-256 (hex) of the files they come from."""
+
+    def __len__(self) -> int:
+        """Number of entries, bad ones included."""
+        ...
+
+    def shard_range(self, shard: int, num_shards: int) -> tuple[int, int]:
+        """First entry of a shard, and of the next."""
+        ...
+
+    def entries(self, start: int, stop: int) -> Iterator[Any]:
+        """Read the entries from `start` to before `stop`."""
+        ...
+
+
+class Maker(Protocol):
+    """Turns the entries of a shard into documents."""
+
+    def make(self, entries: Iterable[Any], writer: ShardWriter) -> ShardReport:
+        """Add every good entry to `writer`, in order; report what was set aside."""
+        ...
+
+
 class TokenizationJob:
-    """One worker's view of a job. The folder is the only thing that workers share."""
+    """One worker's view of a job. The folder is the only thing that workers share.
+
+    What the entries are, and how they become documents, is decided by `open_inputs` and `make_maker`.
+    """
 
     def __init__(self, config: TokenizationConfig) -> None:
         """Load the tokenizers, read the manifests, and check that the folder belongs to this job.
@@ -42,10 +73,20 @@ class TokenizationJob:
         """
         self.config = config
         self.toolkit = Toolkit.load(config)
-        self.inputs = Inputs(config.manifest)
+        self.inputs: EntryList = self.open_inputs()
         if not len(self.inputs):
             raise UserError(f"{', '.join(map(str, config.manifest))}: no entries; nothing to tokenize")
         self._claim_folder()
+
+    def open_inputs(self) -> EntryList:
+        """The entries of the job."""
+        return Inputs(self.config.manifest)
+
+    def make_maker(
+        self, decoder: SampleDecoder, encoder: BucketEncoder | None, on_entry: Callable[[], object]
+    ) -> Maker:
+        """What turns a shard's entries into documents."""
+        return ShardMaker(self.toolkit.dialect, decoder, encoder, split=self.config.split, on_entry=on_entry)
 
     def _claim_folder(self) -> None:
         """Write ``job.json``, or compare with the one that is there."""
@@ -105,7 +146,7 @@ class TokenizationJob:
             SampleDecoder(config, toolkit.spatial_factor) as decoder,
         ):
             encoder = toolkit.encoder(config)
-            maker = ShardMaker(toolkit.dialect, decoder, encoder, split=config.split, on_entry=bar.update)
+            maker = self.make_maker(decoder, encoder, bar.update)
             for shard, (start, stop) in ranges.items():
                 reports.append(self._make_shard(shard, start, stop, maker))
                 self._check_budget()
@@ -113,7 +154,7 @@ class TokenizationJob:
             seconds = time.perf_counter() - begin
             print(_summary(reports, seconds, decoder, encoder), file=sys.stderr)
 
-    def _make_shard(self, shard: int, start: int, stop: int, maker: ShardMaker) -> ShardReport:
+    def _make_shard(self, shard: int, start: int, stop: int, maker: Maker) -> ShardReport:
         """Make one shard. Its report is written first, so that a published shard always has one."""
         config = self.config
         with ShardWriter(

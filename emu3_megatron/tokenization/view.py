@@ -130,7 +130,7 @@ def windows_page(
     indices: Sequence[int],
     decoder: Decoder,
     *,
-    weights: Sequence[float] | None = None,
+    weights: Sequence[Sequence[float]] | None = None,
     title: str,
 ) -> str:
     """An HTML page, complete in itself, of windows of a plan.
@@ -139,22 +139,21 @@ def windows_page(
         plan: The plan.
         indices: Numbers of the windows.
         decoder: The tokenizers.
-        weights: Loss weight of each class, in the order of `Modality`; all 1 where None.
+        weights: Loss weights of each source, one a class in the order of `Modality`; all 1 where None.
         title: Heading of the page.
     """
-    loss = (
-        [float(modality != Modality.PADDING) for modality in Modality] if weights is None else list(weights)
-    )
+    alike = [float(modality != Modality.PADDING) for modality in Modality]
+    loss = [alike] * len(plan.mixture.sources) if weights is None else weights
     legend = " ".join(
         f'<span style="background:{COLOURS[modality]}">&nbsp;{modality.name.lower()} '
-        f"(weight {0.0 if modality == Modality.PADDING else loss[modality]:g})&nbsp;</span>"
+        f"(weight {' or '.join(f'{w:g}' for w in sorted({row[modality] for row in loss}))})&nbsp;</span>"
         for modality in Modality
     )
     body = "".join(_window(plan, plan.window(index), decoder, loss) for index in indices)
     return PAGE.format(title=html.escape(title), legend=legend, body=body)
 
 
-def _window(plan: Plan, window: Window, decoder: Decoder, weights: Sequence[float]) -> str:
+def _window(plan: Plan, window: Window, decoder: Decoder, weights: Sequence[Sequence[float]]) -> str:
     parts = []
     for place, number in enumerate(window.source.tolist()):
         here = slice(int(window.cu_seqlens[place]), int(window.cu_seqlens[place + 1]))
@@ -165,7 +164,9 @@ def _window(plan: Plan, window: Window, decoder: Decoder, weights: Sequence[floa
         source = plan.mixture.sources[number]
         document, start = int(window.document[place]), int(window.start[place])
         weight = float(
-            np.asarray(weights)[window.modality[here]][window.modality[here] != Modality.PADDING].sum()
+            np.asarray(weights[number])[window.modality[here]][
+                window.modality[here] != Modality.PADDING
+            ].sum()
         )
         head = (
             f"places {here.start} to {here.stop - 1}: <b>{html.escape(source.name)}</b> "

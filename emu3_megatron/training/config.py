@@ -96,6 +96,10 @@ class SourceConfig:
             self.weight > 0,
             f"source {self.path}: weight={self.weight} must be positive; leave it out instead",
         )
+        require(
+            self.loss is None or (self.loss.chunk_size is None and not self.loss.z_loss),
+            f"source {self.path}: loss.chunk_size and loss.z_loss are the run's; set them there",
+        )
 
 
 @dataclass(kw_only=True)

@@ -121,11 +121,11 @@ class Totals:
         return entropy / total if total > 0 else float("nan")
 
     def named(self) -> dict[str, float]:
-        """Loss, accuracy and count of every class, and loss of every source's classes, where there are
-        targets.
+        """Loss, accuracy and count of every class, and loss and accuracy of every source's classes, where
+        there are targets.
 
         Keys: ``loss_text``, ``accuracy_text``, ``tokens_text``, and so on for every class; with more than one
-        source also ``loss_SOURCE_text`` and so on.
+        source also ``loss_SOURCE_text``, ``accuracy_SOURCE_text`` and so on.
         """
         values: dict[str, float] = {}
         for modality, (entropy, correct, tokens) in zip(CLASSES, self.sums.sum(axis=0), strict=True):
@@ -142,9 +142,11 @@ class Totals:
     def _by_source(self) -> dict[str, float]:
         values = {}
         for source, rows in zip(self.sources, self.sums, strict=True):
-            for modality, (entropy, _, tokens) in zip(CLASSES, rows, strict=True):
+            for modality, (entropy, correct, tokens) in zip(CLASSES, rows, strict=True):
                 if modality != Modality.PADDING and tokens:
-                    values[f"loss_{source}_{modality.name.lower()}"] = entropy / tokens
+                    name = f"{source}_{modality.name.lower()}"
+                    values[f"loss_{name}"] = entropy / tokens
+                    values[f"accuracy_{name}"] = correct / tokens
         return values
 
 

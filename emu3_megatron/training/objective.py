@@ -118,20 +118,30 @@ class NextToken:
     """Cross entropy weighted by the class of the token and by its source: ``sum(w * ce) / sum(w)``.
 
     Args:
-        losses: Weights of each source, in the order of `Batch.source`. Chunk size and z-loss are the first's.
+        losses: Weights of each source, in the order of `Batch.source`.
         end_token: Id of EOS, which has a class of its own where a source gives it a weight of its own.
         device: Where the model is.
+        chunk_size: See `LossConfig`; one for all sources.
+        z_loss: See `LossConfig`; one for all sources.
     """
 
     quantities: tuple[str, ...] = ()
 
-    def __init__(self, losses: Sequence[LossConfig], *, end_token: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        losses: Sequence[LossConfig],
+        *,
+        end_token: int,
+        device: torch.device,
+        chunk_size: int | None = None,
+        z_loss: float = 0.0,
+    ) -> None:
         self.weights_SC = torch.tensor([loss.by_class() for loss in losses], dtype=torch.float64)
         """Weight of every class of label in every source."""
         self._weights32 = self.weights_SC.reshape(-1).to(device, torch.float32)
         self._splits_end_S = torch.tensor([loss.end_weight is not None for loss in losses])
         self._end = end_token
-        self._chunk_size, self._z_loss = losses[0].chunk_size, losses[0].z_loss
+        self._chunk_size, self._z_loss = chunk_size, z_loss
 
     @classmethod
     def make(
@@ -143,7 +153,14 @@ class NextToken:
     ) -> NextToken:
         """For sources that have the run's weights, or their own; see `ObjectiveFactory`."""
         losses = [source.loss or config.loss for source in sources.values()]
-        return cls(losses, end_token=vocabulary.eos, device=device)
+        run = config.loss
+        return cls(
+            losses,
+            end_token=vocabulary.eos,
+            device=device,
+            chunk_size=run.chunk_size,
+            z_loss=run.z_loss,
+        )
 
     def classes(self, batch: Batch) -> torch.Tensor:
         """int64 ``[1, T]``: class of every label; EOS apart where its source weighs it apart."""
