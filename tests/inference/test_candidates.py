@@ -79,7 +79,7 @@ def test_killed_or_shared_the_folder_is_the_same(
         assert found.keys() == expected.keys()
         # Archives hold no time, so equal arrays are equal bytes.
         assert found == expected, name
-    with pytest.raises(UserError, match="other settings .*prompts"):
+    with pytest.raises(UserError, match=r"other settings .*prompts"):
         sample_candidates(generator, tmp_path / "whole", PROMPTS[:2], SETTINGS, checkpoint="run")
 
 
