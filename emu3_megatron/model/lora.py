@@ -10,10 +10,9 @@ checkpoint of the whole model loads into a model with adapters.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -40,7 +39,6 @@ class Adapter(torch.nn.Module):
 
     def __init__(self, name: str, layer: Any, config: LoRAConfig) -> None:
         super().__init__()
-        self.enabled = True
         self._name, self._scale, self._dropout = name, config.scale, config.dropout
         self._is_column = isinstance(layer, layers.ColumnParallelLinear)
         self._group = layer.tp_group
@@ -142,8 +140,6 @@ class _Add:
         self._adapter = adapter
 
     def __call__(self, _layer: Any, inputs: tuple[Any, ...], output: tuple[Any, Any]) -> tuple[Any, Any]:
-        if not self._adapter.enabled:
-            return output
         return output[0] + self._adapter(inputs[0]), output[1]
 
 
@@ -159,19 +155,6 @@ def adapters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, Ada
             if isinstance(module, Adapter):
                 layer = name.removesuffix(ADAPTER_SUFFIX)
                 yield f"{path}.{layer}", parent._modules[layer], module  # type: ignore[misc]
-
-
-@contextlib.contextmanager
-def without_adapters(chunks: Sequence[torch.nn.Module]) -> Iterator[None]:
-    """The frozen model alone, for as long as the block runs."""
-    found = [adapter for chunk in chunks for _, _, adapter in adapters(chunk)]
-    for adapter in found:
-        adapter.enabled = False
-    try:
-        yield
-    finally:
-        for adapter in found:
-            adapter.enabled = True
 
 
 @torch.no_grad()

@@ -76,7 +76,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_new_adapters_change_nothing_and_are_all_that_is_trained() -> None:
-    from emu3_megatron.model.lora import add_adapters, without_adapters
+    from emu3_megatron.model.lora import add_adapters
 
     model = worlds.tiny_model()
     before = logits(model)
@@ -85,10 +85,7 @@ def test_new_adapters_change_nothing_and_are_all_that_is_trained() -> None:
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert len(trained) == 2 * 4 * len(model.decoder.layers)
     assert all(name.endswith(("_adapter.lora_A", "_adapter.lora_B")) for name in trained)
-    changed = adapted_model()
-    assert (logits(changed) - before).abs().max() > 0.1
-    with without_adapters([changed]):
-        assert torch.equal(logits(changed), before)
+    assert (logits(adapted_model()) - before).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("recompute", ["none", "full"])

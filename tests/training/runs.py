@@ -145,7 +145,7 @@ def _main() -> None:
 
     from emu3_megatron.parallel import platform
     from emu3_megatron.parallel.groups import destroy_parallel, initialize_parallel
-    from emu3_megatron.posttraining.preferences.__main__ import make_objective, open_data
+    from emu3_megatron.posttraining.preferences.__main__ import Objectives, open_data
     from emu3_megatron.posttraining.preferences.config import PreferenceTrainingConfig
     from emu3_megatron.training import __main__ as training
     from emu3_megatron.training import command_line, log
@@ -164,14 +164,16 @@ def _main() -> None:
     asked = json.loads(Path(sys.argv[1]).read_text())
     kind, objective, opener = {
         TRAINING: (TrainingConfig, NextToken.make, training.open_data),
-        PREFERENCES: (PreferenceTrainingConfig, make_objective, open_data),
+        PREFERENCES: (PreferenceTrainingConfig, None, open_data),
     }[asked["program"]]
     for arguments in asked["jobs"]:
         config = command_line.parse_as(kind, arguments).config
         machine = platform.install(config.platform)
         initialize_parallel(config.parallel, machine, config.seed)
         Path(config.run).mkdir(parents=True, exist_ok=True)
-        (Trainer if asked["save"] else Unsaved)(config, machine, opener(config, machine), objective).fit()
+        (Trainer if asked["save"] else Unsaved)(
+            config, machine, opener(config, machine), objective or Objectives()
+        ).fit()
         parallel_state.destroy_model_parallel()
     destroy_parallel()
 

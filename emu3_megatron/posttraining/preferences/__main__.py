@@ -26,7 +26,7 @@ from emu3_megatron.vocabulary import Vocabulary
 
 def main() -> None:
     """Train, or explain a configuration."""
-    launch(PreferenceTrainingConfig, make_objective, open_data)
+    launch(PreferenceTrainingConfig, Objectives(), open_data)
 
 
 def open_data(config: PreferenceTrainingConfig, machine: Platform) -> TrainingData:
@@ -39,15 +39,32 @@ def open_data(config: PreferenceTrainingConfig, machine: Platform) -> TrainingDa
     return data
 
 
-def make_objective(
-    config: Any, sources: Mapping[str, SourceConfig], vocabulary: Vocabulary, device: torch.device
-) -> Objective:
-    """The loss of pairs with its reference, for sources in the order of `Batch.source`."""
-    from emu3_megatron.posttraining.preferences.objective import DPO
-    from emu3_megatron.posttraining.preferences.references import reference_for
-    from emu3_megatron.training.step import Groups
+class Objectives:
+    """Makes the objectives of one run, see `ObjectiveFactory`; a reference in memory serves all of them."""
 
-    return DPO(config.dpo, config.loss, reference_for(config, sources, device), Groups.current())
+    def __init__(self) -> None:
+        self._reference: list[torch.nn.Module] | None = None
+
+    def __call__(
+        self, config: Any, sources: Mapping[str, SourceConfig], vocabulary: Vocabulary, device: torch.device
+    ) -> Objective:
+        """The loss of pairs with its reference, for sources in the order of `Batch.source`."""
+        from emu3_megatron.posttraining.preferences.objective import DPO, Reference
+        from emu3_megatron.posttraining.preferences.references import (
+            ReferenceModel,
+            load_cached,
+            load_reference,
+        )
+        from emu3_megatron.training.step import Groups
+
+        reference: Reference
+        if config.dpo.reference_mode == "cached":
+            reference = load_cached(config, sources)
+        else:
+            if self._reference is None:
+                self._reference = load_reference(config, vocabulary)
+            reference = ReferenceModel(self._reference, tuple(sources), config.loss.chunk_size, device)
+        return DPO(config.dpo, config.loss, reference, Groups.current())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from emu3_megatron.errors import UserError
 from emu3_megatron.files import atomic_write
 from emu3_megatron.parallel.platform import Platform
 from emu3_megatron.posttraining.preferences.config import PreferenceTrainingConfig
-from emu3_megatron.posttraining.preferences.objective import SEQUENCE, Answers, Reference
+from emu3_megatron.posttraining.preferences.objective import SEQUENCE, Answers
 from emu3_megatron.posttraining.preferences.windows import every_pair, pair_template
 from emu3_megatron.training import checkpoint_files
 from emu3_megatron.training.checkpoint import load_model_for_inference
@@ -35,6 +35,7 @@ from emu3_megatron.training.metrics import CLASSES, MetricsLayout, Totals
 from emu3_megatron.training.modules import is_rank_zero
 from emu3_megatron.training.objective import Loss, MicroBatch, Prepared
 from emu3_megatron.training.step import ForwardBackward, Groups
+from emu3_megatron.vocabulary import Vocabulary
 
 CACHE_VERSION = 1
 """Raised whenever the same question would have another answer."""
@@ -66,16 +67,6 @@ class ReferenceModel:
         self._groups = Groups.current()
         self._sums = _AnswerSums(chunk_size)
         self._run = ForwardBackward(chunks, self._sums, MetricsLayout(tuple(sources)), device=device)
-
-    @classmethod
-    def load(
-        cls, config: PreferenceTrainingConfig, sources: Sequence[str], device: torch.device
-    ) -> ReferenceModel:
-        """The reference of a run, in the run's layout and precision."""
-        chunks, _, _ = load_model_for_inference(
-            config.reference, config.parallel, averaged=False, precision=config.trainer.precision
-        )
-        return cls(chunks, sources, config.loss.chunk_size, device)
 
     def __call__(self, batches: Sequence[Batch]) -> list[torch.Tensor]:
         """See `Reference`; zeros on all pipeline stages but the last."""
@@ -159,16 +150,29 @@ class CachedReference:
         return values_RC
 
 
-def reference_for(
-    config: PreferenceTrainingConfig, sources: Mapping[str, SourceConfig], device: torch.device
-) -> Reference:
-    """What the configuration asks for; caches must exist, see `fill_caches`.
+def load_reference(config: PreferenceTrainingConfig, vocabulary: Vocabulary) -> list[torch.nn.Module]:
+    """The chunks of a run's reference, in the run's layout and precision.
 
     Raises:
-        UserError: a cache is of another checkpoint or other pairs.
+        UserError: it has another vocabulary than the pairs.
     """
-    if config.dpo.reference_mode == "online":
-        return ReferenceModel.load(config, tuple(sources), device)
+    chunks, _, known = load_model_for_inference(
+        config.reference, config.parallel, averaged=False, precision=config.trainer.precision
+    )
+    if known.fingerprint != vocabulary.fingerprint:
+        raise UserError(
+            f"the reference {config.reference} has the vocabulary {known.name!r}, the pairs "
+            f"{vocabulary.name!r}; give a reference that knows their ids"
+        )
+    return chunks
+
+
+def load_cached(config: PreferenceTrainingConfig, sources: Mapping[str, SourceConfig]) -> CachedReference:
+    """The kept answers about some sources; they must exist, see `fill_caches`.
+
+    Raises:
+        UserError: a cache is of another checkpoint or other pairs, or damaged.
+    """
     return CachedReference([_load(config, name, source) for name, source in sources.items()])
 
 
@@ -198,7 +202,9 @@ def _asked(config: PreferenceTrainingConfig, name: str, source: SourceConfig, ma
         data_parallel_rank=parallel_state.get_data_parallel_rank(),
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
     )
-    model, groups = ReferenceModel.load(config, (name,), machine.device), Groups.current()
+    chunks = load_reference(config, plan.mixture.vocabulary)
+    model = ReferenceModel(chunks, (name,), config.loss.chunk_size, machine.device)
+    groups = Groups.current()
     pairs = len(plan.mixture.sources[0].dataset)
     # One more class counts who has answered.
     sums = torch.zeros(pairs, 2, len(CLASSES) + 1, dtype=torch.float64)
