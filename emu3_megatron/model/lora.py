@@ -154,7 +154,7 @@ def adapters(chunk: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Module, Ada
         for name, module in parent._modules.items():
             if isinstance(module, Adapter):
                 layer = name.removesuffix(ADAPTER_SUFFIX)
-                yield f"{path}.{layer}", parent._modules[layer], module  # type: ignore[misc]
+                yield f"{path}.{layer}", parent._modules[layer], module
 
 
 @torch.no_grad()

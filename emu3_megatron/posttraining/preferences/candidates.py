@@ -135,9 +135,13 @@ class CandidateFolder:
         """Write the candidates of a prompt; the tokens last."""
         for candidate, picture in enumerate(pictures):
             write_png(self.image(number, candidate), picture)
-        arrays = {f"span-{place}": span for place, span in enumerate(candidates.spans)}
+        arrays: dict[str, npt.NDArray[Any]] = {
+            "prompt": candidates.prompt_ids,
+            "seeds": np.array(candidates.seeds),
+            **{f"span-{place}": span for place, span in enumerate(candidates.spans)},
+        }
         with atomic_write(self._file(number)) as stream:
-            np.savez(stream, prompt=candidates.prompt_ids, seeds=np.array(candidates.seeds), **arrays)
+            np.savez(stream, allow_pickle=False, **arrays)
 
     def read(self, number: int) -> Candidates:
         """The candidates of a finished prompt.
