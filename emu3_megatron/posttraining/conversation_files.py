@@ -5,6 +5,7 @@ A broken record costs itself alone, also inside a list: reading goes on at the n
 
 from __future__ import annotations
 
+import codecs
 import json
 import re
 from bisect import bisect_right
@@ -46,13 +47,15 @@ class ConversationFile:
     def __init__(self, path: Path, folder: Path) -> None:
         self._path, self._folder = path, folder
         try:
-            text = path.read_bytes().decode("utf-8-sig")
+            data = path.read_bytes()
+            text = data.decode("utf-8-sig")
         except OSError as error:
             raise UserError(f"{path}: cannot read the conversations ({error.strerror})") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: is not UTF-8 at byte {error.start}; convert it") from error
         places = _list_records(text) if text.lstrip().startswith("[") else _lines(text)
-        self._records = list(_in_bytes(text, places, skipped=len(path.read_bytes()) - len(text.encode())))
+        mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
+        self._records = list(_in_bytes(text, places, skipped=mark))
         self.fingerprint = sha256_file(path)
 
     def __len__(self) -> int:

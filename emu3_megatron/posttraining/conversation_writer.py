@@ -48,10 +48,10 @@ class ConversationWriter:
                 later=number > 0,
             )
             for segment in prompt.segments:
-                is_text = isinstance(segment, Text)
-                ids = self._dialect.encode_text(segment) if is_text else self._dialect.encode_span(segment)
-                if len(ids):
-                    segments.append((ids, PROMPT_MODE if is_text else SPAN_MODE))
+                if not isinstance(segment, Text):
+                    segments.append((self._dialect.encode_span(segment), SPAN_MODE))
+                elif len(words := self._dialect.encode_text(segment)):
+                    segments.append((words, PROMPT_MODE))
             answer = self._dialect.encode_text(self._template.answer(turn.answer))
             if not len(answer):
                 raise ValueError(f"answer {number + 1} has no text left after normalisation")

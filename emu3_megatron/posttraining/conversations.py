@@ -132,7 +132,8 @@ def _turns(record: Mapping[str, Any]) -> tuple[str | None, list[tuple[str, str]]
             raise EntryError(f"turn {first + 2 * number + 1} is an answer without text")
         if _PLACE.search(answer):
             raise EntryError(f"turn {first + 2 * number + 1} is an answer with an image or video token")
-    return (system or "").strip() or None, [(question, answer) for (_, question), (_, answer) in pairs]
+    system = (system or "").encode("utf-8", "replace").decode().strip() or None
+    return system, [(question, answer) for (_, question), (_, answer) in pairs]
 
 
 def _speech(turn: Any, number: int, keys: tuple[str, str]) -> tuple[str, str]:
@@ -157,7 +158,7 @@ def _media(record: Mapping[str, Any], identifier: str, folder: Path) -> tuple[En
             raise EntryError(f"has both of the keys {', '.join(given)}; keep one")
         paths = record[given[0]] if given else []
         for path in paths if isinstance(paths, list) else [paths]:
-            if not isinstance(path, str) or not path.strip() or "\0" in path:
+            if not isinstance(path, str) or not path.strip() or "\0" in path or printable(path) != path:
                 raise EntryError(f'has a path under "{given[0]}" that is no path: {_short(path)}')
             pointer = MediaPointer(folder / path)
             entries.append(Entry(id=identifier, kind=kind, text=None, media=pointer))
@@ -170,7 +171,8 @@ def _with_media(turns: Sequence[tuple[str, str]], media: Sequence[Entry]) -> tup
     found = {kind: sum(question.count(f"<{kind}>") for question, _ in turns) for kind in MEDIA_KEYS}
     leading: list[Part] = []
     if media and not any(found.values()):
-        leading, waiting = list(range(len(media))), {key: [] for key in MEDIA_KEYS}
+        leading = [*range(len(media))]
+        waiting = {kind: [] for kind in MEDIA_KEYS}
     for kind, numbers in waiting.items():
         if len(numbers) < found[kind]:
             raise EntryError(f"has {found[kind]} tokens <{kind}> but {len(numbers)} {kind}s")
@@ -180,12 +182,13 @@ def _with_media(turns: Sequence[tuple[str, str]], media: Sequence[Entry]) -> tup
     result = []
     for number, (question, answer) in enumerate(turns):
         pieces = _PLACE.split(question)  # text, kind, text, kind, ..., text
-        parts = [piece if place % 2 == 0 else next(rest[piece]) for place, piece in enumerate(pieces)]
-        parts = [*leading, *parts] if number == 0 else parts
-        parts = _trimmed(parts)
-        if not parts:
+        parts: list[Part] = [*leading] if number == 0 else []
+        for place, piece in enumerate(pieces):
+            parts.append(piece if place % 2 == 0 else next(rest[piece]))
+        asked = _trimmed(parts)
+        if not asked:
             raise EntryError(f"question {number + 1} is empty")
-        result.append(Turn(parts, answer))
+        result.append(Turn(asked, answer))
     return tuple(result)
 
 
@@ -197,9 +200,9 @@ def _trimmed(parts: Sequence[Part]) -> tuple[Part, ...]:
         part = part.lstrip() if isinstance(part, str) and not text_so_far else part
         if part != "":
             kept.append(part)
-    while kept and isinstance(kept[-1], str):
-        kept[-1] = kept[-1].rstrip()
-        if kept[-1]:
+    while kept and isinstance(last := kept[-1], str):
+        if words := last.rstrip():
+            kept[-1] = words
             break
         kept.pop()
     return tuple(kept)

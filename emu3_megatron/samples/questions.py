@@ -1,60 +1,169 @@
-"""Questions about pictures of the sample world, and their answers: colour, shape, yes or no, counting."""
+"""Questions about pictures of the sample world, and their answers: colour, shape, yes or no, counting.
+
+Of every kind, one answer is as likely as another, so that no answer is right more often than chance. Pictures
+of the split ``held-out`` show combinations that training never does.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
+import numpy.typing as npt
 
+from emu3_megatron.data import MultimodalDataset
+from emu3_megatron.files import atomic_write
+from emu3_megatron.inference.engine import Completion, Request
+from emu3_megatron.inference.sampling import Sampling
+from emu3_megatron.media import write_png
 from emu3_megatron.posttraining.conversations import Part, Turn
 from emu3_megatron.samples.definitions import COLOURS, SHAPES
-from emu3_megatron.samples.world import Scene
+from emu3_megatron.samples.world import Scene, World
 
 KINDS = ("colour", "shape", "yes or no", "count")
-"""What is asked; answers of each kind are as often one as another, as far as the pictures allow."""
+"""What is asked."""
 
 PICTURES_COUNTED = 3
-"""Pictures that a question about their number is about."""
+"""Pictures of a question that asks how many."""
 
 
-def pictures_of(kind: str) -> int:
-    """How many pictures a question of this kind is about."""
-    return PICTURES_COUNTED if kind == "count" else 1
+@dataclass(frozen=True)
+class Question:
+    """A question about one or several pictures."""
+
+    scenes: tuple[Scene, ...]
+    text: str
+    answer: str
 
 
-def ask(kind: str, scenes: Sequence[Scene], rng: np.random.Generator) -> tuple[str, str]:
-    """A question about `pictures_of` (kind) scenes, and its answer.
+def pose(kind: str, world: World, split: str, rng: np.random.Generator) -> Question:
+    """Draw pictures and ask about them.
+
+    Args:
+        kind: One of `KINDS`.
+        world: Where the pictures are from.
+        split: ``train`` or ``held-out``.
+        rng: Decides everything.
 
     Raises:
         ValueError: for another kind.
     """
-    scene = scenes[0]
+    scene = world.sample(rng, "image", split)
     if kind == "colour":
-        return f"What colour is the {scene.shape}?", scene.colour
+        return Question((scene,), f"What colour is the {scene.shape}?", scene.colour)
     if kind == "shape":
-        return f"Which shape is {scene.colour}?", scene.shape
+        return Question((scene,), f"Which shape is {scene.colour}?", scene.shape)
     if kind == "yes or no":
         is_so = bool(rng.integers(2))
         others = [colour for colour in COLOURS if colour != scene.colour]
         named = scene.colour if is_so else others[int(rng.integers(len(others)))]
-        return f"Is the {scene.shape} {named}?", "yes" if is_so else "no"
+        return Question((scene,), f"Is the {scene.shape} {named}?", "yes" if is_so else "no")
     if kind == "count":
-        # Half of the questions are about a shape that is there, so that zero is not the usual answer.
-        shapes = sorted({each.shape for each in scenes}) if rng.integers(2) else list(SHAPES)
-        shape = shapes[int(rng.integers(len(shapes)))]
-        return f"How many pictures show a {shape}?", str(sum(each.shape == shape for each in scenes))
+        shape = list(SHAPES)[int(rng.integers(len(SHAPES)))]
+        count = int(rng.integers(PICTURES_COUNTED + 1))
+        scenes: list[Scene] = []
+        for place in rng.permutation(PICTURES_COUNTED).tolist():
+            while (scene.shape == shape) != (place < count):
+                scene = world.sample(rng, "image", split)
+            scenes.append(scene)
+            scene = world.sample(rng, "image", split)
+        return Question(tuple(scenes), f"How many pictures show a {shape}?", str(count))
     raise ValueError(f"unknown kind of question {kind!r}; known kinds: {', '.join(KINDS)}")
 
 
-def conversation_turns(
-    groups: Sequence[tuple[str, Sequence[Scene]]], rng: np.random.Generator
-) -> tuple[Turn, ...]:
-    """One turn for each (kind, scenes); a turn shows its pictures, numbered on from those before."""
+def as_turns(questions: Sequence[Question]) -> tuple[Turn, ...]:
+    """One turn for each question, which shows its pictures first; they are numbered on from turn to turn."""
     turns = []
     shown = 0
-    for kind, scenes in groups:
-        question, answer = ask(kind, scenes, rng)
-        media: list[Part] = list(range(shown, shown + len(scenes)))
-        shown += len(scenes)
-        turns.append(Turn((*media, question), answer))
+    for question in questions:
+        media: list[Part] = list(range(shown, shown + len(question.scenes)))
+        shown += len(question.scenes)
+        turns.append(Turn((*media, question.text), question.answer))
     return tuple(turns)
+
+
+def write_conversations(folder: Path, world: World, *, split: str, count: int, seed: int) -> Path:
+    """Pictures as PNG files, and questions about them as a LLaVA file of one turn each.
+
+    Args:
+        folder: Where they go; made if missing.
+        world: Where the pictures are from.
+        split: ``train`` or ``held-out``.
+        count: Questions; the kinds take turns, and the ids begin with the kind.
+        seed: Of the questions.
+
+    Returns:
+        ``folder/conversations.json``.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng([seed, *split.encode()])
+    records = []
+    for number in range(count):
+        kind = KINDS[number % len(KINDS)]
+        question = pose(kind, world, split, rng)
+        names = [f"{number:06d}-{place}.png" for place in range(len(question.scenes))]
+        for name, scene in zip(names, question.scenes, strict=True):
+            write_png(folder / name, world.render(scene))
+        turns = [
+            {"from": "human", "value": f"{'<image>' * len(names)}\n{question.text}"},
+            {"from": "gpt", "value": question.answer},
+        ]
+        records.append({"id": f"{kind}/{number:06d}", "image": names, "conversations": turns})
+    path = folder / "conversations.json"
+    with atomic_write(path) as stream:
+        stream.write(json.dumps(records, indent=1).encode())
+    return path
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A stored conversation, cut before its last answer, for a model to continue."""
+
+    kind: str
+    """First part of the sample id."""
+    ids: npt.NDArray[np.int64]
+    """From BOS to where the answer begins."""
+    answer: tuple[int, ...]
+    """The answer's ids, EOS last."""
+
+
+def read_prompts(dataset: MultimodalDataset) -> list[Prompt]:
+    """The questions of a dataset of conversations and what is to be answered."""
+    vocabulary = dataset.vocabulary
+    prompts = []
+    for number in range(len(dataset)):
+        *before, (answer, _) = dataset.document(number)
+        prompts.append(
+            Prompt(
+                kind=dataset.sample_id(number).partition("/")[0],
+                ids=np.concatenate([[vocabulary.bos], *(ids for ids, _ in before)]).astype(np.int64),
+                answer=(*answer.tolist(), vocabulary.eos),
+            )
+        )
+    return prompts
+
+
+class Answerer(Protocol):
+    """What continues prompts: `Engine`."""
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """One completion for each request, in order."""
+        ...
+
+
+def count_right(model: Answerer, prompts: Sequence[Prompt]) -> dict[str, tuple[int, int]]:
+    """Right answers and questions by kind; an answer is right if it is the expected one to the last id."""
+    requests = [
+        Request(prompt=each.ids, sampling=Sampling(temperature=0.0), max_new_tokens=len(each.answer))
+        for each in prompts
+    ]
+    counts: dict[str, tuple[int, int]] = {}
+    for prompt, completion in zip(prompts, model.generate(requests), strict=True):
+        right, asked = counts.get(prompt.kind, (0, 0))
+        is_right = tuple(completion.ids.tolist()) == prompt.answer
+        counts[prompt.kind] = (right + is_right, asked + 1)
+    return counts

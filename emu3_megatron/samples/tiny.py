@@ -21,11 +21,8 @@ from emu3_megatron.data.format import SPAN_MODE, TEXT_MODE
 from emu3_megatron.data.writer import Segment
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Dialect, Document, Image, Text, Video
-from emu3_megatron.posttraining.conversation_writer import ConversationWriter
-from emu3_megatron.posttraining.conversations import Conversation
 from emu3_megatron.posttraining.preferences.pairs import PAIR_TASK
 from emu3_megatron.samples.captions import LANGUAGES, WORDINGS, caption, text_document
-from emu3_megatron.samples.questions import KINDS, conversation_turns, pictures_of
 from emu3_megatron.samples.world import Scene, World, WorldConfig
 from emu3_megatron.text import CHAT_TEMPLATES, TextTokenizer, train_sentencepiece
 from emu3_megatron.vision import VisionTokenizer, VisionTokenizerConfig
@@ -157,18 +154,20 @@ def _segments(
 
 def _talks(part: _Part, world: World, vision: VisionTokenizer, dialect: Dialect) -> Iterator[list[Segment]]:
     """Conversations of one or two turns; those that count show several pictures."""
+    # Conversations bring along what decodes media, which the other parts do without.
+    from emu3_megatron.posttraining.conversation_writer import ConversationWriter
+    from emu3_megatron.posttraining.conversations import Conversation
+    from emu3_megatron.samples.questions import KINDS, as_turns, pose
+
     rng = np.random.default_rng([SEED, 4, *part.split.encode()])
     writer = ConversationWriter(dialect, CHAT_TEMPLATES["emu3-chat"])
     for number in range(part.count):
         kinds = [KINDS[number % len(KINDS)]] if number % 3 else ["colour", "yes or no"]
-        groups = [
-            (kind, [world.sample(rng, "image", part.split) for _ in range(pictures_of(kind))])
-            for kind in kinds
-        ]
-        scenes = [scene for _, group in groups for scene in group]
-        codes = vision.encode(_pixels([world.render(scene) for scene in scenes])).numpy()
+        questions = [pose(kind, world, part.split, rng) for kind in kinds]
+        pictures = [world.render(scene) for question in questions for scene in question.scenes]
+        codes = vision.encode(_pixels(pictures)).numpy()
         name = f"talk {number}"
-        talk = Conversation(id=name, place=name, system=None, turns=conversation_turns(groups, rng), media=())
+        talk = Conversation(id=name, place=name, system=None, turns=as_turns(questions), media=())
         yield writer.segments(talk, [Image(each) for each in codes])
 
 

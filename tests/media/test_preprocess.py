@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from emu3_megatron.media import (
+    BoundedResizeRule,
     Geometry,
     MediaError,
     Preprocessor,
@@ -166,3 +167,33 @@ def test_load_stills_and_clip(tmp_path: Path) -> None:
     short = encode(tmp_path / "s.mp4", moving_picture(4))
     with pytest.raises(MediaError, match=r"s\.mp4.*too few"):
         load_clip(short, 8, (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (512, 512, (512, 512)),
+        (600, 800, (600, 800)),
+        (603, 797, (600, 800)),
+        (1024, 1024, (1024, 1024)),
+        (2048, 2048, (1024, 1024)),
+        (256, 256, (512, 512)),
+        (300, 400, (448, 592)),
+        (2000, 1000, (1448, 720)),
+        (512, 511, (512, 512)),
+    ],
+)
+def test_pictures_between_the_bounds_keep_their_size(
+    height: int, width: int, expected: tuple[int, int]
+) -> None:
+    rule = BoundedResizeRule()
+    geometry = rule.plan(height, width)
+    assert (geometry.height, geometry.width) == expected
+    assert rule.min_area <= geometry.height * geometry.width <= rule.max_area
+    assert geometry.resized_height >= geometry.height
+    assert geometry.resized_width >= geometry.width
+
+
+def test_bounds_in_the_wrong_order_are_refused() -> None:
+    with pytest.raises(ValueError, match="swap them"):
+        BoundedResizeRule(min_area=100, max_area=64)

@@ -99,6 +99,7 @@ def test_a_question_may_be_an_image_alone() -> None:
         ({"video": "v"}, "has 1 videos but 0 tokens <video>"),
         ({"image": ""}, "no path"),
         ({"image": 3}, "no path"),
+        ({"image": "\ud800.png"}, "no path"),
         ({"image": "a", "images": ["b"]}, "both of the keys image, images"),
         ({"conversations": [{"from": "gpt", "value": "A"}]}, "turn 1 is a answer where a question is due"),
         ({"conversations": talk("<image>", "A") + talk("B", "C")[1:]}, "turn 3 is a answer where a question"),
