@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,8 @@ from emu3_megatron.posttraining.preferences.scores import (
 )
 from emu3_megatron.posttraining.preferences.scoring import score_candidates
 from tests.posttraining import folders
+
+ROOT = Path(__file__).parents[2]
 
 
 def judgement(prompt: int, candidate: int, voter: str = "ada", **criteria: float) -> Judgement:
@@ -158,3 +162,37 @@ def test_a_document_that_is_no_pair_is_refused() -> None:
 def test_settings_are_readable_by_people(tmp_path: Path) -> None:
     folder = folders.filled_folder(tmp_path / "candidates")
     assert json.loads((folder.path / "settings.json").read_text())["prompts"] == folders.PROMPTS
+
+
+def test_the_tool_scores_and_writes_pairs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def tool(*arguments: object) -> int:
+        monkeypatch.setattr(sys, "argv", ["make_preferences.py", *map(str, arguments)])
+        try:
+            runpy.run_path(str(ROOT / "tools" / "make_preferences.py"), run_name="__main__")
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        return 0
+
+    folder = folders.filled_folder(tmp_path / "candidates").path
+    output = ("--output", tmp_path / "pairs")
+    assert tool("pairs", "--candidates", folder, *output) == 2
+    assert "no judgements yet" in capsys.readouterr().err
+    assert tool("score", "--candidates", folder, "--scorer", f"{__name__}:mean_red", "--name", "red") == 0
+    assert "judged 4 prompts" in capsys.readouterr().out
+    with open(folder / SCORES, "a") as stream:
+        stream.write("nonsense\n")
+    assert tool("pairs", "--candidates", folder, *output, "--weight", "red=x") == 2
+    assert "CRITERION=NUMBER" in capsys.readouterr().err
+    assert tool("pairs", "--candidates", folder, *output) == 0
+    shown = capsys.readouterr()
+    assert "wrote 4 pairs" in shown.out
+    assert f"left out: {folder / SCORES}, line 13" in shown.err
+    assert len(MultimodalDataset.open(tmp_path / "pairs")) == 4
+    assert tool("score", "--candidates", tmp_path / "none", "--scorer", f"{__name__}:mean_red") == 2
+    assert "no folder of candidates" in capsys.readouterr().err
+
+
+def mean_red(prompt: str, pixels: np.ndarray) -> dict[str, float]:
+    return {"red": float(pixels[..., 0].mean())}
