@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from emu3_megatron.model.config import ModelConfig, ModelConfigError
+from emu3_megatron.model.config import LoRAConfig, ModelConfig, ModelConfigError
 
 if TYPE_CHECKING:
     from emu3_megatron.model.build import build_model
 
-__all__ = ["ModelConfig", "ModelConfigError", "build_model"]
+__all__ = ["LoRAConfig", "ModelConfig", "ModelConfigError", "build_model"]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from emu3_megatron.errors import UserError
@@ -145,6 +145,45 @@ class ModelConfig:
         norms = 2 * self.hidden_size + (2 * head if self.qk_layernorm else 0)
         layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + norms
         return 2 * vocabulary_size * self.hidden_size + self.num_layers * layer + self.hidden_size
+
+
+ADAPTER_SUFFIX = "_adapter"
+"""Ends the name of every adapter's module, and stands in no other name."""
+
+LoRATarget = Literal["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+
+
+@dataclass(kw_only=True)
+class LoRAConfig:
+    """Low-rank adapters beside frozen linear layers (arXiv 2106.09685); they alone are trained."""
+
+    rank: int = 0
+    """Rank of every adapter; 0 trains the whole model (ours)."""
+    alpha: float = 32.0
+    """An adapter's output is multiplied by alpha / rank (ours)."""
+    dropout: float = 0.0
+    """Dropout on an adapter's input (ours)."""
+    targets: list[LoRATarget] = field(
+        default_factory=lambda: ["linear_qkv", "linear_proj", "linear_fc1", "linear_fc2"]
+    )
+    """Layers that get adapters, in every decoder layer: query, key and value; output of attention; gate and
+    up; down (ours: all)."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.rank < 0:
+            raise ModelConfigError(f"lora.rank={self.rank} must not be negative; 0 is off")
+        if self.rank and not self.targets:
+            raise ModelConfigError("lora.targets is empty; name at least one of linear_qkv, linear_proj, ...")
+        if self.alpha <= 0:
+            raise ModelConfigError(f"lora.alpha={self.alpha} must be positive")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ModelConfigError(f"lora.dropout={self.dropout} must lie in [0, 1)")
+
+    @property
+    def scale(self) -> float:
+        """What an adapter's output is multiplied by."""
+        return self.alpha / self.rank
 
 
 _POSITIVE = ("num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads", "num_query_groups")

@@ -21,6 +21,7 @@ from emu3_megatron.data.format import SPAN_MODE, TEXT_MODE
 from emu3_megatron.data.writer import Segment
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Dialect, Document, Image, Text, Video
+from emu3_megatron.posttraining.preferences.pairs import PAIR_TASK
 from emu3_megatron.samples.captions import LANGUAGES, WORDINGS, caption, text_document
 from emu3_megatron.samples.world import Scene, World, WorldConfig
 from emu3_megatron.text import CHAT_TEMPLATES, TextTokenizer, train_sentencepiece
@@ -50,13 +51,16 @@ PARTS = {
     "held-out": _Part("image", "held-out", 32),
     "talks": _Part("talk", "train", 64),
     "held-out-talks": _Part("talk", "held-out", 16),
+    "pairs": _Part("pair", "train", 96),
+    "held-out-pairs": _Part("pair", "held-out", 16),
 }
 """Datasets by the name of their folder."""
 
 
 def prepare(folder: str | Path) -> None:
     """Make the dataset that the last part of `folder` names: ``stills``, ``clips``, ``texts``, ``held-out``,
-    ``talks`` (questions about pictures) or ``held-out-talks``.
+    ``talks`` (questions about pictures), ``held-out-talks``, or preference pairs: ``pairs`` and
+    ``held-out-pairs``, of a caption's own picture and another one's.
 
     The same bytes every time. All have one vocabulary of 512 text pieces and 512 codes.
 
@@ -75,8 +79,9 @@ def prepare(folder: str | Path) -> None:
     vocabulary = Vocabulary.build("tiny-samples", text_size=text.size, codebook_size=CODEBOOK)
     dialect = Dialect.preset("emu3", vocabulary, text)
     with ShardWriter(folder, folder.name, vocabulary=vocabulary) as writer:
+        task = PAIR_TASK if part.medium == "pair" else None
         for number, segments in enumerate(_segments(part, world, vision, dialect)):
-            writer.add_document(segments, f"{folder.name}-{number:04d}")
+            writer.add_document(segments, f"{folder.name}-{number:04d}", task)
     write_manifest(
         folder,
         folder.name,
@@ -172,15 +177,33 @@ def _documents(part: _Part, world: World, vision: VisionTokenizer) -> Iterator[D
         for _ in range(part.count):
             yield Document((Text(text_document(rng, language=LANGUAGES[int(rng.integers(len(LANGUAGES)))])),))
         return
-    scenes = [world.sample(rng, part.medium, part.split) for _ in range(part.count)]
-    draw = world.render if part.medium == "image" else world.render_clip
-    batch = ENCODE_BATCH if part.medium == "image" else ENCODE_BATCH // 8
+    medium = "video" if part.medium == "video" else "image"
+    scenes = [world.sample(rng, medium, part.split) for _ in range(part.count)]
+    if part.medium == "pair":
+        yield from _pairs(scenes, rng, world, vision)
+        return
+    draw = world.render if medium == "image" else world.render_clip
+    batch = ENCODE_BATCH if medium == "image" else ENCODE_BATCH // 8
     for first in range(0, len(scenes), batch):
         group = scenes[first : first + batch]
         for scene, codes in zip(
             group, vision.encode(_pixels([draw(each) for each in group])).numpy(), strict=True
         ):
             yield Document((Text(_caption(scene, rng)), _span(codes, world.config)))
+
+
+def _pairs(
+    scenes: list[Scene], rng: np.random.Generator, world: World, vision: VisionTokenizer
+) -> Iterator[Document]:
+    """Caption, its picture, the caption again, the picture of the scene before it."""
+    before = vision.encode(_pixels([world.render(scenes[-1])])).numpy()[0]
+    for first in range(0, len(scenes), ENCODE_BATCH):
+        group = scenes[first : first + ENCODE_BATCH]
+        codes = vision.encode(_pixels([world.render(scene) for scene in group])).numpy()
+        for scene, own in zip(group, codes, strict=True):
+            text = Text(_caption(scene, rng))
+            yield Document((text, Image(own), text, Image(before)))
+            before = own
 
 
 def _span(codes: npt.NDArray[np.int64], config: WorldConfig) -> Image | Video:

@@ -9,12 +9,15 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from emu3_megatron.errors import EXIT_USER_ERROR, UserError, one_line, run_main
 from emu3_megatron.files import atomic_write
 from emu3_megatron.parallel import platform
 from emu3_megatron.parallel.groups import destroy_parallel, initialize_parallel, is_first_to_report
+from emu3_megatron.parallel.platform import Platform
 from emu3_megatron.training import command_line, log
 from emu3_megatron.training.capabilities import report
 from emu3_megatron.training.config import TrainingConfig
@@ -30,12 +33,22 @@ def main() -> None:
     launch(TrainingConfig, NextToken.make)
 
 
-def launch(kind: type[TrainingConfig], objective: ObjectiveFactory) -> None:
+DataOpener = Callable[[Any, Platform], TrainingData]
+"""Opens what a configuration names; process groups exist by then."""
+
+
+def open_data(config: TrainingConfig, _machine: Platform) -> TrainingData:
+    """Windows of documents, as for pre-training."""
+    return TrainingData.open(config)
+
+
+def launch(kind: type[TrainingConfig], objective: ObjectiveFactory, data: DataOpener = open_data) -> None:
     """Report what the machine has, explain a configuration, or train: the whole command-line program.
 
     Args:
         kind: The configuration that the command line fills.
         objective: What the windows are trained for.
+        data: Opens the windows.
     """
     if command_line.CAPABILITIES in sys.argv[1:]:
         print(report())
@@ -49,14 +62,16 @@ def launch(kind: type[TrainingConfig], objective: ObjectiveFactory) -> None:
         return
     log.set_up()
     try:
-        train(asked.config, objective)
+        train(asked.config, objective, data)
     except (ValueError, OSError) as error:
         if not is_first_to_report(one_line(error)):
             sys.exit(EXIT_USER_ERROR)
         raise
 
 
-def train(config: TrainingConfig, objective: ObjectiveFactory = NextToken.make) -> None:
+def train(
+    config: TrainingConfig, objective: ObjectiveFactory = NextToken.make, data: DataOpener = open_data
+) -> None:
     """One run on this rank, from its process groups to its last checkpoint."""
     try:
         machine = platform.install(config.platform)
@@ -66,8 +81,7 @@ def train(config: TrainingConfig, objective: ObjectiveFactory = NextToken.make) 
     if is_rank_zero():
         with atomic_write(Path(config.run) / "config.yaml") as stream:
             stream.write(command_line.to_yaml(config).encode())
-    data = TrainingData.open(config)
-    Trainer(config, machine, data, objective).fit()
+    Trainer(config, machine, data(config, machine), objective).fit()
     destroy_parallel()
 
 

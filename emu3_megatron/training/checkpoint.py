@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from emu3_megatron.files import write_json_atomic
-from emu3_megatron.model import ModelConfig
+from emu3_megatron.model import LoRAConfig, ModelConfig
+from emu3_megatron.model.config import ADAPTER_SUFFIX
 from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint_files import CheckpointError
+from emu3_megatron.training.config import Precision
 from emu3_megatron.training.modules import is_rank_zero, unwrap
 from emu3_megatron.training.optimizer import Optimizer
 from emu3_megatron.vocabulary import Vocabulary
@@ -197,7 +199,10 @@ class Checkpointer:
                     tensor.copy_(loaded[f"ema_{name}"][key])
 
     def load_weights(self, folder: Path) -> None:
-        """Start from another checkpoint's weights; nothing else of it is taken."""
+        """Start from another checkpoint's weights; nothing else of it is taken.
+
+        Adapters that the checkpoint does not have keep their initial values, which change nothing.
+        """
         load_weights(self._chunks, folder)
         self._optimizer.megatron.reload_model_params()
 
@@ -313,10 +318,17 @@ def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
 
 
 def load_weights(chunks: Sequence[Any], folder: Path, *, averaged: bool = False) -> None:
-    """Fill unwrapped `chunks` with a checkpoint's weights, or with its averaged weights."""
+    """Fill unwrapped `chunks` with a checkpoint's weights, or with its averaged weights; see
+    `Checkpointer.load_weights` for adapters."""
     from megatron.core import dist_checkpointing
 
     state = model_state(chunks)
+    without_adapters = not has_adapters(Record.read(folder).config)
+    if without_adapters:
+        state = {
+            name: {key: value for key, value in sharded.items() if ADAPTER_SUFFIX not in key}
+            for name, sharded in state.items()
+        }
     if averaged:
         for sharded in state.values():
             for key, value in sharded.items():
@@ -324,7 +336,15 @@ def load_weights(chunks: Sequence[Any], folder: Path, *, averaged: bool = False)
                     sharded[key] = replace_data(value, f"ema.{value.key}", value.data.float())
     loaded = dist_checkpointing.load(state, str(folder))
     for name, chunk in name_chunks(chunks):
-        chunk.load_state_dict(loaded[name])
+        missing, unexpected = chunk.load_state_dict(loaded[name], strict=False)
+        missing = [key for key in missing if not (without_adapters and ADAPTER_SUFFIX in key)]
+        if missing or unexpected:
+            raise CheckpointError(f"{folder}: missing {missing[:5]}, unexpected {unexpected[:5]}")
+
+
+def has_adapters(config: dict[str, Any]) -> bool:
+    """Whether a run of this resolved configuration has adapters; files of before they existed do not say."""
+    return bool(config.get("lora", {}).get("rank"))
 
 
 def replace_data(sharded: Any, key: str, data: torch.Tensor) -> Any:
@@ -376,7 +396,12 @@ def newest_valid(checkpoints: Path, *, checksums: bool) -> Path | None:
 
 
 def load_model_for_inference(
-    checkpoint: str | Path, parallel: ParallelConfig | None = None, *, averaged: bool | None = None
+    checkpoint: str | Path,
+    parallel: ParallelConfig | None = None,
+    *,
+    averaged: bool | None = None,
+    merge: bool = True,
+    precision: Precision | None = None,
 ) -> tuple[list[Any], ModelConfig, Vocabulary]:
     """Build the model of a checkpoint under any layout, with its weights, in evaluation mode.
 
@@ -386,6 +411,8 @@ def load_model_for_inference(
         checkpoint: A committed folder, or a run (its newest one is taken).
         parallel: Layout to load into; a single process where not given.
         averaged: Take the averaged weights; where not given, they are taken if the checkpoint has them.
+        merge: Add adapters (LoRA) to the weights, so that the model is a plain one.
+        precision: Of the parameters; the run's where not given.
 
     Returns:
         The chunks of this rank, the model's configuration, its vocabulary.
@@ -408,11 +435,17 @@ def load_model_for_inference(
         vocabulary_size=vocabulary.size,
         parallel=parallel,
         seed=record.config["seed"],
-        precision=record.config["trainer"]["precision"],
+        precision=precision or record.config["trainer"]["precision"],
     )
-    load_weights(
-        [unwrap(chunk) for chunk in chunks], folder, averaged=record.ema if averaged is None else averaged
-    )
+    adapted = has_adapters(record.config)
+    if adapted:
+        from emu3_megatron.model.lora import add_adapters, merge_adapters
+
+        for chunk in chunks:
+            add_adapters(chunk, LoRAConfig(**record.config["lora"]), seed=0)
+    load_weights(chunks, folder, averaged=record.ema if averaged is None else averaged)
     for chunk in chunks:
         chunk.eval()
+        if adapted and merge:
+            merge_adapters(chunk)
     return chunks, model, vocabulary

@@ -14,7 +14,7 @@ from typing import Literal
 from emu3_megatron.data import Template
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar.document import Modality
-from emu3_megatron.model import ModelConfig
+from emu3_megatron.model import LoRAConfig, ModelConfig
 from emu3_megatron.parallel.config import ParallelConfig
 
 Precision = Literal["fp32", "bf16"]
@@ -409,6 +409,8 @@ class TrainingConfig:
     """Seed of the initial weights, of dropout, and of the plan."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The decoder."""
+    lora: LoRAConfig = field(default_factory=LoRAConfig)
+    """Adapters, where only those are trained."""
     data: DataConfig
     """The mixture and its windows."""
     parallel: ParallelConfig = field(default_factory=ParallelConfig)

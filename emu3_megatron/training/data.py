@@ -43,11 +43,11 @@ class TrainingData:
             UserError: a dataset is missing, damaged, or has another vocabulary than the rest.
         """
         data = config.data
-        _prepare_missing(data, {**data.sources, **data.validation})
+        prepare_missing(data, {**data.sources, **data.validation})
         plan = open_plan(config)
         vocabulary = plan.mixture.vocabulary
         held_out = (
-            _plan(config, data.validation, _seed(config) + VALIDATION_SEED_OFFSET, vocabulary)
+            _plan(config, data.validation, seed_of(config) + VALIDATION_SEED_OFFSET, vocabulary)
             if data.validation
             else None
         )
@@ -92,7 +92,7 @@ class TrainingData:
         return _loader(config, self.validation_plan, start=0, size=size, num_workers=0)
 
 
-def _prepare_missing(data: DataConfig, sources: Mapping[str, SourceConfig]) -> None:
+def prepare_missing(data: DataConfig, sources: Mapping[str, SourceConfig]) -> None:
     """Let rank 0 make datasets that have no manifest, while the others wait."""
     missing = [source.path for source in sources.values() if not (Path(source.path) / MANIFEST).exists()]
     if data.prepare is not None:
@@ -120,10 +120,11 @@ def open_plan(config: TrainingConfig) -> Plan:
     Raises:
         UserError: a dataset is missing, damaged, or has another vocabulary than the rest.
     """
-    return _plan(config, config.data.sources, _seed(config))
+    return _plan(config, config.data.sources, seed_of(config))
 
 
-def _seed(config: TrainingConfig) -> int:
+def seed_of(config: TrainingConfig) -> int:
+    """Seed of the plan's order."""
     return config.seed if config.data.seed is None else config.data.seed
 
 

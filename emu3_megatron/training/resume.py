@@ -51,6 +51,17 @@ def check_weights_fit(folder: Path, old: Record, new: Record) -> None:
         raise CheckpointError(
             f"{folder} holds another model ({'; '.join(changed)}); set these back, or use a new `run`"
         )
+    if old.config.get("lora", {}).get("rank") and (
+        changed := differences(_adapters(old), _adapters(new), "lora")
+    ):
+        raise CheckpointError(
+            f"{folder} holds other adapters ({'; '.join(changed)}); set these back, or merge them into its "
+            f"weights first (tools/lora.py merge)"
+        )
+
+
+def _adapters(record: Record) -> dict[str, Any]:
+    return {name: record.config["lora"][name] for name in ("rank", "alpha", "targets")}
 
 
 def _shape(record: Record) -> dict[str, Any]:
@@ -70,12 +81,17 @@ def check_resumable(folder: Path, old: Record, new: Record, *, accept_changed_da
         CheckpointError: another model, vocabulary, precision, or (unless accepted) another plan.
     """
     check_weights_fit(folder, old, new)
+    if (new.config["lora"]["rank"] > 0) != bool(old.config.get("lora", {}).get("rank")):
+        raise CheckpointError(
+            f"{folder}: adapters (lora.rank) cannot be switched on or off in the middle of a run; start a "
+            f"new `run` with checkpoint.load={folder}"
+        )
     before, now = (record.config["trainer"]["precision"] for record in (old, new))
     if before != now:
         raise CheckpointError(
             f"{folder} was trained with trainer.precision={before}, this run has {now}; set "
             f"it back, or start a new "
-            f"`run` with checkpoint.load={folder}"
+            f"new `run` with checkpoint.load={folder}"
         )
     if old.plan_fingerprint == new.plan_fingerprint:
         return

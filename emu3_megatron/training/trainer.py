@@ -74,7 +74,9 @@ class Trainer:
         self._wishes: dict[str, float] = {}
         self._make_objective = objective
         shape = config.model
-        self._has_dropout = any((shape.embedding_dropout, shape.attention_dropout, shape.hidden_dropout))
+        self._has_dropout = any(
+            (shape.embedding_dropout, shape.attention_dropout, shape.hidden_dropout, config.lora.dropout)
+        )
         self._stopwatch = Stopwatch(on_gpu=platform.is_cuda)
         model = build_model(
             config.model,
@@ -84,6 +86,11 @@ class Trainer:
             seed=config.seed,
             precision=config.trainer.precision,
         )
+        if config.lora.rank:
+            from emu3_megatron.model.lora import add_adapters
+
+            for chunk in model:
+                add_adapters(chunk, config.lora, seed=config.seed)
         self.chunks = wrap_for_data_parallelism(model, config.optimizer, self._stopwatch.stop)
         self.optimizer = Optimizer(self.chunks, config.optimizer, config.trainer.precision)
         self._training = self.measuring(config.data.sources)

@@ -19,6 +19,7 @@ KINDS = {
     "sample-world.yaml": QuickstartConfig,
 }
 """What a file configures, by its name; those of `vision-tokenizer/` train one, any other is a training."""
+PREFERENCES = "emu3_megatron.posttraining.preferences"
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 README = (ROOT / "README.md").read_text()
 
@@ -40,7 +41,8 @@ def test_every_example_is_a_valid_configuration(program: Programs, config: Path)
         return
     cluster = re.search(r"-(\d+)gpu$", config.stem)
     processes = int(cluster.group(1)) if cluster else 2
-    ended = program(*TRAINING, "--config", config, "--dry-run", "--world-size", processes)
+    trainer = ("-m", PREFERENCES) if config.name == "dpo.yaml" else TRAINING
+    ended = program(*trainer, "--config", config, "--dry-run", "--world-size", processes)
     assert ended.code == 0, ended.err
     assert "trainer:" in ended.out
     assert not ended.err
@@ -53,10 +55,12 @@ def test_every_tool_explains_itself(program: Programs, tool: Path) -> None:
     assert "usage:" in ended.out
 
 
-def test_training_explains_itself(program: Programs) -> None:
-    ended = program(*TRAINING, "--help")
+@pytest.mark.parametrize("module", [TRAINING[-1], PREFERENCES])
+def test_training_explains_itself(program: Programs, module: str) -> None:
+    ended = program("-m", module, "--help")
     assert ended.code == 0, ended.err
     assert "--trainer.steps" in ended.out
+    assert ("--dpo.beta" in ended.out) == (module == PREFERENCES)
 
 
 def test_the_readme_names_what_exists() -> None:

@@ -1,6 +1,7 @@
 """Runs of a small model, alone or many layouts in one launch.
 
-As a program, under torchrun: ``runs.py JOBS.json`` with ``{"jobs": [[argument, ...], ...], "save": bool}``;
+As a program, under torchrun: ``runs.py JOBS.json`` with ``{"jobs": [[argument, ...], ...], "save": bool,
+"program": module}``;
 every job is one run with its own layout, one after another in the same processes (starting them is what takes
 long). Without ``save`` they write no checkpoints.
 """
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+TRAINING, PREFERENCES = "emu3_megatron.training", "emu3_megatron.posttraining.preferences"
 STEPS = 20
 GLOBAL_BATCH = 4
 
@@ -67,21 +69,28 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "EMU3_TRACEBACK": ""}
 
 
-def command(config: Path, run: Path, *arguments: str, processes: int = 1) -> list[str]:
+def command(
+    config: Path, run: Path, *arguments: str, processes: int = 1, program: str = TRAINING
+) -> list[str]:
     """The real command line, under torchrun where there is more than one process."""
     start = [sys.executable, "-m"]
     if processes > 1:
         launcher = ["torch.distributed.run", "--nproc-per-node", str(processes), "--standalone", "-m"]
         start += launcher
-    return [*start, "emu3_megatron.training", "--config", str(config), "--run_folder", str(run), *arguments]
+    return [*start, program, "--config", str(config), "--run_folder", str(run), *arguments]
 
 
 def train(
-    config: Path, run: Path, *arguments: str, processes: int = 1, timeout: float = 300
+    config: Path,
+    run: Path,
+    *arguments: str,
+    processes: int = 1,
+    timeout: float = 300,
+    program: str = TRAINING,
 ) -> subprocess.CompletedProcess[str]:
     """Run the real command line to its end."""
     return subprocess.run(
-        command(config, run, *arguments, processes=processes),
+        command(config, run, *arguments, processes=processes, program=program),
         env=environment(),
         cwd=ROOT,
         capture_output=True,
@@ -99,10 +108,11 @@ def launch_layouts(
     processes: int,
     save: bool = True,
     timeout: float = 500,
+    program: str = TRAINING,
 ) -> None:
     """Train every layout into ``folder/NAME``, in one launch."""
     jobs = [["--config", str(config), "--run", str(folder / name), *rest] for name, rest in layouts.items()]
-    (folder / "jobs.json").write_text(json.dumps({"jobs": jobs, "save": save}))
+    (folder / "jobs.json").write_text(json.dumps({"jobs": jobs, "save": save, "program": program}))
     launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
     done = subprocess.run(
         [sys.executable, *launcher, __file__, str(folder / "jobs.json")],
@@ -135,8 +145,12 @@ def _main() -> None:
 
     from emu3_megatron.parallel import platform
     from emu3_megatron.parallel.groups import destroy_parallel, initialize_parallel
+    from emu3_megatron.posttraining.preferences.__main__ import Objectives, open_data
+    from emu3_megatron.posttraining.preferences.config import PreferenceTrainingConfig
+    from emu3_megatron.training import __main__ as training
     from emu3_megatron.training import command_line, log
-    from emu3_megatron.training.data import TrainingData
+    from emu3_megatron.training.config import TrainingConfig
+    from emu3_megatron.training.objective import NextToken
     from emu3_megatron.training.trainer import Trainer
 
     class Unsaved(Trainer):
@@ -148,12 +162,18 @@ def _main() -> None:
 
     log.set_up()
     asked = json.loads(Path(sys.argv[1]).read_text())
+    kind, objective, opener = {
+        TRAINING: (TrainingConfig, NextToken.make, training.open_data),
+        PREFERENCES: (PreferenceTrainingConfig, None, open_data),
+    }[asked["program"]]
     for arguments in asked["jobs"]:
-        config = command_line.parse(arguments).config
+        config = command_line.parse_as(kind, arguments).config
         machine = platform.install(config.platform)
         initialize_parallel(config.parallel, machine, config.seed)
         Path(config.run).mkdir(parents=True, exist_ok=True)
-        (Trainer if asked["save"] else Unsaved)(config, machine, TrainingData.open(config)).fit()
+        (Trainer if asked["save"] else Unsaved)(
+            config, machine, opener(config, machine), objective or Objectives()
+        ).fit()
         parallel_state.destroy_model_parallel()
     destroy_parallel()
 
