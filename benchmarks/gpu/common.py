@@ -55,6 +55,8 @@ class Window:
     labels: torch.Tensor
     weights: torch.Tensor
     packed: Any
+    host_cu_seqlens: torch.Tensor
+    """Cumulative lengths of the documents, on the CPU."""
     attention_pairs: float
     """(query, key) pairs under the causal document mask."""
 
@@ -77,6 +79,7 @@ def random_window(
         labels=labels.to(device),
         weights=torch.full((1, size), 1 / size, device=device),
         packed=packed_sequence_parameters(cu.to(device), max(lengths)),
+        host_cu_seqlens=cu,
         attention_pairs=sum(length * (length + 1) / 2 for length in lengths),
     )
 
@@ -127,7 +130,13 @@ class TrainingStep:
         """One step; the loss, on the device."""
         self.model.zero_grad_buffer()
         self.optimizer.zero_grad()
-        hidden = self.model(window.tokens, None, None, packed_seq_params=window.packed)
+        hidden = self.model(
+            window.tokens,
+            None,
+            None,
+            packed_seq_params=window.packed,
+            host_cu_seqlens=window.host_cu_seqlens,
+        )
         total = self.chunk.weighted_loss(hidden, window.labels, window.weights).total
         total.backward()
         self.model.finish_grad_sync()

@@ -179,7 +179,7 @@ class ReadmissionConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicatesConfig:
-    """Near-duplicates by perceptual hash; the first in the manifest's order stays."""
+    """Near-duplicates by perceptual hash; the best in quality stays, of equals the first in the manifest."""
 
     max_distance: int = 4
     """Differing bits, of 64, up to which two pictures are the same; for clips, of each of 3 frames."""

@@ -60,7 +60,7 @@ class HashIndex:
 
 
 class DuplicatesStage(ComparingStage):
-    """Drops pictures that look like one before; a clip, where all its frames do."""
+    """Of pictures that look alike keeps the one of the best quality; of clips, where all their frames do."""
 
     name = "duplicates"
 
@@ -82,25 +82,46 @@ class DuplicatesStage(ComparingStage):
 
 
 class _PictureComparer(Comparer):
-    """Compares the first hash by the index, the others directly."""
+    """Compares the first hash by the index, the others directly. The best unit of its like comes first."""
 
     def __init__(self, max_distance: int) -> None:
         self._distance = max_distance
-        self._index = HashIndex(max_distance)
-        self._kept: dict[str, Sequence[int]] = {}
+        self._seen: list[tuple[float, str, Sequence[int]]] = []
+        self._dropped: dict[str, str] | None = None
+
+    def look_ahead(self, unit: Unit, score: Score, quality: float | None) -> None:
+        """Remember the hashes."""
+        self._seen.append((0.0 if quality is None else quality, unit.id, read_hashes(score)))
 
     def decide(self, unit: Unit, score: Score) -> Decision:
-        """Keep the first of each group."""
-        hashes = read_hashes(score)
-        for _, name in self._index.near(hashes[0]):
-            other = self._kept[name]
-            if len(other) == len(hashes) and all(
-                (a ^ b).bit_count() <= self._distance for a, b in zip(hashes, other, strict=True)
-            ):
-                return drop("near-duplicate", f"of {name}")
-        self._index.add(hashes[0], unit.id)
-        self._kept[unit.id] = hashes
-        return KEEP
+        """Keep what is like no better one that is kept; of equals the first in the manifest stays."""
+        if self._dropped is None:
+            self._dropped = self._compare()
+        name = self._dropped.get(unit.id)
+        return KEEP if name is None else drop("near-duplicate", f"of {name}")
+
+    def _compare(self) -> dict[str, str]:
+        """What is dropped, and the kept unit that it is like."""
+        index, kept, dropped = HashIndex(self._distance), dict[str, Sequence[int]](), dict[str, str]()
+        self._seen.sort(key=lambda seen: -seen[0])
+        for _, name, hashes in self._seen:
+            other = next(
+                (o for _, o in index.near(hashes[0]) if _alike(hashes, kept[o], self._distance)), None
+            )
+            if other is not None:
+                dropped[name] = other
+                continue
+            index.add(hashes[0], name)
+            kept[name] = hashes
+        self._seen.clear()
+        return dropped
+
+
+def _alike(hashes: Sequence[int], others: Sequence[int], distance: int) -> bool:
+    """Whether all of two units' hashes are close."""
+    return len(hashes) == len(others) and all(
+        (a ^ b).bit_count() <= distance for a, b in zip(hashes, others, strict=True)
+    )
 
 
 def read_hashes(score: Score) -> Sequence[int]:

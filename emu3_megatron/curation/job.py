@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -17,12 +17,12 @@ from emu3_megatron.curation.categories import category_of
 from emu3_megatron.curation.clips import ClipTask, ClipWriter, clip_name, is_part
 from emu3_megatron.curation.config import CurationConfig
 from emu3_megatron.curation.manifest import BadEntry, RawManifest, printable
-from emu3_megatron.curation.pipeline import Pipeline, Step
+from emu3_megatron.curation.pipeline import Pipeline, Step, look_ahead
 from emu3_megatron.curation.pool import run_tasks
 from emu3_megatron.curation.report import Report, headlines
 from emu3_megatron.curation.scoring import ChunkScorer, MissingScore, read_scores
 from emu3_megatron.curation.sheets import write_sheets
-from emu3_megatron.curation.units import Score, Stage, Unit
+from emu3_megatron.curation.units import Comparer, Score, Stage, Unit
 from emu3_megatron.errors import UserError
 from emu3_megatron.files import TEMPORARY_SUFFIX, atomic_write, write_json_atomic
 
@@ -93,6 +93,13 @@ class CurationJob:
     def _steps(self) -> Iterator[Unit | BadEntry | Step]:
         """Every entry, followed by everything that happened to it. Raises `MissingScore`."""
         comparers = self.pipeline.comparers()
+        for step in self._walk(None):
+            if isinstance(step, Step):
+                look_ahead(step, comparers)
+        yield from self._walk(comparers)
+
+    def _walk(self, comparers: Mapping[str, Comparer] | None) -> Iterator[Unit | BadEntry | Step]:
+        """Every entry with its steps, decided by the scores that are kept."""
         for chunk in range(self.manifest.chunks):
             scores = read_scores(self.config.output, chunk)
 

@@ -49,7 +49,7 @@ class Step:
     score: Score
     decision: Decision
     path: tuple[Step, ...] = ()
-    """The steps that led here, for a unit that has passed."""
+    """The steps that led here."""
 
 
 class Pipeline:
@@ -104,7 +104,7 @@ class Pipeline:
             if not stage.applies(flags):
                 continue
             score = score_of(stage, unit)
-            step = Step(unit, stage, score, _decide(stage, unit, score, comparers))
+            step = Step(unit, stage, score, _decide(stage, unit, score, comparers), path)
             path = (*path, step)
             flags |= step.decision.flags
             yield step
@@ -119,12 +119,25 @@ class Pipeline:
         yield Step(unit, None, {}, KEEP, path)
 
 
+def look_ahead(step: Step, comparers: Mapping[str, Comparer]) -> None:
+    """Show a step of a walk without comparers to the comparer whose stage it is."""
+    if not isinstance(step.stage, ComparingStage) or "error" in step.score:
+        return
+    quality = next((before.score["quality"] for before in step.path if "quality" in before.score), None)
+    comparers[_name(step.unit, step.stage)].look_ahead(step.unit, step.score, quality)
+
+
+def _name(unit: Unit, stage: Stage) -> str:
+    """Under which a stage's comparer is kept: a stage of images knows nothing of videos."""
+    return f"{unit.kind}/{stage.name}"
+
+
 def _decide(stage: Stage, unit: Unit, score: Score, comparers: Mapping[str, Comparer] | None) -> Decision:
     """The decision of a stage."""
     if "error" in score:
         return drop(UNUSABLE, score["error"])
     if isinstance(stage, ComparingStage):
-        return KEEP if comparers is None else comparers[f"{unit.kind}/{stage.name}"].decide(unit, score)
+        return KEEP if comparers is None else comparers[_name(unit, stage)].decide(unit, score)
     return stage.decide(unit, score)
 
 

@@ -114,7 +114,7 @@ class SplittingStage(Stage):
 
 
 class ComparingStage(Stage):
-    """A stage whose decision about a unit depends on the units before it."""
+    """A stage whose decision about a unit depends on other units."""
 
     @abstractmethod
     def comparer(self) -> Comparer:
@@ -126,7 +126,16 @@ class ComparingStage(Stage):
 
 
 class Comparer(ABC):
-    """The memory of a `ComparingStage` over one pass."""
+    """The memory of a `ComparingStage`. It sees every unit once before it decides about the first."""
+
+    def look_ahead(self, unit: Unit, score: Score, quality: float | None) -> None:  # noqa: B027
+        """See a unit that reaches the stage, in the manifest's order; nothing to note by default.
+
+        Args:
+            unit: the unit.
+            score: the stage's score of it.
+            quality: its quality, where a stage before has scored it.
+        """
 
     @abstractmethod
     def decide(self, unit: Unit, score: Score) -> Decision:

@@ -141,7 +141,7 @@ def measure(folder: Path, config: Path, name: str) -> dict[str, object]:
     options = layouts.options(layout, distributed_optimizer=True)
     command = [*start, __file__, "--answer", str(answer), "--config", str(config)]
     done = subprocess.run(
-        [*command, "--run", str(folder / name), *options, *further],
+        [*command, "--run_folder", str(folder / name), *options, *further],
         env=runs.environment(),
         cwd=ROOT,
         capture_output=True,

@@ -64,7 +64,7 @@ class Stragglers(Callback):
     def __init__(self, interval: int) -> None:
         self._interval = interval
         self._steps = 0
-        self._seconds: npt.NDArray[np.float64] | float = 0.0
+        self._seconds: npt.NDArray[np.float64] = np.zeros(1)
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         """Add up, and say who was slowest when the interval is over."""
@@ -78,4 +78,4 @@ class Stragglers(Callback):
         line = straggler(self._seconds, self._steps)
         if line and is_rank_zero():
             logger.warning("%s", line)
-        self._steps, self._seconds = 0, 0.0
+        self._steps, self._seconds = 0, np.zeros(1)

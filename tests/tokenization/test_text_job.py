@@ -1,0 +1,206 @@
+"""Text corpora: the bytes of the shards depend on the input alone, whoever reads it and after any kill."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import multiprocessing
+import random
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from emu3_megatron.data import MultimodalDataset
+from emu3_megatron.errors import UserError
+from emu3_megatron.text import load_text_tokenizer
+from emu3_megatron.tokenization import text_inputs
+from emu3_megatron.tokenization.text_inputs import Part, cut
+from emu3_megatron.tokenization.text_job import TextJobConfig, TextShards, tokenize_text
+from tests.tokenization.conftest import Tokenizers, contents
+
+MakeText = Callable[..., TextJobConfig]
+
+
+@pytest.fixture(scope="module")
+def texts() -> list[str]:
+    generator = random.Random(0)
+    words = "a small cat dog cup on the mat sea 一只小 猫 狗".split()  # noqa: SIM905
+    return [" ".join(generator.choices(words, k=generator.randint(1, 60))) for _ in range(300)]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> tuple[Path, ...]:
+    """Documents as JSON Lines, compressed, and plain text; some lines blank, one without an end."""
+    folder = tmp_path_factory.mktemp("text")
+    lines = [
+        json.dumps({"id": f"doc {i}", "text": text} if i % 3 else {"text": text}, ensure_ascii=False)
+        for i, text in enumerate(texts[:200])
+    ]
+    (folder / "a.jsonl").write_text("\n\n".join(lines), encoding="utf-8")
+    with gzip.open(folder / "b.jsonl.gz", "wt", encoding="utf-8") as stream:
+        stream.writelines(json.dumps({"text": text}) + "\n" for text in texts[200:250])
+    (folder / "c.txt").write_text("\n".join(texts[250:]) + "\n", encoding="utf-8")
+    return tuple(folder / name for name in ("a.jsonl", "b.jsonl.gz", "c.txt"))
+
+
+@pytest.fixture
+def make_text(corpus: tuple[Path, ...], tokenizers: Tokenizers) -> MakeText:
+    def make(output: Path, **settings: Any) -> TextJobConfig:
+        defaults: dict[str, Any] = {
+            "input": corpus,
+            "text_tokenizer": tokenizers["text_tokenizer"],
+            "vocabulary": "emu3",
+            "name": "data",
+            "shard_bytes": 4000,
+            "progress": False,
+        }
+        return TextJobConfig(output=output, **{**defaults, **settings})
+
+    return make
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_parts_of_any_size_hold_every_line_once(
+    tmp_path: Path, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = random.Random(seed)
+    monkeypatch.setattr(text_inputs, "MAX_LINE_BYTES", 40)
+    drawn = [b"x" * generator.choice([0, 1, 7, 39, 40, 100]) + b"\n" for _ in range(50)]
+    data = b"".join(drawn)[: generator.choice([None, -1])]
+    lines = data.splitlines(keepends=True)
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(data)
+    whole = list(Part(path, 0, len(data)).lines())
+    assert [place for place, _ in whole] == [sum(map(len, lines[:i])) for i in range(len(lines))]
+    assert [line for _, line in whole] == [line if len(line) <= 40 else None for line in lines]
+    for size in (1, 3, 30, 200, 10_000):
+        assert [line for part in cut([path], size) for line in part.lines()] == whole
+
+
+def test_every_document_stands_in_the_dataset_in_order(
+    tmp_path: Path, make_text: MakeText, texts: list[str], tokenizers: Tokenizers
+) -> None:
+    assert tokenize_text(make_text(tmp_path / "data"))
+    dataset = MultimodalDataset.open(tmp_path / "data")
+    tokenizer = load_text_tokenizer(tokenizers["text_tokenizer"])
+    assert len(dataset) == len(texts)
+    for number, text in enumerate(texts):
+        ((ids, mode),) = dataset.document(number)
+        assert mode == 0
+        assert ids.tolist() == tokenizer.encode(text)
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert manifest["provenance"]["documents"] == len(texts)
+    assert len(list((tmp_path / "data").glob("*.bin"))) > 8
+
+
+def test_workers_and_interruptions_give_the_same_bytes(
+    tmp_path: Path, make_text: MakeText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert tokenize_text(make_text(tmp_path / "alone"))
+    undisturbed = contents(tmp_path / "alone")
+    shared = [make_text(tmp_path / "shared", worker=i, num_workers=3) for i in range(3)]
+    assert [tokenize_text(config) for config in shared[::-1]] == [False, False, True]
+    assert contents(tmp_path / "shared") == undisturbed
+
+    config = make_text(tmp_path / "interrupted")
+    original, calls = TextShards.make, 0
+
+    def breaks(self: TextShards, *arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            encode = self.dialect.encode_text
+            left = [5]
+
+            def stops(text: Any) -> Any:
+                left[0] -= 1
+                if not left[0]:
+                    raise KeyboardInterrupt
+                return encode(text)
+
+            monkeypatch.setattr(self.dialect, "encode_text", stops, raising=False)
+        return original(self, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TextShards, "make", breaks)
+        with pytest.raises(KeyboardInterrupt):
+            tokenize_text(config)
+    made = contents(tmp_path / "interrupted")
+    assert "data-00002" in "".join(made)
+    assert "data-00003" not in "".join(made)
+    assert "manifest.json" not in made
+    monkeypatch.undo()
+    assert tokenize_text(config)
+    assert contents(tmp_path / "interrupted") == undisturbed
+
+
+def test_kills_at_any_moment_leave_no_trace(tmp_path: Path, make_text: MakeText) -> None:
+    begin = time.perf_counter()
+    assert tokenize_text(make_text(tmp_path / "alone"))
+    seconds = time.perf_counter() - begin
+    config = make_text(tmp_path / "killed")
+    generator, kills = random.Random(0), 0
+    for _ in range(8):
+        process = multiprocessing.get_context("fork").Process(target=tokenize_text, args=(config,))
+        process.start()
+        process.join(generator.uniform(0, seconds / 2))
+        kills += process.is_alive()
+        process.kill()
+        process.join()
+    assert kills
+    assert tokenize_text(config)
+    left = {name: data for name, data in contents(config.output).items() if not name.endswith(".tmp")}
+    assert not any(p.name.startswith(".data-") for p in config.output.rglob("*"))
+    assert left == contents(tmp_path / "alone")
+
+
+@pytest.mark.slow
+def test_many_processes_give_the_same_bytes(tmp_path: Path, make_text: MakeText) -> None:
+    assert tokenize_text(make_text(tmp_path / "alone"))
+    assert tokenize_text(make_text(tmp_path / "many", processes=2))
+    assert contents(tmp_path / "many") == contents(tmp_path / "alone")
+
+
+def test_bad_lines_are_listed_and_the_rest_is_kept(tmp_path: Path, make_text: MakeText) -> None:
+    path = tmp_path / "bad.jsonl"
+    good = b'{"text": "a cat"}\n'
+    bad = [b"{broken\n", b"[1]\n", b"{}\n", b'{"text": 5}\n', b'{"text": " "}\n', b'{"text": "\xff"}\n']
+    path.write_bytes(b"".join(line + good for line in bad))
+    config = make_text(tmp_path / "data", input=(path,), shard_bytes=60, quarantine_budget=0.5)
+    assert tokenize_text(config)
+    listed = [json.loads(line) for line in (tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()]
+    places = [path.read_bytes().index(line) for line in bad]
+    assert [row["id"] for row in listed] == [f"bad.jsonl:{place}" for place in places]
+    assert all(row["reason"] for row in listed)
+    assert len(MultimodalDataset.open(tmp_path / "data")) == len(bad)
+    with pytest.raises(UserError, match=r"6 of 12 lines.*quarantine_budget"):
+        tokenize_text(make_text(tmp_path / "strict", input=(path,), quarantine_budget=0.4))
+    assert not (tmp_path / "strict" / "manifest.json").exists()
+    with pytest.raises(UserError, match=r"has a .body. that is not a string"):
+        tokenize_text(make_text(tmp_path / "key", key="body"))
+
+
+def test_what_does_not_fit_gives_one_clear_line(tmp_path: Path, make_text: MakeText) -> None:
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a cat"}\n' * 1000)[:60])
+    for settings, words in (
+        ({"input": (tmp_path / "none.jsonl",)}, "cannot be read"),
+        ({"input": (tmp_path / "empty.txt",)}, "nothing to tokenize"),
+        ({"input": (tmp_path / "cut.jsonl.gz",)}, "is damaged"),
+        ({"vocabulary": "auto"}, "--vocabulary"),
+    ):
+        with pytest.raises(UserError, match=words):
+            tokenize_text(make_text(tmp_path / words.split()[0], **settings))
+    for settings, words in (
+        ({"processes": 0}, "processes=0"),
+        ({"worker": 1}, "worker=1"),
+        ({"quarantine_budget": 2.0}, "quarantine_budget"),
+    ):
+        with pytest.raises(UserError, match=words):
+            make_text(tmp_path / "x", **settings)
+    assert tokenize_text(make_text(tmp_path / "data"))
+    with pytest.raises(UserError, match="shard_bytes"):
+        tokenize_text(make_text(tmp_path / "data", shard_bytes=5000))
