@@ -15,7 +15,6 @@ from tests.training import runs
 
 WORKER = Path(__file__).with_name("layouts_worker.py")
 NAMES = ["dp2", "tp2", "tp2-sp", "pp2", "pp2-interleaved", "cp2", "cp2-a2a"]
-COUNTS = ("pairs", "preferred", "tokens_vision", "tokens_prompt")
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +35,15 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def check(result: dict[str, Any]) -> None:
-    """Relative differences within fp32."""
-    assert result["gradients"] < 1e-5
+    """Relative differences within fp32; what is expected was done twice, so its counts are twice as high."""
+    assert result["gradients"] < 2e-5
     assert result["largest gradient"] > 1e-3
     assert result["named"].keys() == result["expected"].keys()
     for key, want in result["expected"].items():
-        assert result["named"][key] == pytest.approx(want, rel=0 if key in COUNTS else 1e-5, abs=1e-6), key
+        if key == "pairs" or key.startswith("tokens_"):
+            assert 2 * result["named"][key] == want, key
+        else:
+            assert result["named"][key] == pytest.approx(want, rel=1e-5, abs=1e-6), key
 
 
 @pytest.mark.slow
