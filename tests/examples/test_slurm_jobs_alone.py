@@ -1,4 +1,4 @@
-"""What a job script decides, with stand-ins for SLURM's programs: `srun` runs the ranks, `scontrol` takes notes.
+"""What a job script decides; stand-ins for SLURM's programs: `srun` runs the ranks, `scontrol` takes notes.
 
 `tests/slurm` runs the same scripts under a real SLURM.
 """
