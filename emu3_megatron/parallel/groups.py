@@ -18,8 +18,9 @@ _SEED_STRIDE_PIPELINE = 101
 def initialize_parallel(parallel: ParallelConfig, platform: Platform, seed: int) -> None:
     """Start torch.distributed if needed, build megatron-core's groups, seed the random states.
 
-    Processes find one another by ``MASTER_ADDR``, ``MASTER_PORT``, ``RANK`` and ``WORLD_SIZE``, which torchrun sets
-    and the SLURM scripts too. A single process needs no launcher: without them a world of one is made.
+    Processes find one another by ``MASTER_ADDR``, ``MASTER_PORT``, ``RANK`` and ``WORLD_SIZE``, which
+    torchrun sets and the SLURM scripts too. A single process needs no launcher: without them a world of one
+    is made.
     Dropout draws differ between data-, context- and pipeline-parallel ranks (they hold other tokens or other
     layers), are equal on tensor-parallel ranks for what they hold in common, and differ for what they split.
 

@@ -15,7 +15,9 @@ RULES = DialectRules(
     image=SpanRule(fields=(Field.HEIGHT, Field.WIDTH), row_break=RowBreak.BETWEEN, frame_break=False),
     # BOI "T*H*W*fps" IMG, frames that each end in EOF, EOI.
     video=SpanRule(
-        fields=(Field.FRAMES, Field.HEIGHT, Field.WIDTH, Field.FPS), row_break=RowBreak.NEVER, frame_break=True
+        fields=(Field.FRAMES, Field.HEIGHT, Field.WIDTH, Field.FPS),
+        row_break=RowBreak.NEVER,
+        frame_break=True,
     ),
 )
 

@@ -13,7 +13,9 @@ from emu3_megatron.vocabulary import Vocabulary
 
 
 # --8<-- [start:source]
-def write(folder: Path, pairs: list[tuple[str, np.ndarray]], vocabulary: Vocabulary, text: TextTokenizer) -> None:
+def write(
+    folder: Path, pairs: list[tuple[str, np.ndarray]], vocabulary: Vocabulary, text: TextTokenizer
+) -> None:
     """A dataset of one shard: captions and int64 ``[H, W]`` codes of the vision tokenizer.
 
     The vocabulary must be that of the other sources of the mixture, and so must both tokenizers.
@@ -21,7 +23,10 @@ def write(folder: Path, pairs: list[tuple[str, np.ndarray]], vocabulary: Vocabul
     dialect = Dialect.preset("emu3", vocabulary, text)
     with ShardWriter(folder, folder.name, vocabulary=vocabulary) as writer:
         for number, (caption, codes) in enumerate(pairs):
-            segments = [(np.array(text.encode(text.normalize(caption))), 0), (dialect.encode_span(Image(codes)), 1)]
+            segments = [
+                (np.array(text.encode(text.normalize(caption))), 0),
+                (dialect.encode_span(Image(codes)), 1),
+            ]
             writer.add_document(segments, f"pair-{number}")
     write_manifest(
         folder,

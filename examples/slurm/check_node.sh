@@ -30,8 +30,9 @@ if ((gpus > 0)); then
     errors=$(nvidia-smi --query-gpu=index,ecc.errors.uncorrected.volatile.total --format=csv,noheader |
       awk -F', ' '$2 ~ /^[0-9]+$/ && $2 > 0 {print "GPU " $1 ": " $2}' | paste -sd ' ')
     [[ -z $errors ]] || fault "uncorrected memory errors ($errors); reset the GPU"
-    busy=$(nvidia-smi --query-compute-apps=pid,process_name --format=csv,noheader | head -n 1)
-    [[ -z $busy ]] || fault "a GPU is in use by another process ($busy)"
+    # With fewer GPUs than the node has, others may be at work there.
+    ((seen > gpus)) || busy=$(nvidia-smi --query-compute-apps=pid,process_name --format=csv,noheader | head -n 1)
+    [[ -z ${busy:-} ]] || fault "a GPU is in use by another process ($busy)"
   fi
 fi
 exit "$sound"

@@ -72,15 +72,24 @@ requeue() {  # WHY
   exit 1
 }
 
+# After SIGTERM the ranks have saved and ended well, but are not finished. SLURM sent it to cancel or preempt the job, and
+# does so while this waits; what depends on the job must not take it for finished.
+stopped() {
+  say "stopped by SIGTERM, the state is saved; submitted again, the job goes on"
+  sleep 300
+  exit 1
+}
+
 # Run a command as ranks of this allocation, one log for each, and decide what the end means.
 #   exit 0                      finished
 #   told by SIGUSR1             saved: requeue, and the same command goes on
+#   told by SIGTERM             saved: SLURM cancels the job, or preempts and requeues it
 #   exit code 2                 the user must put something right: no requeue
 #   anything else               requeue, at most MAX_FAILURES times
 run_job() {
   local step='' status=0 stopping=no failures container=()
   mkdir -p "$FAILURES"
-  rm -f "$FAILURES"/rank-*
+  rm -f "$FAILURES"/rank-* "$FAILURES/told"
   trap 'stopping=yes; [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null' USR1
   prepare_environment
   rendezvous
@@ -89,6 +98,7 @@ run_job() {
   if [[ -n $CONTAINER ]]; then
     container=(--container-image="$CONTAINER" --container-mounts="$CONTAINER_MOUNTS" --container-workdir="$WORK")
   fi
+  [[ $stopping == no ]] || requeue "the time limit is near, nothing was started"
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it over from the job by itself
   export PYTHONPATH=$EMU3_ROOT${PYTHONPATH:+:$PYTHONPATH}
   srun --nodes="$SLURM_NNODES" --ntasks="$WORLD_SIZE" --kill-on-bad-exit=1 --output="$ATTEMPT/rank-%t.log" \
@@ -101,7 +111,11 @@ run_job() {
   done
   wait "$step" 2>/dev/null && status=0 || status=$?
   [[ $stopping == no ]] || requeue "the time limit is near, the state is saved"
-  ((status != 0)) || { say "finished"; return; }
+  if ((status == 0)); then
+    [[ ! -e $FAILURES/told ]] || stopped
+    say "finished"
+    return
+  fi
   touch "$ATTEMPT/failed"
   failures=$(find "$JOB_LOGS" -mindepth 2 -maxdepth 2 -name failed | wc -l)
   report_failure "$status"

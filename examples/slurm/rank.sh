@@ -17,4 +17,5 @@ if ((code != 0)); then
   mv "$FAILURES/.$SLURM_PROCID" "$FAILURES/rank-$SLURM_PROCID"
   sleep 2  # srun ends the others when this one ends: what they failed of themselves is written first
 fi
+[[ $told == no ]] || touch "$FAILURES/told"
 exit "$code"

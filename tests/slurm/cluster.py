@@ -230,7 +230,7 @@ def _free_ports(count: int) -> list[int]:
 
 
 def main() -> None:
-    """Run a command (a shell by default) beside a cluster that ends with it: ``python -m tests.slurm.cluster``."""
+    """``python -m tests.slurm.cluster [COMMAND]``: a shell or a command in a cluster that ends with it."""
     if missing := missing_programs():
         sys.exit(f"error: no {', '.join(missing)} here; install slurm-wlm and munge")
     cluster = Cluster()

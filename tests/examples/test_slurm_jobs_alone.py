@@ -1,0 +1,194 @@
+"""What a job script decides; stand-ins for SLURM's programs: `srun` runs the ranks, `scontrol` takes notes.
+
+`tests/slurm` runs the same scripts under a real SLURM.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+SCRIPTS = Path(__file__).parents[2] / "examples" / "slurm"
+
+STAND_INS = {
+    # Ranks as processes beside one another; like the real one it forwards SIGUSR1 to all.
+    "srun": """
+ranks=1; output=/dev/stderr
+while [[ $1 == --* ]]; do
+  case $1 in --ntasks=*) ranks=${1#*=} ;; --output=*) output=${1#*=} ;; esac
+  shift
+done
+children=()
+trap 'kill -USR1 -- "${children[@]/#/-}"' USR1
+trap 'kill -TERM -- "${children[@]/#/-}"' TERM
+set -m
+for ((rank = 0; rank < ranks; rank++)); do
+  SLURM_PROCID=$rank SLURM_LOCALID=0 SLURMD_NODENAME=n$((rank + 1)) "$@" >"${output//%t/$rank}" 2>&1 &
+  children+=($!)
+done
+echo "${children[@]}" >"$NOTES/ranks"
+worst=0
+for child in "${children[@]}"; do
+  while kill -0 "$child" 2>/dev/null; do wait "$child"; done
+  wait "$child"; code=$?
+  ((code <= worst)) || worst=$code
+done
+exit "$worst"
+""",
+    # A requeue ends the script that asked for it.
+    "scontrol": """
+case $1 in
+  requeue) echo "$2" >>"$NOTES/requeued"; kill -KILL $PPID ;;
+  show) echo n1; echo n2 ;;
+  *) echo "NodeName=n1 NodeAddr=10.0.0.1 NodeHostName=one" ;;
+esac
+""",
+    "sleep": """[[ $1 == 0.* ]] || exit 0; exec /bin/sleep "$1"
+""",
+}
+
+SETTINGS = """\
+GPUS_PER_NODE=0
+MAX_FAILURES=1
+WORK={folder}
+LOGS=$WORK/logs
+CONTAINER=
+PYTHON={folder}/program
+prepare_environment() {{ :; }}
+STAGE1_CONFIG={folder}/config.yaml
+"""
+
+
+@dataclass
+class Job:
+    """A script on two imagined nodes, and what became of it."""
+
+    folder: Path
+
+    def start(self, program: str, attempt: int = 0) -> subprocess.Popen[str]:
+        (self.folder / "program").write_text(f"#!/usr/bin/env bash\n{program}\n")
+        (self.folder / "program").chmod(0o755)
+        names = ("SLURM_JOB_ID=7", "SLURM_JOB_NAME=stage1", "SLURM_JOB_NODELIST=n[1-2]", "SLURM_NNODES=2")
+        environment = {
+            **os.environ,
+            **dict(name.split("=") for name in names),
+            "SLURM_RESTART_COUNT": str(attempt),
+            "EMU3_ROOT": str(SCRIPTS.parents[1]),
+            "EMU3_SETTINGS": str(self.folder / "settings.sh"),
+            "NOTES": str(self.folder),
+            "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
+        }
+        return subprocess.Popen(
+            ["bash", SCRIPTS / "stage1.sbatch", "--trainer.steps", "5"],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, program: str, attempt: int = 0) -> tuple[int, str]:
+        process = self.start(program, attempt)
+        log, _ = process.communicate(timeout=300)
+        return process.returncode, log
+
+    @property
+    def requeued(self) -> bool:
+        return (self.folder / "requeued").exists()
+
+    def rank_log(self, rank: int, attempt: int = 0) -> str:
+        return (self.folder / f"logs/stage1-7/attempt-{attempt}/rank-{rank}.log").read_text()
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    (tmp_path / "bin").mkdir()
+    for name, body in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{body}")
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / "settings.sh").write_text(SETTINGS.format(folder=tmp_path))
+    (tmp_path / "config.yaml").touch()
+    return Job(tmp_path)
+
+
+def test_a_job_that_ends_well_is_finished(job: Job) -> None:
+    code, log = job.run('echo "$RANK of $WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT"; echo "$@"')
+    assert (code, job.requeued) == (0, False)
+    assert log.endswith("finished\n")
+    assert job.rank_log(0).splitlines()[0] == "0 of 2 at 10.0.0.1:20007"
+    assert job.rank_log(1).splitlines()[0] == "1 of 2 at 10.0.0.1:20007"
+    arguments = job.rank_log(0).splitlines()[1]
+    assert arguments.startswith(f"-m emu3_megatron.training --config {job.folder}/config.yaml ")
+    assert arguments.endswith("--trainer.steps 5")
+
+
+def test_a_mistake_of_the_user_fails_at_once(job: Job) -> None:
+    code, log = job.run('((RANK == 1)) && echo "error: no such key"; exit 2')
+    assert (code, job.requeued) == (2, False)
+    assert "2 of 2 ranks failed; the first was rank 1 on node n2, with exit code 2" in log
+    assert log.splitlines()[-1] == "error: no such key"
+
+
+def test_a_crash_is_tried_again_so_often_and_no_oftener(job: Job) -> None:
+    program = "((RANK == 0)) || { echo 'RuntimeError: gone'; exit 1; }"
+    _, log = job.run(program)
+    assert job.requeued
+    assert "RuntimeError: gone" in log
+    (job.folder / "requeued").unlink()
+    code, log = job.run(program, attempt=1)
+    assert (code, job.requeued) == (1, False)
+    assert log.splitlines()[-1] == "RuntimeError: gone"
+
+
+UNTIL_TOLD = """
+trap 'echo saved; exit 0' USR1 TERM
+touch "$NOTES/started-$RANK"
+for ((i = 0; i < 3000; i++)); do sleep 0.1; done
+exit 1
+"""
+
+
+def wait_for_ranks(job: Job) -> None:
+    deadline = time.monotonic() + 200
+    while len(list(job.folder.glob("started-*"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_a_signal_before_the_time_limit_requeues(job: Job) -> None:
+    process = job.start(UNTIL_TOLD)
+    wait_for_ranks(job)
+    process.send_signal(signal.SIGUSR1)
+    log, _ = process.communicate(timeout=200)
+    assert job.requeued
+    assert "requeued: the time limit is near" in log
+    assert job.rank_log(0).endswith("saved\n")
+    assert job.rank_log(1).endswith("saved\n")
+
+
+def test_a_cancelled_job_does_not_pass_for_a_finished_one(job: Job) -> None:
+    process = job.start(UNTIL_TOLD)
+    wait_for_ranks(job)
+    for rank in (job.folder / "ranks").read_text().split():
+        os.killpg(int(rank), signal.SIGTERM)
+    log, _ = process.communicate(timeout=200)
+    assert (process.returncode, job.requeued) == (1, False)
+    assert "stopped by SIGTERM" in log
+    assert "finished" not in log
+
+
+def test_an_unfit_node_stops_the_job_before_it_starts(job: Job) -> None:
+    settings = job.folder / "settings.sh"
+    settings.write_text(settings.read_text() + "GPUS_PER_NODE=8\n")
+    (job.folder / "bin" / "nvidia-smi").write_text("#!/bin/sh\necho 'no devices were found'\nexit 9\n")
+    (job.folder / "bin" / "nvidia-smi").chmod(0o755)
+    code, log = job.run("echo never")
+    assert code == 1
+    assert not job.requeued
+    assert "node n2 is not fit: nvidia-smi: no devices were found" in log
+    assert not list(job.folder.glob("logs/*/*/rank-*.log"))

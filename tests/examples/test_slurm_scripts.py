@@ -1,0 +1,137 @@
+"""What can be said of the scripts without a cluster."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = ROOT / "examples" / "slurm"
+PROGRAMS = Path(sys.executable).parent
+JOBS = sorted(SCRIPTS.glob("*.sbatch"))
+
+
+def test_shellcheck_finds_nothing() -> None:
+    files = [path.relative_to(ROOT) for path in (*SCRIPTS.glob("*.sh"), *JOBS)]
+    done = subprocess.run(
+        [PROGRAMS / "shellcheck", "--external-sources", *files],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def test_hadolint_finds_nothing() -> None:
+    files = sorted((ROOT / "docker").glob("*.Dockerfile"))
+    assert len(files) == 2
+    done = subprocess.run([PROGRAMS / "hadolint", *files], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda path: path.stem)
+def test_every_job_names_itself_requeues_and_keeps_its_log(job: Path) -> None:
+    options = re.findall(r"^#SBATCH (\S+)$", job.read_text(), re.MULTILINE)
+    assert options == [f"--job-name={job.stem}", "--requeue", "--open-mode=append"]
+
+
+def test_the_settings_have_what_every_job_reads() -> None:
+    settings = (SCRIPTS / "settings.sh").read_text()
+    used = {
+        name
+        for job in JOBS
+        for name in re.findall(r"\$\{?([A-Z][A-Z0-9]+_[A-Z]+)", job.read_text())
+        if not name.startswith(("SLURM_", "EMU3_", "JOB_"))
+    }
+    assert used
+    for name in used:
+        assert re.search(rf"^{name}=", settings, re.MULTILINE), name
+
+
+def submit(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """`submit.sh` with a program in the place of sbatch that prints how it was called."""
+    program = folder / "sbatch"
+    program.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    program.chmod(0o755)
+    return subprocess.run(
+        [SCRIPTS / "submit.sh", *arguments],
+        env={**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "EMU3_WORK": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_options_of_sbatch_and_arguments_of_the_job_are_told_apart(tmp_path: Path) -> None:
+    done = submit("stage1", "--nodes=2", "--", "--trainer.steps", "5", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    given = done.stdout.splitlines()
+    script = given.index(str(SCRIPTS / "stage1.sbatch"))
+    assert given[script + 1 :] == ["--trainer.steps", "5"]
+    # Later options win in sbatch, so the user's stand after those of the settings.
+    assert given.index("--nodes=8") < given.index("--nodes=2") < script
+    assert "--signal=B:USR1@600" in given
+    assert "--partition=gpu" in given
+    assert not [option for option in given if option.startswith("--account")]
+
+
+def test_an_unknown_job_is_one_line(tmp_path: Path) -> None:
+    done = submit("stage9", folder=tmp_path)
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: 'stage9' is not a job; the jobs are: convert curate dpo")
+
+
+def check_node(gpus: int, shared: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [SCRIPTS / "check_node.sh", str(gpus), shared],
+        env={**os.environ, "SLURMD_NODENAME": "n7", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def nvidia_smi(folder: Path, listed: str, errors: str = "0, 0", busy: str = "") -> str:
+    """A PATH with a stand-in for nvidia-smi."""
+    program = folder / "nvidia-smi"
+    program.write_text(
+        "#!/bin/sh\n"
+        f"case $1 in *uuid*) printf '{listed}' ;; *ecc*) printf '{errors}\\n' ;;"
+        f" *apps*) printf '{busy}' ;; esac\n"
+    )
+    program.chmod(0o755)
+    return f"{folder}:{os.environ['PATH']}"
+
+
+def test_a_sound_node_passes(tmp_path: Path) -> None:
+    assert check_node(0, tmp_path).returncode == 0
+    done = check_node(2, tmp_path, PATH=nvidia_smi(tmp_path, "GPU-a\\nGPU-b\\n"))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("smi", "fault"),
+    [
+        ({"listed": "GPU-a\\n"}, "1 of 2 GPUs answer"),
+        ({"listed": "GPU-a\\nGPU-b\\n", "errors": "1, 3"}, "uncorrected memory errors (GPU 1: 3)"),
+        ({"listed": "GPU-a\\nGPU-b\\n", "busy": "77, python\\n"}, "in use by another process (77, python)"),
+    ],
+)
+def test_a_faulty_gpu_is_named_with_its_node(tmp_path: Path, smi: dict[str, str], fault: str) -> None:
+    done = check_node(2, tmp_path, PATH=nvidia_smi(tmp_path, **smi))
+    assert done.returncode == 1
+    assert done.stderr.startswith("node n7 is not fit: ")
+    assert fault in done.stderr
+
+
+def test_a_missing_shared_folder_is_a_fault(tmp_path: Path) -> None:
+    done = check_node(0, tmp_path / "missing")
+    assert done.returncode == 1
+    assert "mount the shared file system" in done.stderr
