@@ -7,8 +7,9 @@ import json
 import math
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,28 @@ import torch
 from tqdm import tqdm
 
 from emu3_megatron.errors import UserError
+from emu3_megatron.grammar import Image, Video
 from emu3_megatron.inference.bundle import open_bundle
+from emu3_megatron.inference.dialogue import (
+    UNDERSTANDING_AREA,
+    MediaReader,
+    Message,
+    answer,
+    chat_template,
+    interleave,
+)
+from emu3_megatron.inference.results import contact_sheet, extend_video, write_document
 from emu3_megatron.inference.sampling import Sampling
-from emu3_megatron.inference.tasks import Caption, GeneratedImage, GeneratedVideo, Generator, image_size
+from emu3_megatron.inference.tasks import (
+    CAPTION_SAMPLING,
+    IMAGE_SAMPLING,
+    Caption,
+    GeneratedImage,
+    GeneratedVideo,
+    Generator,
+    image_size,
+)
+from emu3_megatron.media import MediaError
 
 IMAGE_AREA = 518_400
 """Pixels of a released image (720 x 720)."""
@@ -26,23 +46,31 @@ IMAGE_AREA = 518_400
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(description="Generate images, videos and captions.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Generate images, videos and text.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="task", required=True)
     image = commands.add_parser("image", help="text to image (PNG)", allow_abbrev=False)
     video = commands.add_parser("video", help="text to video (MP4)", allow_abbrev=False)
     caption = commands.add_parser("caption", help="image to text", allow_abbrev=False)
     continued = commands.add_parser("continue", help="continue a real video (MP4)", allow_abbrev=False)
+    chat = commands.add_parser("chat", help="answer questions about images and videos", allow_abbrev=False)
+    story = commands.add_parser("interleave", help="text and images as one document", allow_abbrev=False)
+    for command in (image, video, caption, continued, chat, story):
+        add_model(command)
+        _add_sampling(command, spans=command in (image, video, continued))
+        command.add_argument("--max-rows", type=int, default=128, help="sequences at a time (default: 128)")
     for command in (image, video, caption, continued):
-        _add_model(command)
-        _add_sampling(command, captions=command is caption)
         _add_size(command)
-    for command in (image, video):
+    for command in (image, video, chat, story):
         command.add_argument("--prompt", action="append", default=[], help="may be given several times")
         command.add_argument("--prompts", type=Path, help="file with a prompt a line; - for standard input")
         command.add_argument("--samples", type=int, default=1, help="results per prompt (default: 1)")
     for command in (image, video, continued):
         command.add_argument("--negative-prompt", default="", help="what guidance leads away from")
         command.add_argument("--output", type=Path, required=True, help="file for one result, else a folder")
+        command.add_argument("--sheet", type=Path, help="also all results in one PNG (of a clip four frames)")
+    for command in (caption, chat):
+        command.set_defaults(temperature=CAPTION_SAMPLING.temperature)
+    _add_dialogue(chat, story)
     for command in (video, continued):
         command.add_argument("--frames", type=int, help="frames of the whole clip")
         command.add_argument("--seconds", type=float, help="its duration, instead of --frames")
@@ -53,10 +81,32 @@ def build_parser() -> argparse.ArgumentParser:
     continued.add_argument("--video", type=Path, nargs="+", required=True, help="video files")
     continued.add_argument("--given-frames", type=int, default=4, help="frames to continue from (default: 4)")
     continued.add_argument("--prompt", default="", help="what the clips show")
+    continued.add_argument(
+        "--rounds", type=int, default=1, help="continue the result, this many times in all (default: 1)"
+    )
     return parser
 
 
-def _add_model(parser: argparse.ArgumentParser) -> None:
+def _add_dialogue(chat: argparse.ArgumentParser, story: argparse.ArgumentParser) -> None:
+    chat.add_argument("--image", type=Path, action="append", default=[], help="may be given several times")
+    chat.add_argument("--video", type=Path, action="append", default=[], help="may be given several times")
+    chat.add_argument("--frames", type=int, default=8, help="first frames of a video (default: 8)")
+    chat.add_argument("--fps", type=float, help="frames per second of a video; default: its own")
+    chat.add_argument(
+        "--area", type=int, default=UNDERSTANDING_AREA, help="pixels of a picture (default: %(default)s)"
+    )
+    chat.add_argument(
+        "--template",
+        default="emu3-chat",
+        help="name, or text with {media} and {question} (default: emu3-chat)",
+    )
+    chat.add_argument("--max-new-tokens", type=int, default=1024, help="longest answer (default: 1024)")
+    story.add_argument("--output", type=Path, required=True, help="folder")
+    story.add_argument("--max-new-tokens", type=int, default=8192, help="longest document (default: 8192)")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `open_generator` reads."""
     parser.add_argument(
         "--checkpoint", type=Path, required=True, help="run, checkpoint or Hugging Face folder"
     )
@@ -65,16 +115,15 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dialect", help="default: what the folder or the run's datasets state, else emu3")
     parser.add_argument("--platform", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto")
     parser.add_argument("--plain-weights", action="store_true", help="not a run's averaged weights")
-    parser.add_argument("--max-rows", type=int, default=128, help="sequences at a time (default: 128)")
 
 
-def _add_sampling(parser: argparse.ArgumentParser, *, captions: bool) -> None:
-    default = Sampling(temperature=0.0) if captions else Sampling(guidance=3.0)
+def _add_sampling(parser: argparse.ArgumentParser, *, spans: bool) -> None:
+    default = IMAGE_SAMPLING
     parser.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=default.top_k, help="0 keeps all (default: %(default)s)")
     parser.add_argument("--top-p", type=float, default=default.top_p)
     parser.add_argument("--min-p", type=float, default=default.min_p)
-    if not captions:
+    if spans:
         parser.add_argument("--guidance", type=float, default=default.guidance, help="1 is off (default: 3)")
     parser.add_argument("--seed", type=int, default=0, help="of the first result; the next ones count up")
 
@@ -106,6 +155,20 @@ def generate(arguments: argparse.Namespace) -> None:
     """
     if arguments.seed < 0 or getattr(arguments, "samples", 1) < 1:
         raise UserError(f"--seed={arguments.seed} must not be negative, and --samples at least 1")
+    task = {
+        "image": _images, "video": _videos, "caption": _captions, "continue": _continuations,
+        "chat": _answers, "interleave": _stories,
+    }  # fmt: skip
+    generator = open_generator(arguments, max_rows=arguments.max_rows)
+    began = time.perf_counter()
+    for record in task[arguments.task](generator, arguments):
+        record |= {"settings": asdict(_sampling(arguments)), "checkpoint": str(arguments.checkpoint)}
+        record["seconds"] = round(time.perf_counter() - began, 3)
+        print(json.dumps({"task": arguments.task, **record}, ensure_ascii=False), flush=True)
+
+
+def open_generator(arguments: argparse.Namespace, *, max_rows: int) -> Generator:
+    """The model that the arguments of `add_model` name, for `max_rows` sequences at a time."""
     bundle = open_bundle(
         arguments.checkpoint,
         text_tokenizer=arguments.text_tokenizer,
@@ -113,13 +176,7 @@ def generate(arguments: argparse.Namespace) -> None:
         dialect=arguments.dialect,
         averaged=False if arguments.plain_weights else None,
     )
-    task = {"image": _images, "video": _videos, "caption": _captions, "continue": _continuations}
-    generator = Generator(bundle, max_rows=arguments.max_rows)
-    began = time.perf_counter()
-    for record in task[arguments.task](generator, arguments):
-        record |= {"settings": asdict(_sampling(arguments)), "checkpoint": str(arguments.checkpoint)}
-        record["seconds"] = round(time.perf_counter() - began, 3)
-        print(json.dumps({"task": arguments.task, **record}, ensure_ascii=False), flush=True)
+    return Generator(bundle, max_rows=max_rows)
 
 
 def _images(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -137,6 +194,8 @@ def _images(generator: Generator, arguments: argparse.Namespace) -> Iterator[dic
             negative_prompt=arguments.negative_prompt,
             progress=bar.update,
         )
+    if arguments.sheet:
+        write_png(arguments.sheet, contact_sheet([image.pixels[None] for image in images]))
     for image, path in zip(images, _outputs(arguments, len(images), ".png"), strict=True):
         write_png(path, image.pixels)
         yield {**_about(image), "negative_prompt": arguments.negative_prompt, "output": str(path)}
@@ -165,9 +224,11 @@ def _continuations(generator: Generator, arguments: argparse.Namespace) -> Itera
 
     size = _size(generator, arguments)
     clips = [load_clip(path, arguments.given_frames, size, fps=arguments.fps) for path in arguments.video]
-    with _progress(len(clips), "video") as bar:
-        videos = generator.continue_video(
+    with _progress(len(clips) * arguments.rounds, "video") as bar:
+        videos = extend_video(
+            generator,
             torch.stack(clips),
+            rounds=arguments.rounds,
             frames=_frames(generator, arguments),
             fps=arguments.fps,
             prompts=[arguments.prompt] * len(clips),
@@ -197,9 +258,64 @@ def _captions(generator: Generator, arguments: argparse.Namespace) -> Iterator[d
         yield {"image": str(path), **_about(caption)}
 
 
-def _write_videos(videos: list[GeneratedVideo], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    from emu3_megatron.media import write_mp4
+def _answers(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    prompts, template = _prompts(arguments), chat_template(arguments.template)
+    reader = MediaReader(generator, area=arguments.area)
+    clip = partial(reader.video, frames=arguments.frames, fps=arguments.fps)
+    media: list[Image | Video] = [_named(path, reader.image) for path in arguments.image]
+    media += [_named(path, clip) for path in arguments.video]
+    with _progress(len(prompts), "answer") as bar:
+        answers = answer(
+            generator,
+            [[Message("user", prompt, tuple(media))] for prompt in prompts],
+            template=template,
+            sampling=_sampling(arguments),
+            seeds=_seeds(arguments, len(prompts)),
+            max_new_tokens=arguments.max_new_tokens,
+            progress=bar.update,
+        )
+    about = {
+        "template": arguments.template,
+        "max_new_tokens": arguments.max_new_tokens,
+        "area": arguments.area,
+    }
+    about |= {"images": list(map(str, arguments.image)), "videos": list(map(str, arguments.video))}
+    for prompt, said in zip(prompts, answers, strict=True):
+        record = {"answer": said.text, "seed": said.seed, "tokens": said.tokens, "whole": said.finished}
+        yield {"prompt": prompt, **about, **record}
 
+
+def _stories(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    prompts = _prompts(arguments)
+    with _progress(len(prompts), "document") as bar:
+        stories = interleave(
+            generator,
+            prompts,
+            sampling=_sampling(arguments),
+            seeds=_seeds(arguments, len(prompts)),
+            max_new_tokens=arguments.max_new_tokens,
+            progress=bar.update,
+        )
+    for index, (prompt, story) in enumerate(zip(prompts, stories, strict=True)):
+        folder = arguments.output / f"{index:05d}" if len(stories) > 1 else arguments.output
+        segments = write_document(generator, story.document, folder)
+        record = {"seed": story.seed, "tokens": story.tokens, "whole": story.finished, "segments": segments}
+        yield {"prompt": prompt, "max_new_tokens": arguments.max_new_tokens, **record, "output": str(folder)}
+
+
+def _named(path: Path, read: Callable[[Path], Image | Video]) -> Image | Video:
+    """What `read` makes of a file; its errors name the file."""
+    try:
+        return read(path)
+    except MediaError as error:
+        raise MediaError(f"{path}: {error}") from error
+
+
+def _write_videos(videos: list[GeneratedVideo], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from emu3_megatron.media import write_mp4, write_png
+
+    if arguments.sheet:
+        write_png(arguments.sheet, contact_sheet([video.pixels for video in videos]))
     for video, path in zip(videos, _outputs(arguments, len(videos), ".mp4"), strict=True):
         write_mp4(path, video.pixels, video.fps)
         yield {**_about(video), "negative_prompt": arguments.negative_prompt, "output": str(path)}

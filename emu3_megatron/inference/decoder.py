@@ -37,6 +37,8 @@ class _Step(NamedTuple):
     """Cache rows."""
     limit: int
     """Slots that attention reads."""
+    positions: Tensor
+    """Of the tokens fed, ``[B, N]``."""
     index: Tensor
     """Where keys and values go: numbers of vectors ``[D]`` in a layer's cache, ``[B * N * 2 * G]``."""
     cosine: Tensor
@@ -110,15 +112,14 @@ class CachedDecoder:
         """
         rows, width = tokens_BN.shape
         step = self._step(starts_B, first_row, rows, width)
-        starts_B, counts_B = starts_B.to(self.device), counts_B.to(self.device)
-        positions_BN = starts_B[:, None] + torch.arange(width, device=self.device)
-        hidden_BNH = self._model.embedding(input_ids=tokens_BN, position_ids=positions_BN).transpose(0, 1)
+        embedded_NBH = self._model.embedding(input_ids=tokens_BN, position_ids=step.positions)
+        hidden_BNH = embedded_NBH.transpose(0, 1)
         for layer, cache in zip(self._layers, self._cache, strict=True):
             attended = self._attention(layer, layer.attention_norm(hidden_BNH), cache, step)
             hidden_BNH = hidden_BNH + attended
             hidden_BNH = hidden_BNH + layer.feed_forward(hidden_BNH)
         if width > 1:
-            last_B = (counts_B - 1).clamp_min(0)
+            last_B = (counts_B.to(self.device) - 1).clamp_min(0)
             hidden_BH = hidden_BNH[torch.arange(rows, device=self.device), last_B]
         else:
             hidden_BH = hidden_BNH[:, 0]
@@ -165,23 +166,22 @@ class CachedDecoder:
     def _step(self, starts_B: Tensor, first_row: int, rows: int, width: int) -> _Step:
         """Positions, mask and places in the cache of one `feed`."""
         first, last = int(starts_B.min()), int(starts_B.max())
-        limit = last + width
-        offsets_N = torch.arange(width)
-        positions_BN = starts_B[:, None] + offsets_N
+        limit, device = last + width, self.device
+        positions_BN = starts_B.to(device)[:, None] + torch.arange(width, device=device)
         mask = None
         if first != last or width > 1:
-            seen = torch.arange(limit) <= positions_BN[:, :, None]
-            blocked = torch.zeros(seen.shape, dtype=self._cache[0].dtype).masked_fill_(~seen, float("-inf"))
+            ahead = torch.arange(limit, device=device) > positions_BN[:, :, None]
+            blocked = torch.zeros(ahead.shape, dtype=self._cache[0].dtype, device=device)
             # the query heads of a key head are further queries of it
-            mask = blocked.repeat(1, self._repeat, 1)[:, None].to(self.device)
-        heads = torch.arange(2 * self._groups)
-        vectors_B = torch.arange(first_row, first_row + rows)[:, None, None] * len(heads)
+            mask = blocked.masked_fill_(ahead, float("-inf")).repeat(1, self._repeat, 1)[:, None]
+        heads = torch.arange(2 * self._groups, device=device)
+        vectors_B = torch.arange(first_row, first_row + rows, device=device)[:, None, None] * len(heads)
         index_BNG = (vectors_B + heads) * self._slots + positions_BN[:, :, None]
-        positions_BN = positions_BN.to(self.device)
         return _Step(
             slice(first_row, first_row + rows),
             limit,
-            index_BNG.flatten().to(self.device),
+            positions_BN,
+            index_BNG.flatten(),
             self._cosine[positions_BN],
             self._sine[positions_BN],
             mask,

@@ -4,7 +4,7 @@ from emu3_megatron.media.errors import MediaError
 from emu3_megatron.media.files import Media, read_media
 from emu3_megatron.media.folders import MediaFolder, list_media
 from emu3_megatron.media.geometry import BoundedResizeRule, Geometry, ResizeRule, fixed_geometry
-from emu3_megatron.media.images import decode_image, decode_images
+from emu3_megatron.media.images import decode_image, decode_images, image_dimensions
 from emu3_megatron.media.load import load_clip, load_stills
 from emu3_megatron.media.preprocess import Preprocessor, to_uint8
 from emu3_megatron.media.probe import VideoInfo, probe_video
@@ -30,6 +30,7 @@ __all__ = [
     "fixed_geometry",
     "frame_range",
     "frame_source",
+    "image_dimensions",
     "list_media",
     "load_clip",
     "load_stills",

@@ -66,6 +66,16 @@ def decode_image(media: Media) -> Picture:
     return result
 
 
+def image_dimensions(media: Media) -> tuple[int, int]:
+    """Height and width in pixels that an image's header claims, before it is turned upright.
+
+    Raises:
+        MediaError: as `decode_image`, for what the header shows.
+    """
+    with _open(read_media(media)) as image:
+        return image.height, image.width
+
+
 def _suits_dali(encoded: bytes) -> bool:
     """Read the header: is this for DALI? Raises `MediaError` where it is no image, or too large."""
     with _open(encoded) as image:

@@ -143,6 +143,61 @@ def test_captions(capsys, folder: Path) -> None:
     assert first[0]["tokens"] == second[0]["tokens"]
 
 
+def test_questions(capsys, folder: Path) -> None:
+    """Several media and questions; the template decides the prompt, and the same line repeats the answer."""
+    image = ["--image", folder / "picture.png"]
+    media = [*image, "--video", folder / "clip.mp4", *image]
+    command = ["chat", *media, "--prompt", "what?", "--prompt", "why?", "--frames", 4, "--area", 256]
+    command += ["--max-new-tokens", 4, "--temperature", 1, "--seed", 3]
+    lines = run(capsys, folder, *command)
+    assert [(line["prompt"], line["seed"]) for line in lines] == [("what?", 3), ("why?", 4)]
+    assert all(0 < line["tokens"] <= 4 for line in lines)
+    again = run(capsys, folder, *command, "--template", "emu3-chat")
+    other = run(capsys, folder, *command, "--template", "{question} {media}")
+    said = [[line["answer"] for line in each] for each in (lines, again, other)]
+    assert said[0] == said[1] != said[2]
+
+
+def test_documents_of_text_and_images(capsys, folder: Path, tmp_path: Path) -> None:
+    """What is written are the segments of the line, whole pictures only, the prompt first."""
+    command = [
+        "interleave",
+        "--prompt",
+        "a red circle",
+        "--samples",
+        6,
+        "--max-new-tokens",
+        120,
+        "--top-k",
+        0,
+    ]
+    lines = run(capsys, folder, *command, "--output", tmp_path)
+    assert len(lines) == 6
+    for line in lines:
+        output = Path(line["output"])
+        assert json.loads((output / "document.json").read_text()) == line["segments"]
+        assert line["segments"][0]["text"].startswith("a red circle")
+        for segment in line["segments"]:
+            if "image" in segment:
+                assert decode_image(output / segment["image"]).shape[2] == 3
+    assert (tmp_path / "00000" / "document.md").read_text().startswith("a red circle")
+
+
+def test_sheets_and_rounds(capsys, folder: Path, tmp_path: Path) -> None:
+    command = ["image", "--prompt", "a", "--samples", 3, *SIZE, "--sheet", tmp_path / "all.png"]
+    lines = run(capsys, folder, *command, "--output", tmp_path / "images")
+    sheet = decode_image(tmp_path / "all.png")
+    assert sheet.shape == (4 + 2 * 12, 4 + 2 * 16, 3)
+    np.testing.assert_array_equal(sheet[4:12, 20:32], decode_image(Path(lines[1]["output"])))
+    (line,) = run(
+        capsys, folder, "continue", "--video", folder / "clip.mp4", "--frames", 12, "--given-frames", 8,
+        "--rounds", 3, *SIZE, "--output", tmp_path / "long.mp4", "--sheet", tmp_path / "frames.png",
+    )  # fmt: skip
+    assert (line["frames"], line["given_frames"]) == (20, 8)
+    assert load_clip(tmp_path / "long.mp4", 20, (8, 12)).shape[0] == 20
+    assert decode_image(tmp_path / "frames.png").shape == (4 + 12, 4 + 4 * 16, 3)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -155,6 +210,9 @@ def test_captions(capsys, folder: Path) -> None:
         (["image", "--prompt", "a", "--ratio", "wide", "--output", "x.png"], "WIDTH:HEIGHT"),
         (["video", "--prompt", "a", *SIZE, "--output", "x.mp4"], "either --frames or --seconds"),
         (["caption", "--image", "missing.png", *SIZE], "missing.png"),
+        (["chat", "--prompt", "a", "--image", "missing.png"], "missing.png"),
+        (["chat", "--prompt", "a", "--template", "{question}"], "emu3-chat"),
+        (["chat", "--image", "x.png"], "no prompt"),
     ],
 )
 def test_bad_arguments(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from emu3_megatron.inference.sampling import Sampling, UniformStream, guide, sample
+from emu3_megatron.inference.sampling import Sampling, UniformStream, _sample_together, guide, sample
 
 LOGITS = torch.log(torch.tensor([[0.05, 0.4, 0.1, 0.3, 0.15]]))
 
@@ -50,6 +50,23 @@ def test_rows_have_settings_of_their_own() -> None:
     together = sample(logits, settings, uniforms)
     alone = [int(sample(logits[i : i + 1], [settings[i]], [uniforms[i]])) for i in range(4)]
     assert together.tolist() == alone
+
+
+def test_rows_are_drawn_alike_on_all_devices() -> None:
+    """On a CPU rows are drawn one by one, elsewhere together: by the same rule."""
+    generator = torch.Generator().manual_seed(0)
+    settings = [
+        Sampling(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+        for temperature in (0.0, 0.7, 1.0)
+        for top_k in (None, 1, 20)
+        for top_p in (0.5, 1.0)
+        for min_p in (0.0, 0.1)
+    ]
+    logits = torch.randn(len(settings), 50, generator=generator).mul_(8).round_().div_(4)  # with ties
+    greedy = torch.tensor([each.temperature == 0 for each in settings])
+    for uniforms in torch.rand(20, len(settings), generator=generator).tolist():
+        together = _sample_together(logits, settings, uniforms, greedy)
+        assert sample(logits, settings, uniforms).tolist() == together.tolist()
 
 
 def test_the_ends_of_the_interval_stay_inside() -> None:

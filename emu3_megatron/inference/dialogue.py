@@ -1,0 +1,254 @@
+"""Questions about images and clips, and documents in which text and images alternate."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from emu3_megatron.errors import UserError
+from emu3_megatron.grammar import Dialect, Document, Image, Text, Video
+from emu3_megatron.inference.request import Completion, Request
+from emu3_megatron.inference.sampling import Sampling
+from emu3_megatron.inference.tasks import CAPTION_SAMPLING, Generator, Progress
+from emu3_megatron.media import (
+    ClipRule,
+    MediaError,
+    Preprocessor,
+    ResizeRule,
+    VideoInfo,
+    decode_image,
+    frame_source,
+    image_dimensions,
+    probe_video,
+)
+from emu3_megatron.media.files import Media
+from emu3_megatron.text.chat import CHAT_TEMPLATES, ChatTemplate
+
+Ids = npt.NDArray[np.int64]
+
+UNDERSTANDING_AREA = 512 * 512
+"""Pixels of an image that is asked about (released: 512x512 to 1024x1024)."""
+
+ROLES = ("system", "user", "assistant")
+"""Who says a message, in OpenAI's names."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """One message of a conversation. Raises `UserError` for another role, or an assistant with media."""
+
+    role: str
+    text: str
+    media: tuple[Image | Video, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check the role."""
+        if self.role not in ROLES:
+            raise UserError(f"role {self.role!r} is not one of {', '.join(ROLES)}")
+        if self.media and self.role != "user":
+            raise UserError(f"a message of the {self.role} holds media; only the user's may")
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says."""
+
+    text: str
+    seed: int
+    finished: bool
+    """False when it was cut off."""
+    tokens: int
+    """New tokens."""
+
+
+@dataclass(frozen=True)
+class Story:
+    """Text and images in their order, the prompt included."""
+
+    document: Document
+    seed: int
+    finished: bool
+    """False when it was cut off; an image that was cut off is left out."""
+    tokens: int
+    """New tokens, those of a part that is left out included."""
+
+
+class MediaReader:
+    """Images and clips to vision codes, at their own aspect ratio."""
+
+    def __init__(
+        self, generator: Generator, *, area: int = UNDERSTANDING_AREA, most_pixels: int | None = None
+    ) -> None:
+        """`area`: pixels to bring each picture to, about; a file of more than `most_pixels` is refused."""
+        self._most_pixels = most_pixels
+        self._generator = generator
+        self._vision = generator.bundle.vision_tokenizer
+        self._rule = ResizeRule(area=area, spatial_factor=self._vision.spatial_factor)
+        self._preprocessor = Preprocessor(batch_size=1)
+
+    def image(self, media: Media) -> Image:
+        """Codes of an image file. Raises `MediaError`, without the file's name."""
+        if self._most_pixels is not None:
+            self._check(*image_dimensions(media))
+        picture = decode_image(media)
+        (pixels_1CHW,) = self._preprocessor([picture[None]], [self._rule.plan(*picture.shape[:2])])
+        return Image(self._generator.encode_images(pixels_1CHW)[0])
+
+    def video(self, media: Media, *, frames: int, fps: float | None = None) -> Video:
+        """Codes of the first `frames` frames of a clip (see `ClipRule` for the rate).
+
+        Raises `MediaError`, without the file's name, and `UserError` for a number of frames that the vision
+        tokenizer does not take.
+        """
+        factor = self._vision.temporal_factor
+        if frames < factor or frames % factor:
+            raise UserError(f"frames={frames} must be a multiple of {factor}, the temporal factor")
+        info = self.probe(media)
+        clip = ClipRule(frames=frames, fps=fps).select(info)
+        geometry = self._rule.plan(*info.upright_size, pixel_aspect=info.pixel_aspect)
+        pictures = frame_source().frames(media, info, clip.indices)
+        (pixels_TCHW,) = self._preprocessor([pictures], [geometry])
+        codes_THW = self._vision.encode(pixels_TCHW[None])[0].cpu().numpy()
+        return Video(codes_THW, fps=clip.fps, seconds=round(clip.seconds, 3))
+
+    def probe(self, media: Media) -> VideoInfo:
+        """What a video file holds. Raises `MediaError`, also where its frames are too large."""
+        info = probe_video(media)
+        self._check(*info.upright_size)
+        return info
+
+    def _check(self, height: int, width: int) -> None:
+        if self._most_pixels is not None and height * width > self._most_pixels:
+            raise MediaError(f"has {width}x{height} pixels, more than {self._most_pixels} in all")
+
+
+def chat_template(name: str) -> ChatTemplate:
+    """A released template, or one's own pattern. Raises `UserError` for neither."""
+    if name in CHAT_TEMPLATES:
+        return CHAT_TEMPLATES[name]
+    try:
+        return ChatTemplate(name)
+    except ValueError as error:
+        raise UserError(f"{error}; or name one of {', '.join(CHAT_TEMPLATES)}") from error
+
+
+def conversation(messages: Sequence[Message], template: ChatTemplate) -> Document:
+    """The document of a conversation up to the next answer.
+
+    Every question takes the template, earlier ones with their answers; what the system says stands before the
+    question after it. The released models saw one question each.
+
+    Raises `UserError` unless questions and answers alternate and a question comes last.
+    """
+    segments: list[Text | Image | Video] = []
+    said = ""
+    question: Message | None = None
+    for message in messages:
+        if message.role == "system":
+            said += f"{message.text} "
+        elif message.role == "user" and question is None:
+            question = Message("user", said + message.text, message.media)
+            said = ""
+        elif message.role == "assistant" and question is not None:
+            segments += template.render(question.text, question.media, message.text).segments
+            segments.append(Text(" "))
+            question = None
+        else:
+            raise UserError("questions of the user and answers of the assistant must alternate")
+    if question is None or said:
+        raise UserError("the last message must be a question of the user")
+    return Document((*segments, *template.render(question.text, question.media).segments))
+
+
+def text_request(
+    dialect: Dialect, document: Document, *, sampling: Sampling, seed: int, max_new_tokens: int
+) -> Request:
+    """Continue `document` with text, up to its end. Raises `UserError` for guidance: it is for spans."""
+    if sampling.guidance != 1.0:
+        raise UserError(f"guidance={sampling.guidance}: text is generated without; leave it at 1")
+    return Request(
+        prompt=dialect.encode(document).ids[:-1],
+        sampling=sampling,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        forbidden=frozenset([dialect.vocabulary.boi]),
+    )
+
+
+def read_text(dialect: Dialect, ids: Ids) -> str:
+    """The text of the new tokens of a `text_request`."""
+    return dialect.parse_text(ids[ids != dialect.vocabulary.eos]).text
+
+
+def answer(
+    generator: Generator,
+    conversations: Sequence[Sequence[Message]],
+    *,
+    template: ChatTemplate,
+    sampling: Sampling = CAPTION_SAMPLING,
+    seeds: Sequence[int],
+    max_new_tokens: int = 1024,
+    progress: Progress | None = None,
+) -> list[Answer]:
+    """Answer the last question of each conversation."""
+    dialect = generator.bundle.dialect
+    requests = [
+        text_request(
+            dialect,
+            conversation(messages, template),
+            sampling=sampling,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+        )
+        for messages, seed in zip(conversations, seeds, strict=True)
+    ]
+    completions = generator.engine.generate(requests, progress=progress)
+    return [
+        Answer(read_text(dialect, done.ids).strip(), request.seed, done.finished, len(done.ids))
+        for request, done in zip(requests, completions, strict=True)
+    ]
+
+
+def interleave(
+    generator: Generator,
+    prompts: Sequence[str],
+    *,
+    sampling: Sampling,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    progress: Progress | None = None,
+) -> list[Story]:
+    """Continue texts freely, with images where the model puts them, of the sizes it gives them.
+
+    Guidance must be 1: where the model chooses between text and an image there is no unconditional stream.
+    """
+    if sampling.guidance != 1.0:
+        raise UserError(f"guidance={sampling.guidance}: documents are generated without; leave it at 1")
+    dialect = generator.bundle.dialect
+    bos = [dialect.vocabulary.bos]
+    requests = [
+        Request(
+            prompt=np.concatenate([bos, dialect.encode_text(prompt)]),
+            sampling=sampling,
+            seed=seed,
+            max_new_tokens=max_new_tokens,
+        )
+        for prompt, seed in zip(prompts, seeds, strict=True)
+    ]
+    completions = generator.engine.generate(requests, progress=progress)
+    return [_story(dialect, *pair) for pair in zip(requests, completions, strict=True)]
+
+
+def _story(dialect: Dialect, request: Request, completion: Completion) -> Story:
+    """The document as far as it is whole."""
+    vocabulary = dialect.vocabulary
+    ids = np.concatenate([request.prompt, completion.ids])
+    opened = np.flatnonzero(ids == vocabulary.boi)
+    if len(opened) > np.count_nonzero(ids == vocabulary.eoi):
+        ids = ids[: opened[-1]]
+    if ids[-1] != vocabulary.eos:
+        ids = np.append(ids, vocabulary.eos)
+    return Story(dialect.parse(ids), request.seed, completion.finished, len(completion.ids))
