@@ -180,6 +180,9 @@ class Checkpointer:
         """Load weights, optimizer and averages of a checkpoint of this run, saved under any layout."""
         from megatron.core import dist_checkpointing
 
+        from emu3_megatron.training.checkpoint_metadata import read_metadata
+
+        read_metadata(folder)  # megatron-core would run what it asks for
         state, models = self._model_state(averages=record.ema)
         plain: dict[str, Any] = {}
         if record.progress.updates:
@@ -316,6 +319,9 @@ def load_weights(chunks: Sequence[Any], folder: Path, *, averaged: bool = False)
     """Fill unwrapped `chunks` with a checkpoint's weights, or with its averaged weights."""
     from megatron.core import dist_checkpointing
 
+    from emu3_megatron.training.checkpoint_metadata import read_metadata
+
+    read_metadata(folder)  # megatron-core would run what it asks for
     state = model_state(chunks)
     if averaged:
         for sharded in state.values():

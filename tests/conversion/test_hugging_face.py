@@ -277,10 +277,11 @@ def test_damaged_folders_are_refused(exported, tmp_path: Path) -> None:
 
 
 def test_shards_have_an_index(tmp_path: Path) -> None:
+    from emu3_megatron.conversion.lazy import InMemory
     from emu3_megatron.conversion.tensor_files import TensorFiles, write_tensors
 
     tensors = {f"t{index}": torch.full((10,), float(index)) for index in range(5)}
-    write_tensors(tmp_path, tensors.items(), shard_bytes=80)
+    write_tensors(tmp_path, InMemory(tensors), shard_bytes=80)
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
         f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)
     ]
