@@ -40,12 +40,19 @@ def text_model(kind: str, *, tied: bool) -> torch.nn.Module:
         model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(**SHAPE, tie_word_embeddings=tied, attention_bias=False)
         )
+    elif kind == "qwen2":
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE, tie_word_embeddings=tied))
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                torch.nn.init.normal_(projection.bias)
     else:
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE, tie_word_embeddings=tied))
     return model.eval()
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("llama", False), ("llama", True), ("qwen3", True)])
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("llama", False), ("llama", True), ("qwen2", False), ("qwen3", True)]
+)
 def test_text_ids_keep_their_logits_and_new_ids_look_like_old_ones(
     tmp_path: Path, kind: str, tied: bool
 ) -> None:
