@@ -1,7 +1,7 @@
-"""Training checkpoints and Hugging Face folders: one into the other, and both compared.
+"""Training checkpoints and Hugging Face folders: one into the other, tensor by tensor.
 
-Distributed checkpoints do not depend on a layout, so one process converts what any number of processes wrote
-or will read. The functions need process groups (`initialize_parallel`) of a single process.
+Distributed checkpoints do not depend on a layout, so any number of processes converts what any other wrote or
+will read. Started under torchrun, they divide the work.
 """
 
 from __future__ import annotations
@@ -9,18 +9,49 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from emu3_megatron.conversion.companions import (
+    KEPT,
+    VISION,
+    keep_companions,
+    kept_folder,
+    name_datasets,
+    write_training_config,
+)
+from emu3_megatron.conversion.distributed import StoredTensors, write_checkpoint_tensors
 from emu3_megatron.conversion.hugging_face import ExportedModel, export_hugging_face, open_hugging_face
-from emu3_megatron.conversion.maps import canonical_names
+from emu3_megatron.conversion.lazy import Cast, Finite, InMemory, LazyTensors, refuse_problems
+from emu3_megatron.conversion.maps import Converted, canonical_names, one_dtype
+from emu3_megatron.conversion.processes import on_first, rank, together, world_size
 from emu3_megatron.conversion.publish import publish_folder, refuse_existing
+from emu3_megatron.conversion.vision_files import write_vision_tokenizer
+from emu3_megatron.data import Manifest
 from emu3_megatron.errors import UserError
+from emu3_megatron.files import write_json_atomic
+from emu3_megatron.model import ModelConfig
 from emu3_megatron.parallel.config import ParallelConfig
+from emu3_megatron.training.checkpoint import Progress, Record
+from emu3_megatron.training.checkpoint_files import (
+    RECORD,
+    CheckpointError,
+    commit,
+    damage,
+    payload,
+    resolve,
+    seal,
+    step_folder,
+)
+from emu3_megatron.vision import VisionTokenizerConfig
+from emu3_megatron.vocabulary import Vocabulary
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Types that a model trains in, by their names."""
 
 StrPath = str | os.PathLike[str]
 
@@ -43,73 +74,218 @@ def export_checkpoint(
     Args:
         source: a run or a committed checkpoint.
         folder: where the result appears, whole or not at all.
-        vision_tokenizer: folder of the vision tokenizer; needed but for the layout ``emu3``.
-        text_tokenizer: file of the text tokenizer; without it no tokenizer is written.
+        vision_tokenizer: folder of the vision tokenizer; needed but for the layout ``emu3``, and where the
+            run was imported with one.
+        text_tokenizer: file of the text tokenizer; without it that of the import, or none, is written.
         layout: see `export_hugging_face`.
         dtype: of the language model's tensors; None keeps them.
         averaged: take the averaged weights; by default they are taken where there are some.
-        dialect: name to keep in the folder; by default that of the run's datasets.
+        dialect: name to keep in the folder; by default that of the run's datasets, or of its import.
         image_pixels: see `export_hugging_face`.
         overwrite: replace an existing folder.
 
     Raises:
-        CheckpointError, ConversionError, UserError: see `load_model_for_inference` and `export_hugging_face`.
+        CheckpointError: the checkpoint is damaged.
+        ConversionError, UserError: see `export_hugging_face`.
     """
-    from emu3_megatron.training.checkpoint import Record, load_model_for_inference
-    from emu3_megatron.training.checkpoint_files import resolve
-
     refuse_existing(folder, overwrite=overwrite)
+    if (Path(source) / "config.json").is_file():
+        raise UserError(f"{source} is a Hugging Face folder already; export takes a run or its checkpoint")
     checkpoint = resolve(Path(source))
-    (model,), config, vocabulary = load_model_for_inference(checkpoint, ParallelConfig(), averaged=averaged)
-    dialect = dialect or dialect_of_run(Record.read(checkpoint).config)
+    check_files(checkpoint)
+    weights, config, vocabulary = checkpoint_weights(checkpoint, averaged=averaged)
+    record = Record.read(checkpoint)
+    dialect = dialect or dialect_of_run(record.config) or record.config.get("imported", {}).get("dialect")
     return export_hugging_face(
         folder,
-        model.state_dict(),
+        weights,
         ExportedModel(config=config, vocabulary=vocabulary, dialect=dialect),
-        vision_tokenizer=vision_tokenizer,
+        vision_tokenizer=vision_tokenizer or kept_folder(checkpoint, VISION),
         text_tokenizer=text_tokenizer,
         layout=layout,
         dtype=dtype,
         image_pixels=image_pixels,
+        kept=kept_folder(checkpoint, KEPT),
         overwrite=overwrite,
     )
 
 
 def import_checkpoint(
-    source: StrPath, run: StrPath, *, precision: str | None = None, overwrite: bool = False
+    source: StrPath,
+    run: StrPath,
+    *,
+    precision: str | None = None,
+    parallel: ParallelConfig | None = None,
+    datasets: Sequence[Path] = (),
+    allow_pickle: bool = False,
+    overwrite: bool = False,
 ) -> Path:
-    """Write a Hugging Face folder as the first checkpoint of a new run folder.
+    """Write a Hugging Face folder as the first checkpoint of a new run folder, one tensor at a time.
 
-    The run holds weights only: training starts from it, generation and export read it.
+    The run holds weights only, the vision tokenizer where the layout has one, the small files of the folder,
+    and ``train.yaml``: training starts from it, generation and export read it.
 
     Args:
         source: folder of any layout.
         run: appears whole or not at all, with ``checkpoints/step-00000000``.
-        precision: ``fp32`` or ``bf16``; by default that of the folder (half precision becomes bf16).
+        precision: ``fp32`` or ``bf16``; by default every number is kept as it is.
+        parallel: layout whose ranks read whole files; every other one can load the checkpoint too.
+        datasets: folders that ``train.yaml`` trains on.
+        allow_pickle: see `open_hugging_face`.
         overwrite: replace an existing folder.
 
     Raises:
-        ConversionError: the folder is damaged or does not fit.
-        UserError: `run` exists.
+        ConversionError: the folder is damaged or does not fit, or holds numbers that are not finite.
+        UserError: `run` exists, or the model or a dataset does not fit.
     """
-    from emu3_megatron.training.checkpoint_files import step_folder
-
     refuse_existing(run, overwrite=overwrite)
-    opened = open_hugging_face(source)
-    weights = dict(opened.weights())
+    opened = open_hugging_face(source, allow_pickle=allow_pickle)
+    vocabulary = _vocabulary_of_datasets(opened.vocabulary, datasets)
+    about = ImportedRun(
+        config=opened.config,
+        vocabulary=vocabulary,
+        notes={"layout": opened.layout.name, "dialect": opened.dialect},
+        companions=Path(source),
+        vision=opened.vision(),
+    )
+    return write_run(
+        run,
+        opened.tensors(),
+        about,
+        precision=precision,
+        parallel=parallel,
+        datasets=datasets,
+        overwrite=overwrite,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportedRun:
+    """What a new run holds beside the weights."""
+
+    config: ModelConfig
+    vocabulary: Vocabulary
+    notes: dict[str, Any]
+    """Where it is from, kept in the checkpoint's record."""
+    companions: Path
+    """The Hugging Face folder."""
+    keep_companions: bool = True
+    """Keep its small files: they describe this model."""
+    seed: int = 0
+    vision: tuple[VisionTokenizerConfig, LazyTensors] | None = None
+
+
+def write_run(
+    run: StrPath,
+    weights: Converted,
+    about: ImportedRun,
+    *,
+    precision: str | None = None,
+    parallel: ParallelConfig | None = None,
+    datasets: Sequence[Path] = (),
+    overwrite: bool = False,
+) -> Path:
+    """Write weights as the first checkpoint of a new run folder; see `import_checkpoint`.
+
+    Args:
+        run: appears whole or not at all.
+        weights: our tensors; a tensor that is not finite is refused.
+        about: everything else.
+        precision: ``fp32`` or ``bf16``; None keeps the type, which must then be the same everywhere.
+        parallel: see `import_checkpoint`.
+        datasets: see `import_checkpoint`.
+        overwrite: replace an existing folder.
+
+    Returns:
+        The checkpoint folder.
+    """
+    parallel = parallel or ParallelConfig()
+    about.config.validate(parallel)
+    if precision not in (None, "fp32", "bf16"):
+        raise UserError(f"precision {precision!r} must be fp32 or bf16")
+    tensors: LazyTensors = weights
     if precision is None:
-        precision = "fp32" if next(iter(weights.values())).dtype == torch.float32 else "bf16"
-    model = build_empty(opened.config, opened.vocabulary, precision)
-    fill(model, weights)
-    record = {
-        "model": asdict(opened.config),
-        "seed": 0,
-        "trainer": {"precision": precision},
-        "imported": {"layout": opened.layout.name, "dialect": opened.dialect},
-    }
+        kept_type = one_dtype(str(about.companions), weights.source)
+        # fp32 holds every number of half precision, bf16 does not
+        precision = "bf16" if kept_type == torch.bfloat16 else "fp32"
+    else:
+        tensors = Cast(weights, PRECISIONS[precision])
+    finite = Finite(tensors)
+    sources = name_datasets(list(datasets))
+    checkpoint = step_folder(Path(run).absolute() / "checkpoints", 0)
     with publish_folder(run, overwrite=overwrite) as unfinished:
-        save_weights(model, step_folder(unfinished / "checkpoints", 0), opened.vocabulary.to_dict(), record)
+        folder = step_folder(unfinished / "checkpoints", 0)
+        on_first(lambda: folder.mkdir(parents=True))
+        sealed = write_checkpoint_tensors(
+            folder, finite, weights.split_axis, num_layers=about.config.num_layers, parallel=parallel
+        )
+        problems = {name: what for part in together(lambda: finite.problems) for name, what in part.items()}
+        refuse_problems(about.companions, problems)
+        if about.vision is not None:
+            on_first((unfinished / VISION).mkdir)
+            write_vision_tokenizer(unfinished / VISION, *about.vision)
+
+        def finish() -> None:
+            record = {
+                "model": asdict(about.config),
+                "seed": about.seed,
+                "trainer": {"precision": precision},
+                "imported": about.notes,
+            }
+            _commit(folder, sealed, about.vocabulary.to_dict(), record)
+            if about.keep_companions:
+                keep_companions(about.companions, unfinished)
+            write_training_config(
+                unfinished, checkpoint, about.config, precision=str(precision), datasets=sources
+            )
+
+        on_first(finish)
     return step_folder(Path(run) / "checkpoints", 0)
+
+
+def _vocabulary_of_datasets(vocabulary: Vocabulary, datasets: Sequence[Path]) -> Vocabulary:
+    """The vocabulary under the name that the datasets give it; raises `UserError` when they have another."""
+    for folder in datasets:
+        found = Manifest.load(folder).vocabulary
+        if replace(found, name=vocabulary.name) != vocabulary:
+            raise UserError(
+                f"{folder} is tokenized for another vocabulary ({found.text_size} text ids, "
+                f"{found.codebook_size} codes) than the weights ({vocabulary.text_size}, "
+                f"{vocabulary.codebook_size}); tokenize it for this model"
+            )
+        vocabulary = found
+    return vocabulary
+
+
+def checkpoint_weights(
+    checkpoint: Path, *, averaged: bool | None = None
+) -> tuple[LazyTensors, ModelConfig, Vocabulary]:
+    """Our tensors of a committed checkpoint, read one by one, in the precision of its run.
+
+    Raises `CheckpointError` when it is damaged or has no averaged weights and they are asked for.
+    """
+    record = Record.read(checkpoint)
+    if averaged and not record.ema:
+        raise CheckpointError(f"{checkpoint} holds no averaged weights (ema.decay was 0); leave averaged out")
+    take = record.ema if averaged is None else averaged
+    try:
+        config, vocabulary = ModelConfig(**record.config["model"]), Vocabulary(**record.vocabulary)
+        precision = record.config["trainer"]["precision"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint / RECORD} does not describe a model: {error}") from error
+    stored: LazyTensors = StoredTensors(checkpoint, averaged=take)
+    return (Cast(stored, PRECISIONS[precision]) if take else stored), config, vocabulary
+
+
+def check_files(checkpoint: Path) -> None:
+    """Compare every file of a checkpoint with its checksum; all processes divide the work.
+
+    Raises `CheckpointError` that names every damaged file.
+    """
+    part = slice(rank(), None, world_size())
+    found = together(lambda: list(damage(checkpoint, checksums=True, part=part)))
+    if problems := [problem for part_found in found for problem in part_found]:
+        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}; restore it from a copy")
 
 
 def read_weights(source: StrPath, *, averaged: bool | None = None) -> dict[str, Tensor]:
@@ -118,29 +294,10 @@ def read_weights(source: StrPath, *, averaged: bool | None = None) -> dict[str, 
         opened = open_hugging_face(source)
         vocabulary, weights = opened.vocabulary, dict(opened.weights())
     else:
-        from emu3_megatron.training.checkpoint import load_model_for_inference
-
-        (model,), _, vocabulary = load_model_for_inference(Path(source), ParallelConfig(), averaged=averaged)
-        weights = canonical_names(model.state_dict())
+        lazy, _, vocabulary = checkpoint_weights(resolve(Path(source)), averaged=averaged)
+        weights = dict(lazy)
     rows = {"embedding.word_embeddings.weight", "output_layer.weight"}
     return {name: t[: vocabulary.size] if name in rows else t for name, t in weights.items()}
-
-
-def first_difference(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> str | None:
-    """The first way in which two sets of tensors differ, in words; None where they are equal bit by bit."""
-    for name in sorted(set(one) | set(other)):
-        if name not in one or name not in other:
-            return f"{name} is only in the {'second' if name not in one else 'first'}"
-        left, right = one[name].detach(), other[name].detach()
-        if left.shape != right.shape:
-            return f"{name} has shape {list(left.shape)} in the first, {list(right.shape)} in the second"
-        if left.dtype != right.dtype:
-            return f"{name} is {left.dtype} in the first, {right.dtype} in the second"
-        different = left.contiguous().view(torch.uint8) != right.contiguous().view(torch.uint8)
-        if bool(different.any()):
-            largest = (left.float() - right.float()).abs().max().item()
-            return f"{name} differs, by at most {largest:.3g}"
-    return None
 
 
 def logit_difference(model: torch.nn.Module, folder: StrPath, sequences: Sequence[Sequence[int]]) -> float:
@@ -185,46 +342,30 @@ def dialect_of_run(config: Mapping[str, Any]) -> str | None:
     return names.pop() if names else None
 
 
-def build_empty(config: Any, vocabulary: Any, precision: str) -> torch.nn.Module:
-    """An empty model on this process."""
-    from emu3_megatron.model import build_model
-
-    if precision not in ("fp32", "bf16"):
-        raise UserError(f"precision {precision!r} must be fp32 or bf16")
-    (model,) = build_model(
-        config,
-        vocabulary_padded_size=vocabulary.padded_size,
-        vocabulary_size=vocabulary.size,
-        parallel=ParallelConfig(),
-        seed=0,
-        precision="bf16" if precision == "bf16" else "fp32",
-        initialize=False,
-    )
-    return model
-
-
-def fill(model: torch.nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """Copy weights into the model."""
-    state = canonical_names(model.state_dict())
-    if set(state) != set(weights):
-        raise UserError(f"weights do not fit the model: {sorted(set(state) ^ set(weights))[:5]}")
-    with torch.no_grad():
-        for name, tensor in weights.items():
-            state[name].copy_(tensor)
-
-
 def save_weights(
     model: torch.nn.Module, folder: Path, vocabulary: dict[str, Any], config: dict[str, Any]
 ) -> None:
-    """Write a committed checkpoint of weights alone."""
-    from megatron.core import dist_checkpointing
-
-    from emu3_megatron.files import write_json_atomic
-    from emu3_megatron.training import checkpoint_files as files
-    from emu3_megatron.training.checkpoint import CONTENT_METADATA, Progress, Record, model_state
-
+    """Write the weights of a whole model in memory (one process) as a committed checkpoint."""
     folder.mkdir(parents=True)
-    dist_checkpointing.save(model_state([model]), str(folder), content_metadata=CONTENT_METADATA)
+    weights = InMemory(canonical_names(model.state_dict()))
+    sealed = write_checkpoint_tensors(
+        folder,
+        weights,
+        lambda name: (None, 1),
+        num_layers=config["model"]["num_layers"],
+        parallel=ParallelConfig(),
+    )
+    _commit(folder, sealed, vocabulary, config)
+
+
+def _commit(
+    folder: Path,
+    sealed: dict[str, dict[str, int | str]],
+    vocabulary: dict[str, Any],
+    config: dict[str, Any],
+) -> None:
+    """Add the record to a checkpoint's tensor files, seal what is not sealed, commit."""
     record = Record(progress=Progress(), vocabulary=vocabulary, plan_fingerprint="", plan={}, config=config)
-    write_json_atomic(folder / files.RECORD, asdict(record))
-    files.commit(folder, files.seal(folder, files.payload(folder)), 0)
+    write_json_atomic(folder / RECORD, asdict(record))
+    rest = [path for path in payload(folder) if path.name not in sealed]
+    commit(folder, dict(sorted({**sealed, **seal(folder, rest)}.items())), 0)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-from emu3_megatron.conversion.names import IMAGE_PLACEHOLDER
+from emu3_megatron.conversion.names import IMAGE_PLACEHOLDER, read_vocabulary
 from emu3_megatron.conversion.rules import Architecture, ConversionError
 from emu3_megatron.model import ModelConfig
-from emu3_megatron.vocabulary import Vocabulary
+from emu3_megatron.vocabulary import EMU3_CONTROL_COUNT, Vocabulary
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
@@ -22,6 +23,10 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 """``You are a helpful assistant. USER: <image>text ASSISTANT:``, as transformers' Emu3-Chat."""
+
+TEXT_MODELS = ("llama", "mistral", "qwen2", "qwen3")
+"""Values of ``model_type`` whose decoder is ours, with biases or normalised queries and keys where it has
+them."""
 
 IMAGE_AREA = {"min_pixels": 512 * 512, "max_pixels": 1024 * 1024}
 """Sizes that the released image processor resizes to, in pixels."""
@@ -39,6 +44,7 @@ def architecture(config: ModelConfig, vocabulary: Vocabulary) -> Architecture:
         vocabulary_size=vocabulary.size,
         padded_vocabulary_size=vocabulary.padded_size,
         qk_layernorm=config.qk_layernorm,
+        qkv_bias=config.qkv_bias,
     )
 
 
@@ -85,10 +91,9 @@ def transformers_config(
 
     Raises `ConversionError` for a model that transformers' Emu3 cannot express.
     """
-    if config.qk_layernorm:
-        raise ConversionError(
-            "transformers' Emu3 has no normalised queries and keys (qk_layernorm); export with --layout emu3"
-        )
+    if config.qk_layernorm or config.qkv_bias:
+        what = "normalised queries and keys (qk_layernorm)" if config.qk_layernorm else "biases (qkv_bias)"
+        raise ConversionError(f"transformers' Emu3 has no {what}; export with --layout emu3")
     if vision.get("codebook_size") != vocabulary.codebook_size:
         raise ConversionError(
             f"the vision tokenizer has {vision.get('codebook_size')} codes, the vocabulary "
@@ -108,9 +113,22 @@ def transformers_config(
 
 
 def released_config(config: ModelConfig, vocabulary: Vocabulary, *, dtype: str) -> dict[str, Any]:
-    """``config.json`` of Emu3 as released (``Emu3ForCausalLM``, remote code)."""
+    """``config.json`` of Emu3 as released (``Emu3ForCausalLM``, remote code).
+
+    A model with normalised queries and keys, or with biases on them, computes what transformers' Qwen3 or
+    Qwen2 does: its folder says so, and loads as one.
+    """
     values = text_config(config, vocabulary, dtype)
+    if config.qk_layernorm and not config.qkv_bias:
+        return {
+            "architectures": ["Qwen3ForCausalLM"],
+            "model_type": "qwen3",
+            **values,
+            "head_dim": config.head_size,
+        }
     del values["rope_parameters"], values["mlp_bias"]
+    if config.qkv_bias and not config.qk_layernorm:
+        return {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", **values}
     return {"architectures": ["Emu3ForCausalLM"], "model_type": "Emu3", "rope_scaling": None, **values}
 
 
@@ -145,24 +163,21 @@ def image_processor_config(spatial_factor: int, *, min_pixels: int, max_pixels: 
     }
 
 
-def read_model_config(values: Mapping[str, Any]) -> ModelConfig:
+def read_model_config(values: Mapping[str, Any], path: Path | str = "config.json") -> ModelConfig:
     """Our configuration from a ``config.json`` of any layout.
+
+    Args:
+        values: Its contents.
+        path: Where it stands, for messages.
 
     Raises `ConversionError` when a field is missing or states something our model does not have.
     """
     text = values.get("text_config", values)
-    refused = {
-        "attention_bias": (False, None),
-        "mlp_bias": (False, None),
-        "tie_word_embeddings": (False, None),
-        "hidden_act": ("silu", None),
-        "rope_scaling": (None,),
-    }
-    for name, allowed in refused.items():
+    if not isinstance(text, Mapping):
+        raise ConversionError(f"{path}: text_config is no JSON object")
+    for name, allowed in _REFUSED.items():
         if text.get(name) not in allowed:
-            raise ConversionError(
-                f"config.json: {name}={text[name]!r} is not supported; expected {allowed[0]!r}"
-            )
+            raise ConversionError(f"{path}: {name}={text[name]!r} is not supported; expected {allowed[0]!r}")
     try:
         heads, hidden = int(text["num_attention_heads"]), int(text["hidden_size"])
         size = int(text.get("head_dim") or hidden // heads)
@@ -177,18 +192,56 @@ def read_model_config(values: Mapping[str, Any]) -> ModelConfig:
             max_position_embeddings=int(text["max_position_embeddings"]),
             rotary_base=int(_rotary_base(text)),
             layernorm_epsilon=float(text["rms_norm_eps"]),
-            qk_layernorm=bool(text.get("use_qk_norm", False)),
             embedding_dropout=dropout,
             attention_dropout=dropout,
             hidden_dropout=dropout,
             init_method_std=float(text.get("initializer_range", 0.02)),
         )
+        config.validate()
     except KeyError as error:
-        raise ConversionError(
-            f"config.json lacks {error.args[0]!r}; is this an Emu3 configuration?"
-        ) from error
-    config.validate()
+        raise ConversionError(f"{path} lacks {error.args[0]!r}; is this an Emu3 configuration?") from error
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConversionError(f"{path} does not describe a model: {error}") from error
     return config
+
+
+_REFUSED: dict[str, tuple[Any, ...]] = {
+    "attention_bias": (False, None),
+    "mlp_bias": (False, None),
+    "tie_word_embeddings": (False, None),
+    "hidden_act": ("silu", None),
+    "rope_scaling": (None,),
+    "use_sliding_window": (False, None),
+}
+"""Fields to the values that our model has."""
+
+
+def read_vocabulary_of(values: Mapping[str, Any], path: Path | str = "config.json") -> Vocabulary:
+    """The vocabulary that a ``config.json`` states: by its map, by the released size, or by the ids of its
+    control tokens, which stand in one block between text and vision.
+
+    Raises `ConversionError` when none of them tells.
+    """
+    if values.get("vocabulary_map"):
+        return read_vocabulary(values["vocabulary_map"])
+    text = values.get("text_config", values)
+    size, pad = text.get("vocab_size"), text.get("pad_token_id")
+    for name in ("emu3", "emu3.5"):
+        if Vocabulary.preset(name).size == size:
+            return Vocabulary.preset(name)
+    if isinstance(size, int) and isinstance(pad, int):
+        codes = size - pad - EMU3_CONTROL_COUNT
+        if pad > 0 and codes > 0:
+            vocabulary = Vocabulary.build("imported", text_size=pad, codebook_size=codes)
+            if (vocabulary.bos, vocabulary.eos) == (text.get("bos_token_id"), text.get("eos_token_id")):
+                return vocabulary
+    kind = values.get("model_type")
+    remedy = "; start from a text model with the command `extend`" if kind in TEXT_MODELS else ""
+    raise ConversionError(
+        f"{path} (model_type={kind!r}, vocab_size={size}) states no vocabulary of Emu3: it has neither a "
+        f"vocabulary_map, nor the vocab_size of Emu3 (184622) or Emu3.5 (282926), nor the pad, bos and eos "
+        f"ids of Emu3's block of {EMU3_CONTROL_COUNT} control ids{remedy}"
+    )
 
 
 def _rotary_base(text: Mapping[str, Any]) -> float:

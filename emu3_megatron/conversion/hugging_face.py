@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,37 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from emu3_megatron.conversion import configuration
-from emu3_megatron.conversion.maps import LAYOUTS, VISION_PREFIXES, Layout, WeightMap, detect_layout
-from emu3_megatron.conversion.names import read_vocabulary, vocabulary_map
+from emu3_megatron.conversion.companions import give_back, read_json
+from emu3_megatron.conversion.lazy import (
+    Cast,
+    Finite,
+    InMemory,
+    Joined,
+    LazyTensors,
+    Renamed,
+    refuse_problems,
+    select,
+)
+from emu3_megatron.conversion.maps import (
+    LAYOUTS,
+    VISION_PREFIXES,
+    Converted,
+    Layout,
+    WeightMap,
+    canonical_names,
+    detect_layout,
+)
+from emu3_megatron.conversion.names import vocabulary_map
+from emu3_megatron.conversion.processes import on_first, together
 from emu3_megatron.conversion.publish import publish_folder
 from emu3_megatron.conversion.rules import ConversionError
-from emu3_megatron.conversion.tensor_files import TensorFiles, cast, write_tensors
+from emu3_megatron.conversion.tensor_files import TensorFolder, open_tensors, write_tensors
 from emu3_megatron.conversion.tokenizer_files import build_tokenizer, write_tokenizer
+from emu3_megatron.conversion.vision_files import open_vision_tokenizer, strip, vision_tensors
 from emu3_megatron.files import write_json_atomic
 from emu3_megatron.model import ModelConfig
-from emu3_megatron.vision import VisionTokenizer
+from emu3_megatron.vision import VisionTokenizer, VisionTokenizerConfig
+from emu3_megatron.vision.checkpoint import load_config
 from emu3_megatron.vocabulary import Vocabulary
 
 OWN_FILE = "emu3_megatron.json"
@@ -44,19 +65,47 @@ class ExportedModel:
 
 @dataclass(frozen=True, kw_only=True)
 class ImportedModel:
-    """A Hugging Face folder, opened; weights are read when iterated."""
+    """A Hugging Face folder, opened; weights are read when asked for."""
 
     config: ModelConfig
     vocabulary: Vocabulary
     dialect: str | None
     layout: Layout
-    files: TensorFiles
+    files: TensorFolder
+
+    def tensors(self) -> Converted:
+        """Our tensors (tensor parallelism 1), read one by one.
+
+        Raises `ConversionError` when the files do not fit.
+        """
+        weight_map = WeightMap(configuration.architecture(self.config, self.vocabulary), self.layout)
+        prefix = VISION_PREFIXES.get(self.layout.name)
+        names = [name for name in self.files if prefix is None or not name.startswith(prefix)]
+        return weight_map.ours(select(self.files, names))
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Our tensors one by one (tensor parallelism 1); raises `ConversionError` when the files do not
-        fit."""
-        weight_map = WeightMap(configuration.architecture(self.config, self.vocabulary), self.layout)
-        return weight_map.from_hugging_face(self.files.without_prefix(VISION_PREFIXES.get(self.layout.name)))
+        """Names and tensors of `tensors`."""
+        yield from self.tensors().items()
+
+    def vision(self) -> tuple[VisionTokenizerConfig, LazyTensors] | None:
+        """The vision tokenizer in transformers' names; None in a layout that has none.
+
+        Raises `ConversionError` when its tensors do not fit its configuration.
+        """
+        prefix = VISION_PREFIXES.get(self.layout.name)
+        if prefix is None:
+            return None
+        folder = self.files.folder
+        try:
+            config = load_config(folder)
+        except (TypeError, ValueError) as error:
+            raise ConversionError(f"{folder / 'config.json'}: vq_config: {error}") from error
+        if config.codebook_size != self.vocabulary.codebook_size:
+            raise ConversionError(
+                f"{folder / 'config.json'}: vq_config has {config.codebook_size} codes, the vocabulary "
+                f"{self.vocabulary.codebook_size}"
+            )
+        return config, vision_tensors(strip(self.files, prefix), config, folder)
 
 
 def export_hugging_face(
@@ -69,150 +118,212 @@ def export_hugging_face(
     layout: str = "transformers",
     dtype: torch.dtype | None = None,
     image_pixels: tuple[int, int] | None = None,
+    kept: Path | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a folder that transformers loads, whole or not at all.
+    """Write a folder that transformers loads, whole or not at all; one tensor is in memory at a time.
 
     Args:
         folder: where it appears; must not exist unless `overwrite`.
-        weights: state dict of the whole megatron-core model (tensor and pipeline parallelism 1).
+        weights: state dict of the whole megatron-core model (tensor and pipeline parallelism 1), plain or
+            lazy.
         model: its configuration and vocabulary.
         vision_tokenizer: needed by the transformers layouts, which hold it; ignored by ``emu3``.
-        text_tokenizer: file of the text tokenizer; without it no tokenizer or processor is written.
+        text_tokenizer: file of the text tokenizer; without it that of `kept`, or none, is written.
         layout: ``transformers``, ``transformers-5`` or ``emu3`` (see `maps.LAYOUTS`).
         dtype: of the language model's tensors; None keeps them. The vision tokenizer keeps its own.
         image_pixels: smallest and largest image, in pixels, that the image processor resizes to; by default
             the released ones (512x512 to 1024x1024).
+        kept: folder of the small files that the model was imported with; they travel on where this export
+            does not make them anew.
         overwrite: replace an existing folder.
 
     Returns:
         The folder.
 
     Raises:
-        ConversionError: the parts do not fit together; everything wrong with the tensors is listed.
+        ConversionError: the parts do not fit together, or weights are not finite; everything wrong with the
+            tensors is listed.
         UserError: the folder exists.
     """
     if layout not in LAYOUTS:
         raise ConversionError(f"unknown layout {layout!r}; known layouts: {', '.join(LAYOUTS)}")
-    tokenizer = None if text_tokenizer is None else build_tokenizer(text_tokenizer, model.vocabulary)
-    text_names = {} if tokenizer is None else tokenizer.get_vocab(with_added_tokens=False)
-    names = vocabulary_map(model.vocabulary, text_names)
+    tokenizer = _tokenizer(text_tokenizer, kept, model.vocabulary, layout)
+    names = vocabulary_map(model.vocabulary, _text_names(tokenizer, kept, model.vocabulary))
     weight_map = WeightMap(configuration.architecture(model.config, model.vocabulary), LAYOUTS[layout])
-    tensors = cast(weight_map.to_hugging_face(weights), dtype)
-    stored = _dtype_name(dtype or next(iter(weights.values())).dtype)
+    ours = weights if isinstance(weights, LazyTensors) else InMemory(canonical_names(weights))
+    converted = weight_map.theirs(ours)
+    finite = Finite(converted if dtype is None else Cast(converted, dtype))
+    tensors: LazyTensors = finite
+    stored = _dtype_name(tensors.dtype(next(iter(tensors))))
+    vision: tuple[VisionTokenizerConfig, LazyTensors] | None = None
+    if layout == "emu3":
+        config = configuration.released_config(model.config, model.vocabulary, dtype=stored)
+    else:
+        vision = _open_vision(vision_tokenizer)
+        config = configuration.transformers_config(
+            model.config, model.vocabulary, names=names, vision=_vision_config(vision[0]), dtype=stored
+        )
+        prefixed = Renamed(vision[1], {VISION_PREFIXES[layout] + name: name for name in vision[1]})
+        tensors = Joined(tensors, prefixed)
     with publish_folder(folder, overwrite=overwrite) as unfinished:
-        if layout == "emu3":
-            write_tensors(unfinished, tensors)
-            config = configuration.released_config(model.config, model.vocabulary, dtype=stored)
-        else:
-            vision = _open_vision(vision_tokenizer)
-            config = configuration.transformers_config(
-                model.config, model.vocabulary, names=names, vision=_vision_config(vision), dtype=stored
+        write_tensors(unfinished, tensors)
+        for problems in together(lambda: finite.problems):
+            refuse_problems(Path(folder), problems)
+        on_first(
+            lambda: _write_companions(
+                unfinished,
+                model,
+                config,
+                tokenizer,
+                None if vision is None else vision[0],
+                image_pixels,
+                kept,
             )
-            write_tensors(unfinished, _with_vision(tensors, vision, VISION_PREFIXES[layout]))
-            _write_image_processor(unfinished, vision, image_pixels)
-        _write_companions(unfinished, model, config, tokenizer)
+        )
     return Path(folder)
 
 
-def open_hugging_face(folder: str | os.PathLike[str]) -> ImportedModel:
+def open_hugging_face(folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> ImportedModel:
     """Open an Emu3 folder of any layout: as released, of transformers, or written by `export_hugging_face`.
+
+    Args:
+        folder: With ``config.json`` and weights.
+        allow_pickle: Read ``.bin`` weights with torch's weights-only loader where there are no others.
 
     Raises `ConversionError` when something is missing, damaged or not Emu3.
     """
     path = Path(folder)
     values = read_json(path / "config.json")
-    files = TensorFiles(path)
-    own = read_json(path / OWN_FILE) if (path / OWN_FILE).is_file() else None
+    files = open_tensors(path, allow_pickle=allow_pickle)
     layout = detect_layout(set(files))
-    if own is not None:
-        config, vocabulary = ModelConfig(**own["model"]), Vocabulary(**own["vocabulary"])
-        return ImportedModel(
-            config=config, vocabulary=vocabulary, dialect=own["dialect"], layout=layout, files=files
-        )
-    config = configuration.read_model_config(values)
-    return ImportedModel(
-        config=config, vocabulary=_vocabulary(values), dialect="emu3", layout=layout, files=files
+    first = layout.rename("model.layers.0.self_attn.")
+    stated = replace(
+        configuration.read_model_config(values, path / "config.json"),
+        qk_layernorm=first + "q_norm.weight" in files,
+        qkv_bias=first + "q_proj.bias" in files,
     )
+    if not (path / OWN_FILE).is_file():
+        vocabulary = configuration.read_vocabulary_of(values, path / "config.json")
+        return ImportedModel(config=stated, vocabulary=vocabulary, dialect="emu3", layout=layout, files=files)
+    config, vocabulary, dialect = _read_own(path / OWN_FILE)
+    own, other = (configuration.architecture(model, vocabulary) for model in (config, stated))
+    size = values.get("text_config", values).get("vocab_size", vocabulary.size)
+    contradictions = [
+        f"{name} is {getattr(other, name)} in config.json, {value} in {OWN_FILE}"
+        for name, value in vars(own).items()
+        if getattr(other, name) != value
+    ]
+    if size != vocabulary.size:
+        contradictions.append(f"vocab_size is {size} in config.json, {vocabulary.size} in {OWN_FILE}")
+    if contradictions:
+        raise ConversionError(f"{path}: its two configurations disagree: {'; '.join(contradictions)}")
+    return ImportedModel(config=config, vocabulary=vocabulary, dialect=dialect, layout=layout, files=files)
+
+
+def _read_own(path: Path) -> tuple[ModelConfig, Vocabulary, str | None]:
+    """Model, vocabulary and dialect of the file that `export_hugging_face` adds."""
+    own = read_json(path)
+    try:
+        config, vocabulary = ModelConfig(**own["model"]), Vocabulary(**own["vocabulary"])
+        config.validate()
+        return config, vocabulary, own["dialect"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ConversionError(f"{path} does not describe a model: {error}") from error
+
+
+def _tokenizer(
+    given: str | os.PathLike[str] | None, kept: Path | None, vocabulary: Vocabulary, layout: str
+) -> Tokenizer | None:
+    """The text tokenizer to write: the one given, or the released one where transformers' is not kept."""
+    if given is not None:
+        return build_tokenizer(given, vocabulary)
+    if kept is None or layout == "emu3" or (kept / "tokenizer.json").is_file():
+        return None
+    released = sorted(kept.glob("*.tiktoken"))
+    return build_tokenizer(released[0], vocabulary) if released else None
+
+
+def _text_names(tokenizer: Tokenizer | None, kept: Path | None, vocabulary: Vocabulary) -> dict[str, int]:
+    """Spelling of the text ids, by the tokenizer or by the configuration that was imported."""
+    if tokenizer is not None:
+        return dict(tokenizer.get_vocab(with_added_tokens=False))
+    if kept is None:
+        return {}
+    names = read_json(kept / "config.json").get("vocabulary_map") or {}
+    return {name: token for name, token in names.items() if token < vocabulary.text_size}
 
 
 def _write_companions(
-    folder: Path, model: ExportedModel, config: dict[str, Any], tokenizer: Tokenizer | None
+    folder: Path,
+    model: ExportedModel,
+    config: dict[str, Any],
+    tokenizer: Tokenizer | None,
+    vision: VisionTokenizerConfig | None,
+    pixels: tuple[int, int] | None,
+    kept: Path | None,
 ) -> None:
-    """Everything small: configurations, tokenizer, and our own file."""
+    """Everything small: configurations, tokenizer, our own file, and what was kept of an import."""
+    write_json_atomic(folder / OWN_FILE, _own_file(model))
+    if kept is not None:
+        old = read_json(kept / "config.json")
+        if old.get("model_type") == config["model_type"]:
+            old.pop("dtype", None)  # the newer name of torch_dtype
+            config = {**old, **config}
     write_json_atomic(folder / "config.json", config)
-    write_json_atomic(folder / "generation_config.json", configuration.generation_config(model.vocabulary))
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, model_max_length=model.config.max_position_embeddings)
-    own = {"model": asdict(model.config), "vocabulary": model.vocabulary.to_dict(), "dialect": model.dialect}
-    write_json_atomic(folder / OWN_FILE, own)
+    if pixels is not None and vision is not None:
+        _write_image_processor(folder, vision, pixels)
+    if kept is not None:
+        give_back(kept, folder)
+    if not (folder / "generation_config.json").exists():
+        values = configuration.generation_config(model.vocabulary)
+        write_json_atomic(folder / "generation_config.json", values)
+    if vision is not None and not _is_for_transformers(folder / "preprocessor_config.json"):
+        area = configuration.IMAGE_AREA
+        _write_image_processor(folder, vision, (area["min_pixels"], area["max_pixels"]))
 
 
-def _vocabulary(values: Mapping[str, Any]) -> Vocabulary:
-    """The vocabulary that a configuration states, by its map or by the released size."""
-    if values.get("vocabulary_map"):
-        return read_vocabulary(values["vocabulary_map"])
-    size = int(values.get("vocab_size", 0))
-    for name in ("emu3", "emu3.5"):
-        if Vocabulary.preset(name).size == size:
-            return Vocabulary.preset(name)
-    raise ConversionError(
-        "config.json has neither a vocabulary_map nor the vocab_size of Emu3 (184622) or Emu3.5 (282926): "
-        f"{size}"
-    )
+def _own_file(model: ExportedModel) -> dict[str, Any]:
+    """Contents of `OWN_FILE`."""
+    return {
+        "model": asdict(model.config),
+        "vocabulary": model.vocabulary.to_dict(),
+        "dialect": model.dialect,
+    }
 
 
-def _open_vision(vision: VisionTokenizer | str | os.PathLike[str] | None) -> VisionTokenizer:
-    """The vision tokenizer, loaded where a folder is given."""
+def _is_for_transformers(path: Path) -> bool:
+    """Whether a kept image processor is transformers' own: the released one is remote code."""
+    return path.is_file() and read_json(path).get("image_processor_type", "").startswith("Emu3ImageProcessor")
+
+
+def _open_vision(
+    vision: VisionTokenizer | str | os.PathLike[str] | None,
+) -> tuple[VisionTokenizerConfig, LazyTensors]:
+    """The vision tokenizer's configuration and tensors."""
     if vision is None:
         raise ConversionError(
             "this layout holds the vision tokenizer: give its folder (--vision-tokenizer), "
             "or use --layout emu3"
         )
-    return vision if isinstance(vision, VisionTokenizer) else VisionTokenizer.from_pretrained(vision)
+    return open_vision_tokenizer(vision if isinstance(vision, VisionTokenizer) else Path(vision))
 
 
-def _vision_config(vision: VisionTokenizer) -> dict[str, Any]:
+def _vision_config(vision: VisionTokenizerConfig) -> dict[str, Any]:
     """``vq_config`` without the keys that belong to a folder of its own."""
-    values = vision.config.to_transformers()
+    values = vision.to_transformers()
     values.pop("architectures", None)
     return values
 
 
-def _with_vision(
-    tensors: Iterator[tuple[str, Tensor]], vision: VisionTokenizer, prefix: str
-) -> Iterator[tuple[str, Tensor]]:
-    """The language model's tensors, then the vision tokenizer's."""
-    from emu3_megatron.vision.checkpoint import to_layout
-
-    yield from tensors
-    for name, tensor in to_layout(dict(vision.state_dict()), "transformers").items():
-        yield prefix + name, tensor
-
-
-def _write_image_processor(folder: Path, vision: VisionTokenizer, pixels: tuple[int, int] | None) -> None:
+def _write_image_processor(folder: Path, vision: VisionTokenizerConfig, pixels: tuple[int, int]) -> None:
     """``preprocessor_config.json``."""
-    smallest, largest = pixels or (
-        configuration.IMAGE_AREA["min_pixels"],
-        configuration.IMAGE_AREA["max_pixels"],
-    )
     values = configuration.image_processor_config(
-        vision.spatial_factor, min_pixels=smallest, max_pixels=largest
+        vision.spatial_factor, min_pixels=pixels[0], max_pixels=pixels[1]
     )
     write_json_atomic(folder / "preprocessor_config.json", values)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises `ConversionError` when it is missing or damaged."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConversionError(f"{path} is missing; is {path.parent} a Hugging Face folder?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConversionError(f"{path} is not JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConversionError(f"{path} holds no JSON object")
-    return values
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

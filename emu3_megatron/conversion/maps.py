@@ -6,11 +6,14 @@ prefixes for the other places the same tensors live in. Adding a model is adding
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
+from emu3_megatron.conversion.lazy import InMemory, LazyTensors, select
 from emu3_megatron.conversion.rules import (
     Architecture,
     ConversionError,
@@ -43,6 +46,7 @@ LAYER: tuple[Rule, ...] = (
         _OURS + "self_attention.linear_proj.weight",
         _THEIRS + "self_attn.o_proj.weight",
         ("hidden_size", "num_attention_heads*kv_channels"),
+        split_axis=1,
     ),
     Copy(_OURS + "pre_mlp_layernorm.weight", _THEIRS + "post_attention_layernorm.weight", ("hidden_size",)),
     GatedMLP(
@@ -51,7 +55,10 @@ LAYER: tuple[Rule, ...] = (
         _THEIRS + "mlp.up_proj.weight",
     ),
     Copy(
-        _OURS + "mlp.linear_fc2.weight", _THEIRS + "mlp.down_proj.weight", ("hidden_size", "ffn_hidden_size")
+        _OURS + "mlp.linear_fc2.weight",
+        _THEIRS + "mlp.down_proj.weight",
+        ("hidden_size", "ffn_hidden_size"),
+        split_axis=1,
     ),
 )
 """Tensors of one decoder layer."""
@@ -61,6 +68,21 @@ QK_NORM: tuple[Rule, ...] = (
     Copy(_OURS + "self_attention.k_layernorm.weight", _THEIRS + "self_attn.k_norm.weight", ("kv_channels",)),
 )
 """Additional tensors of a layer with normalised queries and keys (Emu3.5, Qwen3)."""
+
+QKV_BIAS: tuple[Rule, ...] = (
+    FusedQKV(
+        _OURS + "self_attention.linear_qkv.bias",
+        _THEIRS + "self_attn.q_proj.bias",
+        _THEIRS + "self_attn.k_proj.bias",
+        _THEIRS + "self_attn.v_proj.bias",
+        is_bias=True,
+    ),
+)
+"""Additional tensors of a layer with biases on queries, keys and values (Qwen2)."""
+
+IGNORED = re.compile(r"\.rotary_emb\.inv_freq$")
+"""Released names of tensors that old versions of transformers stored though they follow from the
+configuration."""
 
 TRANSFORMER_ENGINE_NAMES = {
     "self_attention.linear_qkv.layer_norm_weight": "input_layernorm.weight",
@@ -85,6 +107,13 @@ class Layout:
                 return new + released[len(old) :]
         raise ConversionError(f"layout {self.name!r} has no place for tensor {released!r}")
 
+    def released(self, name: str) -> str:
+        """The released name of a tensor of this layout; a name that is in none of its places stays."""
+        for old, new in self.prefixes:
+            if name.startswith(new):
+                return old + name[len(new) :]
+        return name
+
 
 LAYOUTS: dict[str, Layout] = {
     "transformers": Layout(
@@ -101,6 +130,10 @@ VISION_PREFIXES = {"transformers": "vqmodel.", "transformers-5": "model.vqmodel.
 """Prefix of the vision tokenizer's tensors in the layouts that hold it."""
 
 
+FLOATING = (torch.float32, torch.bfloat16, torch.float16)
+"""Types that weights may have."""
+
+
 @dataclass(frozen=True)
 class WeightMap:
     """The rules of one model of given sizes under one layout."""
@@ -112,36 +145,123 @@ class WeightMap:
         """Every rule with its concrete name of ours and names of theirs, outermost first, then by layer."""
         for rule in OUTER:
             yield rule, rule.ours, tuple(self.layout.rename(name) for name in rule.theirs)
-        table = LAYER + (QK_NORM if self.sizes.qk_layernorm else ())
+        table = LAYER
+        table += QK_NORM if self.sizes.qk_layernorm else ()
+        table += QKV_BIAS if self.sizes.qkv_bias else ()
         for layer in range(self.sizes.num_layers):
             for rule in table:
                 names = tuple(self.layout.rename(name.format(layer=layer)) for name in rule.theirs)
                 yield rule, rule.ours.format(layer=layer), names
 
-    def to_hugging_face(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Their tensors one by one from our whole state dict.
+    def theirs(self, ours: LazyTensors) -> Converted:
+        """Their tensors from ours (tensor parallelism 1, names of `canonical_names`).
 
-        Raises `ConversionError` that lists all missing, unexpected and mis-shaped tensors at once.
+        Raises `ConversionError` that lists all missing, unexpected, mis-shaped and mistyped tensors at once.
         """
-        tensors = canonical_names(ours)
         expected = {name: rule.our_shape(self.sizes) for rule, name, _ in self.rules()}
-        _check("megatron-core state dict", tensors, expected)
-        for rule, name, theirs in self.rules():
-            yield from zip(theirs, rule.split(tensors[name], self.sizes), strict=True)
+        check_fit("megatron-core state dict", ours, expected)
+        return Converted(
+            ours,
+            [
+                Conversion(rule, (name,), dict(zip(names, rule.their_shapes(self.sizes), strict=True)), True)
+                for rule, name, names in self.rules()
+            ],
+            self.sizes,
+        )
 
-    def from_hugging_face(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-        """Our tensors one by one from their state dict (a lazy mapping reads each tensor once).
+    def ours(self, theirs: LazyTensors) -> Converted:
+        """Our tensors (tensor parallelism 1) from theirs.
 
-        Raises `ConversionError` that lists all missing, unexpected and mis-shaped tensors at once.
+        Raises `ConversionError` that lists all missing, unexpected, mis-shaped and mistyped tensors at once.
         """
         expected = {
             name: shape
             for rule, _, names in self.rules()
             for name, shape in zip(names, rule.their_shapes(self.sizes), strict=True)
         }
-        _check("Hugging Face state dict", theirs, expected)
-        for rule, name, names in self.rules():
-            yield name, rule.join([theirs[part] for part in names], self.sizes)
+        used = select(theirs, [name for name in theirs if not IGNORED.search(name)])
+        check_fit("Hugging Face state dict", used, expected)
+        return Converted(
+            used,
+            [
+                Conversion(rule, names, {name: rule.our_shape(self.sizes)}, False)
+                for rule, name, names in self.rules()
+            ],
+            self.sizes,
+        )
+
+    def to_hugging_face(self, ours: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Their tensors one by one from our whole state dict; see `theirs`."""
+        yield from self.theirs(InMemory(canonical_names(ours))).items()
+
+    def from_hugging_face(self, theirs: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Our tensors one by one from their state dict; see `ours`."""
+        lazy = theirs if isinstance(theirs, LazyTensors) else InMemory(theirs)
+        yield from self.ours(lazy).items()
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """One application of a rule."""
+
+    rule: Rule
+    inputs: tuple[str, ...]
+    outputs: dict[str, tuple[int, ...]]
+    """Name and shape of what it makes."""
+    is_export: bool
+    """From our tensor to theirs."""
+
+
+class Converted(LazyTensors):
+    """Tensors made from others by rules; what the latest rule made is kept until another is asked for."""
+
+    def __init__(self, source: LazyTensors, conversions: list[Conversion], sizes: Architecture) -> None:
+        self.source = source
+        """What they are made from."""
+        self._sizes = sizes
+        self._conversions = {name: conversion for conversion in conversions for name in conversion.outputs}
+        self._latest: tuple[Conversion | None, dict[str, Tensor]] = (None, {})
+
+    def __getitem__(self, name: str) -> Tensor:
+        """Make one tensor."""
+        conversion = self._conversions[name]
+        if self._latest[0] is not conversion:
+            self._latest = (None, {})  # room for what comes
+            self._latest = (conversion, self._make(conversion))
+        return self._latest[1][name]
+
+    def _make(self, conversion: Conversion) -> dict[str, Tensor]:
+        inputs = [self.source[name] for name in conversion.inputs]
+        if conversion.is_export:
+            made = conversion.rule.split(inputs[0], self._sizes)
+        else:
+            made = (conversion.rule.join(inputs, self._sizes),)
+        return dict(zip(conversion.outputs, made, strict=True))
+
+    def __iter__(self) -> Iterator[str]:
+        """Names."""
+        return iter(self._conversions)
+
+    def __len__(self) -> int:
+        """Number of tensors."""
+        return len(self._conversions)
+
+    def __contains__(self, name: object) -> bool:
+        """Whether there is a tensor of that name."""
+        return name in self._conversions
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor."""
+        return self._conversions[name].outputs[name]
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Type of a tensor's elements: that of what it is made from."""
+        return self.source.dtype(self._conversions[name].inputs[0])
+
+    def split_axis(self, name: str) -> tuple[int | None, int]:
+        """Axis that tensor parallelism divides, and the parts of it that are divided each on its own."""
+        rule = self._conversions[name].rule
+        return rule.split_axis, rule.blocks
 
 
 def canonical_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -172,23 +292,43 @@ def detect_layout(names: Mapping[str, object] | set[str]) -> Layout:
     )
 
 
-def _check(what: str, tensors: Mapping[str, object], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare names and shapes with what the map expects, and report everything at once."""
-    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in tensors]
+def check_fit(what: str, tensors: LazyTensors, expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare names, shapes and types with what a map expects, and report everything at once.
+
+    Raises `ConversionError`.
+    """
+    names = set(tensors)
+    problems = [f"missing {name} {list(shape)}" for name, shape in expected.items() if name not in names]
     problems += [f"unexpected {name}" for name in tensors if name not in expected]
-    for name in expected:
-        if name in tensors:
-            found = _shape_of(tensors, name)
-            if found != expected[name]:
-                problems.append(f"{name} has shape {list(found)}, expected {list(expected[name])}")
+    for name, shape in expected.items():
+        if name not in names:
+            continue
+        found = tensors.shape(name)
+        if found != shape:
+            problems.append(f"{name} has shape {list(found)}, expected {list(shape)}")
+        if tensors.dtype(name) not in FLOATING:
+            problems.append(f"{name} is {_words(tensors.dtype(name))}, expected fp32, bf16 or fp16")
     if problems:
         raise ConversionError(f"{what} does not fit the model: " + "; ".join(problems))
 
 
-def _shape_of(tensors: Mapping[str, object], name: str) -> tuple[int, ...]:
-    """Shape of a tensor, without reading it where the mapping can tell (`TensorFiles.shape`)."""
-    shape = getattr(tensors, "shape", None)
-    if callable(shape):
-        return tuple(shape(name))
-    tensor = tensors[name]
-    return tuple(tensor.shape) if isinstance(tensor, Tensor) else ()
+def one_dtype(what: str, tensors: LazyTensors) -> torch.dtype:
+    """The type that all tensors have.
+
+    Raises `ConversionError` that names those of another type than most.
+    """
+    kinds: dict[torch.dtype, list[str]] = {}
+    for name in tensors:
+        kinds.setdefault(tensors.dtype(name), []).append(name)
+    usual = max(kinds, key=lambda kind: len(kinds[kind]))
+    odd = [f"{name} is {_words(kind)}" for kind, names in kinds.items() if kind != usual for name in names]
+    if odd:
+        raise ConversionError(
+            f"{what}: most tensors are {_words(usual)}, but {'; '.join(odd)}; give --dtype to cast all to one"
+        )
+    return usual
+
+
+def _words(dtype: torch.dtype) -> str:
+    """``float32`` for `torch.float32`."""
+    return str(dtype).removeprefix("torch.")

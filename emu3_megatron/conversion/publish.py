@@ -2,37 +2,54 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from emu3_megatron.conversion.processes import on_first, rank, together
 from emu3_megatron.errors import UserError
-from emu3_megatron.files import fsync_directory, temporary_path
+from emu3_megatron.files import TEMPORARY_SUFFIX, fsync_directory, temporary_path
 
 
 @contextmanager
 def publish_folder(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
     """Fill a hidden folder beside `target`; it takes the target's name when the block ends well.
 
-    Every file is flushed to the disk before the rename. On an exception the unfinished folder is removed and
-    whatever stood at `target` stays. Raises `UserError` when `target` exists, is not empty and `overwrite` is
-    not set.
+    All processes of a conversion enter it together and fill the same folder. Every file is flushed to the
+    disk before the rename. On an exception the unfinished folder is removed and whatever stood at `target`
+    stays. What a killed process left is removed by the next one that writes to the same `target`. Raises
+    `UserError` when `target` exists, is not empty and `overwrite` is not set.
     """
-    final = Path(target)
-    refuse_existing(final, overwrite=overwrite)
-    final.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = temporary_path(final.absolute())
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    final = Path(target).absolute()
+    lock = -1
+
+    def prepare() -> Path:
+        nonlocal lock
+        refuse_existing(target, overwrite=overwrite)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(final)
+        unfinished = temporary_path(final)
+        unfinished.mkdir()
+        lock = os.open(unfinished, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return unfinished
+
+    unfinished = on_first(prepare)
     try:
         yield unfinished
-        _flush(unfinished)
-        _swap(unfinished, final.absolute())
+        together(lambda: None)  # no process may still be writing
+        on_first(lambda: _finish(unfinished, final))
     except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        if rank() == 0:
+            shutil.rmtree(unfinished, ignore_errors=True)
         raise
+    finally:
+        if lock >= 0:
+            os.close(lock)
 
 
 def refuse_existing(target: str | os.PathLike[str], *, overwrite: bool) -> None:
@@ -42,21 +59,45 @@ def refuse_existing(target: str | os.PathLike[str], *, overwrite: bool) -> None:
         raise UserError(f"{final} exists; choose another folder or pass --overwrite")
 
 
-def _flush(folder: Path) -> None:
-    """Make every file and folder name durable."""
-    for root, _, files in os.walk(folder):
+def _remove_abandoned(final: Path) -> None:
+    """Delete what was left by processes that were killed: an unfinished folder whose lock nobody holds."""
+    for folder in final.parent.glob(f".{glob.escape(final.name)}.*{TEMPORARY_SUFFIX}"):
+        if not folder.is_dir():
+            continue
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(folder, ignore_errors=True)
+        except BlockingIOError:
+            pass  # its process is at work
+        finally:
+            os.close(descriptor)
+
+
+def _finish(unfinished: Path, final: Path) -> None:
+    """Make every file and folder name durable, then give the folder its name."""
+    for root, _, files in os.walk(unfinished):
         for name in files:
             with open(Path(root) / name, "rb") as stream:
                 os.fsync(stream.fileno())
         fsync_directory(Path(root))
+    _swap(unfinished, final)
 
 
 def _swap(unfinished: Path, final: Path) -> None:
-    """Rename, moving an old folder out of the way first: a rename cannot replace a folder with files."""
-    old = final.parent / f".{final.name}.{os.getpid()}.old.tmp"
+    """Rename, moving an old folder out of the way first: a rename cannot replace a folder with files.
+
+    The old folder goes back where it was when the new one cannot take its place.
+    """
+    old = final.parent / f".{final.name}.{os.getpid()}.old"
     if final.exists():
         os.rename(final, old)
-    os.rename(unfinished, final)
+    try:
+        os.rename(unfinished, final)
+    except BaseException:
+        if old.exists():
+            os.rename(old, final)
+        raise
     fsync_directory(final.parent)
     if old.is_dir():
         shutil.rmtree(old, ignore_errors=True)

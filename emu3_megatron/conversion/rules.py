@@ -46,6 +46,8 @@ class Architecture:
     """Rows of our embedding and output layers."""
     qk_layernorm: bool = False
     """RMSNorm on every query and key head (Emu3.5)."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values (Qwen2)."""
 
     def __post_init__(self) -> None:
         """Check that heads divide into groups and that the padded vocabulary holds the vocabulary."""
@@ -72,6 +74,14 @@ class Rule(Protocol):
     def theirs(self) -> tuple[str, ...]:
         """Names in the Hugging Face state dict, in the order that `split` returns."""
 
+    @property
+    def split_axis(self) -> int | None:
+        """Axis of our tensor that tensor parallelism divides; None where every rank holds the whole."""
+
+    @property
+    def blocks(self) -> int:
+        """Parts of `split_axis` that are divided each on its own."""
+
     def our_shape(self, sizes: Architecture) -> Shape:
         """Shape of our tensor."""
 
@@ -92,6 +102,8 @@ class Copy:
     ours: str
     name: str
     dims: tuple[str, ...]
+    split_axis: int | None = None
+    blocks: int = 1
 
     @property
     def theirs(self) -> tuple[str, ...]:
@@ -121,13 +133,18 @@ class FusedQKV:
     """Query, key and value projections, fused in megatron-core's order.
 
     Our rows are, for each query group: its query heads, its key head, its value head
-    (``[G, Q/G + 2, D, H]``); theirs are three matrices ``[Q*D, H]``, ``[G*D, H]``, ``[G*D, H]``.
+    (``[G, Q/G + 2, D, H]``); theirs are three matrices ``[Q*D, H]``, ``[G*D, H]``, ``[G*D, H]``. Biases are
+    laid out as the rows are.
     """
 
     ours: str
     query: str
     key: str
     value: str
+    is_bias: bool = False
+    """A vector of biases, not a matrix."""
+    split_axis: int | None = 0
+    blocks: int = 1
 
     @property
     def theirs(self) -> tuple[str, ...]:
@@ -135,30 +152,35 @@ class FusedQKV:
         return (self.query, self.key, self.value)
 
     def our_shape(self, sizes: Architecture) -> Shape:
-        """``[(Q + 2G) * D, H]``."""
+        """``[(Q + 2G) * D, H]``, of biases without H."""
         heads = sizes.num_attention_heads + 2 * sizes.num_query_groups
-        return (heads * sizes.kv_channels, sizes.hidden_size)
+        return (heads * sizes.kv_channels, *self._rest(sizes))
 
     def their_shapes(self, sizes: Architecture) -> tuple[Shape, ...]:
-        """``[Q*D, H]`` and twice ``[G*D, H]``."""
-        query = (sizes.num_attention_heads * sizes.kv_channels, sizes.hidden_size)
-        key = (sizes.num_query_groups * sizes.kv_channels, sizes.hidden_size)
+        """``[Q*D, H]`` and twice ``[G*D, H]``, of biases without H."""
+        query = (sizes.num_attention_heads * sizes.kv_channels, *self._rest(sizes))
+        key = (sizes.num_query_groups * sizes.kv_channels, *self._rest(sizes))
         return (query, key, key)
 
     def split(self, tensor: Tensor, sizes: Architecture) -> tuple[Tensor, ...]:
         """Undo the interleaving of the query groups."""
         per_group = sizes.num_attention_heads // sizes.num_query_groups
-        grouped = tensor.reshape(sizes.num_query_groups, per_group + 2, sizes.kv_channels, sizes.hidden_size)
+        rest = self._rest(sizes)
+        grouped = tensor.reshape(sizes.num_query_groups, per_group + 2, sizes.kv_channels, *rest)
         parts = grouped.split([per_group, 1, 1], dim=1)
-        return tuple(part.reshape(-1, sizes.hidden_size).contiguous() for part in parts)
+        return tuple(part.reshape(-1, *rest).contiguous() for part in parts)
 
     def join(self, tensors: Sequence[Tensor], sizes: Architecture) -> Tensor:
         """Interleave the query groups."""
         grouped = [
-            tensor.reshape(sizes.num_query_groups, -1, sizes.kv_channels, sizes.hidden_size)
+            tensor.reshape(sizes.num_query_groups, -1, sizes.kv_channels, *self._rest(sizes))
             for tensor in tensors
         ]
         return torch.cat(grouped, dim=1).reshape(self.our_shape(sizes))
+
+    def _rest(self, sizes: Architecture) -> Shape:
+        """Dimensions after the rows."""
+        return () if self.is_bias else (sizes.hidden_size,)
 
 
 @dataclass(frozen=True)
@@ -168,6 +190,8 @@ class GatedMLP:
     ours: str
     gate: str
     up: str
+    split_axis: int | None = 0
+    blocks: int = 2
 
     @property
     def theirs(self) -> tuple[str, ...]:
@@ -203,6 +227,8 @@ class PaddedVocabulary:
 
     ours: str
     name: str
+    split_axis: int | None = 0
+    blocks: int = 1
 
     @property
     def theirs(self) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """What generation needs, opened together: a model, its dialect and text tokenizer, and a vision tokenizer.
 
 The model comes from a training run (``RUN``, or one of its ``checkpoints/step-*``) or from a Hugging Face
-folder. A run holds neither tokenizer: they are given by path. A Hugging Face folder in transformers' layout
-holds both.
+folder. A trained run holds neither tokenizer: they are given by path. A Hugging Face folder in transformers'
+layout holds both, and so does a run that was imported from one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from emu3_megatron.conversion.checkpoints import dialect_of_run
+from emu3_megatron.conversion.companions import KEPT, VISION, kept_folder
 from emu3_megatron.conversion.hugging_face import open_hugging_face
 from emu3_megatron.data.mixture import TOKENIZERS
 from emu3_megatron.errors import UserError
@@ -22,6 +23,7 @@ from emu3_megatron.grammar import Dialect
 from emu3_megatron.model import ModelConfig
 from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.text import load_text_tokenizer
+from emu3_megatron.training.checkpoint_files import resolve
 from emu3_megatron.vision import VisionTokenizer
 from emu3_megatron.vocabulary import Vocabulary
 
@@ -58,8 +60,9 @@ def open_bundle(
 
     Args:
         checkpoint: a run, a committed checkpoint in it, or a Hugging Face folder.
-        text_tokenizer: file of the text tokenizer; by default the Hugging Face folder's ``tokenizer.json``.
-        vision_tokenizer: its folder; by default the Hugging Face folder.
+        text_tokenizer: file of the text tokenizer; by default the ``tokenizer.json`` of the Hugging Face
+            folder, or of the one that the run was imported from.
+        vision_tokenizer: its folder; by default the Hugging Face folder, or what the run was imported with.
         dialect: its name; by default what the Hugging Face folder or the run's datasets state, else ``emu3``.
         parallel: tensor parallelism to load into; one process by default.
         averaged: take a run's averaged weights; by default they are taken where there are some.
@@ -79,6 +82,10 @@ def open_bundle(
         vision_tokenizer = vision_tokenizer or folder
     else:
         model, config, vocabulary, named, trained_with = _open_run(folder, parallel, averaged)
+        kept = kept_folder(resolve(folder), KEPT)
+        if kept is not None and (kept / "tokenizer.json").is_file():
+            text_tokenizer = text_tokenizer or kept / "tokenizer.json"
+        vision_tokenizer = vision_tokenizer or kept_folder(resolve(folder), VISION)
     if text_tokenizer is None or vision_tokenizer is None:
         missing = "--text-tokenizer" if text_tokenizer is None else "--vision-tokenizer"
         raise UserError(f"{folder} is a training run, which holds no tokenizers; give {missing}")
@@ -143,7 +150,6 @@ def _open_run(
 ) -> tuple[torch.nn.Module, ModelConfig, Vocabulary, str | None, dict[str, str]]:
     """Load a run's checkpoint; the last of the results is the fingerprints of the tokenizers behind it."""
     from emu3_megatron.training.checkpoint import Record, load_model_for_inference
-    from emu3_megatron.training.checkpoint_files import resolve
 
     checkpoint = resolve(folder)
     chunks, config, vocabulary = load_model_for_inference(checkpoint, parallel, averaged=averaged)
@@ -152,4 +158,5 @@ def _open_run(
     record = Record.read(checkpoint)
     datasets = [source["dataset"] for source in record.plan.get("sources", {}).values()]
     tokenizers = {kind: data[kind] for data in datasets for kind in TOKENIZERS if data[kind]}
-    return chunks[0], config, vocabulary, dialect_of_run(record.config), tokenizers
+    named = dialect_of_run(record.config) or record.config.get("imported", {}).get("dialect")
+    return chunks[0], config, vocabulary, named, tokenizers

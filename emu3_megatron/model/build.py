@@ -44,6 +44,7 @@ def transformer_config(
         num_query_groups=config.num_query_groups,
         kv_channels=config.head_size,
         add_bias_linear=False,
+        add_qkv_bias=config.qkv_bias,
         gated_linear_unit=True,
         activation_func=F.silu,
         normalization="RMSNorm",
@@ -157,6 +158,9 @@ def _mark_split_parameters(chunk: torch.nn.Module) -> None:
             continue
         if not hasattr(module.weight, "tensor_model_parallel"):
             layers.set_tensor_model_parallel_attributes(module.weight, True, dimension, 1)
+        bias = getattr(module, "bias", None)
+        if dimension == 0 and bias is not None and not hasattr(bias, "tensor_model_parallel"):
+            layers.set_tensor_model_parallel_attributes(bias, True, 0, 1)
 
 
 def _build_chunk(

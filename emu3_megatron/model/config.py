@@ -19,7 +19,8 @@ class ModelConfigError(UserError):
 
 @dataclass(kw_only=True)
 class ModelConfig:
-    """A Llama-2-style decoder: RMSNorm, grouped-query attention, SwiGLU, rotary positions, no biases.
+    """A Llama-2-style decoder: RMSNorm, grouped-query attention, SwiGLU, rotary positions; no biases by
+    default.
 
     Defaults are Emu3's (arXiv 2409.18869, table 3, and the released configuration).
     """
@@ -44,6 +45,8 @@ class ModelConfig:
     """Epsilon of every RMSNorm."""
     qk_layernorm: bool = False
     """RMSNorm on queries and keys of each head (Emu3.5)."""
+    qkv_bias: bool = False
+    """Biases on queries, keys and values (Qwen2)."""
     embedding_dropout: float = 0.1
     """Dropout after the token embedding."""
     attention_dropout: float = 0.1
@@ -143,7 +146,8 @@ class ModelConfig:
         head = self.head_size
         attention = self.hidden_size * head * 2 * (self.num_attention_heads + self.num_query_groups)
         norms = 2 * self.hidden_size + (2 * head if self.qk_layernorm else 0)
-        layer = attention + 3 * self.hidden_size * self.ffn_hidden_size + norms
+        biases = head * (self.num_attention_heads + 2 * self.num_query_groups) if self.qkv_bias else 0
+        layer = attention + biases + 3 * self.hidden_size * self.ffn_hidden_size + norms
         return 2 * vocabulary_size * self.hidden_size + self.num_layers * layer + self.hidden_size
 
 

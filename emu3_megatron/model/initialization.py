@@ -40,12 +40,12 @@ def initialize_weights(
 ) -> None:
     """Fill the parameters of one pipeline chunk.
 
-    Norm weights become 1; matrices are normal with ``init_method_std``, and see `scaled_output_init`; rows
-    of the embedding and the output layer from `vocabulary_size` on are 0.
+    Norm weights become 1, biases 0; matrices are normal with ``init_method_std``, and see
+    `scaled_output_init`; rows of the embedding and the output layer from `vocabulary_size` on are 0.
     """
     for name, parameter in global_parameter_names(chunk):
         if parameter.dim() == 1:
-            parameter.fill_(1.0)
+            parameter.fill_(0.0 if name.endswith(".bias") else 1.0)
             continue
         std = config.init_method_std
         if config.scaled_output_init and name.endswith(("linear_proj.weight", "linear_fc2.weight")):

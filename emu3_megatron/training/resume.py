@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from emu3_megatron.model import ModelConfig
 from emu3_megatron.training.checkpoint import Record
 from emu3_megatron.training.checkpoint_files import CheckpointError
 from emu3_megatron.training.modules import is_rank_zero
@@ -65,7 +67,9 @@ def _adapters(record: Record) -> dict[str, Any]:
 
 
 def _shape(record: Record) -> dict[str, Any]:
-    return {key: value for key, value in record.config["model"].items() if key not in FREE_MODEL_FIELDS}
+    # Fields that came after a checkpoint was written have their defaults in it.
+    model = asdict(ModelConfig(**record.config["model"]))
+    return {key: value for key, value in model.items() if key not in FREE_MODEL_FIELDS}
 
 
 def check_resumable(folder: Path, old: Record, new: Record, *, accept_changed_data: bool) -> None:

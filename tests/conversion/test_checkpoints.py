@@ -15,11 +15,11 @@ import torch
 
 from emu3_megatron.conversion.checkpoints import (
     export_checkpoint,
-    first_difference,
     import_checkpoint,
     logit_difference,
     read_weights,
 )
+from emu3_megatron.conversion.compare import first_difference
 from emu3_megatron.conversion.rules import ConversionError
 from emu3_megatron.errors import UserError
 from emu3_megatron.vision import VisionTokenizer
@@ -92,7 +92,7 @@ def test_nothing_is_left_of_a_failed_import(run: Path, vision: Path, tmp_path: P
     own = json.loads((folder / "emu3_megatron.json").read_text())
     own["model"]["num_layers"] = 3
     (folder / "emu3_megatron.json").write_text(json.dumps(own))
-    with pytest.raises(ConversionError, match=r"missing text_model.model.layers.2"):
+    with pytest.raises(ConversionError, match=r"num_layers is 2 in config.json, 3 in emu3_megatron.json"):
         import_checkpoint(folder, tmp_path / "run")
     with pytest.raises(UserError, match="precision"):
         import_checkpoint(
@@ -185,7 +185,7 @@ def test_the_tool(run: Path, vision: Path, tmp_path: Path, capsys, monkeypatch) 
     specification = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "convert_checkpoint.py")
     tool = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(tool)
-    monkeypatch.setattr(tool, "_start_single_process", lambda name: None)
+    monkeypatch.setattr(tool, "_start", lambda name: None)
 
     def call(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])

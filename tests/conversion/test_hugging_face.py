@@ -271,16 +271,17 @@ def test_damaged_folders_are_refused(exported, tmp_path: Path) -> None:
     index.write_text(json.dumps({"weight_map": {"x": "model.safetensors"}}))
     refused("does not match")
     index.write_text("{")
-    refused("not a safetensors index")
+    refused("not an index of weight files")
     (copy / "config.json").unlink()
     refused("config.json is missing")
 
 
 def test_shards_have_an_index(tmp_path: Path) -> None:
+    from emu3_megatron.conversion.lazy import InMemory
     from emu3_megatron.conversion.tensor_files import TensorFiles, write_tensors
 
     tensors = {f"t{index}": torch.full((10,), float(index)) for index in range(5)}
-    write_tensors(tmp_path, tensors.items(), shard_bytes=80)
+    write_tensors(tmp_path, InMemory(tensors), shard_bytes=80)
     assert sorted(path.name for path in tmp_path.glob("*.safetensors")) == [
         f"model-{n:05d}-of-00003.safetensors" for n in (1, 2, 3)
     ]
@@ -326,3 +327,73 @@ def test_transformers_prefers_our_greedy_tokens(
     for index in drawn:
         chosen = guided[index, completion.ids[index] - vocabulary.vision_offset]
         assert chosen >= guided[index].max() - 1e-4
+
+
+@pytest.mark.parametrize(
+    ("shape", "kind"),
+    [({"qk_layernorm": True}, "Qwen3ForCausalLM"), ({"qkv_bias": True}, "Qwen2ForCausalLM")],
+)
+def test_models_that_emu3_has_not_load_as_what_they_are(
+    tmp_path: Path, vocabulary, shape: dict, kind: str
+) -> None:
+    """Emu3.5-shaped models, and those with biases: equal logits, and back without our file."""
+    config = worlds.model_config(**shape, kv_channels=8)
+    model = build(config, vocabulary)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.2)
+    about = ExportedModel(config=config, vocabulary=vocabulary)
+    with pytest.raises(ConversionError, match="--layout emu3"):
+        export_hugging_face(
+            tmp_path / "no", model.state_dict(), about, vision_tokenizer=VisionTokenizer(VISION)
+        )
+    export_hugging_face(tmp_path / "hf", model.state_dict(), about, layout="emu3")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
+    assert type(theirs).__name__ == kind
+    ids = torch.randint(0, vocabulary.size, (1, 40), generator=generator)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).logits[0]
+    assert (our_logits(model, ids) - expected).abs().max() < 1e-4
+    (tmp_path / "hf" / "emu3_megatron.json").unlink()
+    opened = open_hugging_face(tmp_path / "hf")
+    assert opened.vocabulary.control_ids == vocabulary.control_ids
+    assert (opened.config.qk_layernorm, opened.config.qkv_bias) == (config.qk_layernorm, config.qkv_bias)
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in opened.weights())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_types_are_kept_exactly(tmp_path: Path, vocabulary, dtype: torch.dtype) -> None:
+    """A folder that transformers wrote, of half precision too: imported and exported, the same bytes."""
+    from safetensors.torch import load_file
+
+    from emu3_megatron.conversion.checkpoints import export_checkpoint, import_checkpoint
+
+    config = worlds.model_config()
+    about = ExportedModel(config=config, vocabulary=vocabulary)
+    export_hugging_face(
+        tmp_path / "a", build(config, vocabulary).state_dict(), about, layout="emu3", dtype=dtype
+    )
+    import_checkpoint(tmp_path / "a", tmp_path / "run")
+    export_checkpoint(tmp_path / "run", tmp_path / "b", layout="emu3")
+    one, other = (load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert {name: tensor.dtype for name, tensor in one.items()} == dict.fromkeys(one, dtype)
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize("start", ["emu3", "transformers"])
+def test_a_vision_tokenizer_alone_goes_both_ways(tmp_path: Path, vision, start: str) -> None:
+    from emu3_megatron.conversion.vision_files import convert_vision_tokenizer
+
+    other = "transformers" if start == "emu3" else "emu3"
+    vision.save_pretrained(tmp_path / "a", start)
+    convert_vision_tokenizer(tmp_path / "a", tmp_path / "b", layout=other)
+    convert_vision_tokenizer(tmp_path / "b", tmp_path / "c", layout=start)
+    for folder in "bc":
+        assert VisionTokenizer.from_pretrained(tmp_path / folder).fingerprint == vision.fingerprint
+    config, changed = tmp_path / "a" / "config.json", tmp_path / "b" / "config.json"
+    assert json.loads(config.read_text())["model_type"] != json.loads(changed.read_text())["model_type"]
+    if other == "transformers":
+        transformers.Emu3VQVAE.from_pretrained(tmp_path / "b")

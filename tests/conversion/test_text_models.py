@@ -40,12 +40,19 @@ def text_model(kind: str, *, tied: bool) -> torch.nn.Module:
         model = transformers.LlamaForCausalLM(
             transformers.LlamaConfig(**SHAPE, tie_word_embeddings=tied, attention_bias=False)
         )
+    elif kind == "qwen2":
+        model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**SHAPE, tie_word_embeddings=tied))
+        for layer in model.model.layers:
+            for projection in (layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj):
+                torch.nn.init.normal_(projection.bias)
     else:
         model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE, tie_word_embeddings=tied))
     return model.eval()
 
 
-@pytest.mark.parametrize(("kind", "tied"), [("llama", False), ("llama", True), ("qwen3", True)])
+@pytest.mark.parametrize(
+    ("kind", "tied"), [("llama", False), ("llama", True), ("qwen2", False), ("qwen3", True)]
+)
 def test_text_ids_keep_their_logits_and_new_ids_look_like_old_ones(
     tmp_path: Path, kind: str, tied: bool
 ) -> None:
@@ -73,7 +80,8 @@ def test_new_rows_have_the_mean_and_the_covariance_of_the_old() -> None:
     generator = torch.Generator().manual_seed(0)
     mix = torch.randn(8, 8, generator=generator)
     old = torch.randn(4000, 8, generator=generator) @ mix + torch.arange(8.0)
-    new = new_rows(old, 4000, generator)
+    new = torch.empty(4000, 8)
+    new_rows(old, new, generator)
     scale = old.std()
     torch.testing.assert_close(new.mean(0), old.mean(0), rtol=0, atol=0.1 * scale.item())
     torch.testing.assert_close(new.t().cov(), old.t().cov(), rtol=0.1, atol=0.1 * scale.item() ** 2)
