@@ -23,6 +23,7 @@ INDICES = (0, 1, 5, 11, 17, 23)
         ("h264.mkv", "libx264", {"g": "8"}),
         ("hevc.mp4", "libx265", {"x265-params": "log-level=none:keyint=8"}),
         ("vp9.webm", "libvpx-vp9", {"g": "8"}),
+        ("av1.mp4", "libsvtav1", {"preset": "10", "g": "8"}),
         ("vp8.webm", "libvpx", {"g": "8", "auto-alt-ref": "1", "lag-in-frames": "10"}),
         ("mpeg4.mp4", "mpeg4", {"g": "8"}),
         ("mpeg4.avi", "mpeg4", {"g": "8", "bf": "2"}),
