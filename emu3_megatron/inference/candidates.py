@@ -90,11 +90,10 @@ def sample_candidates(
         },
         drawing={**asdict(settings), "checkpoint": checkpoint},
     )
-    done = set(folder.finished())
     mine = range(worker, len(prompts), num_workers)
+    missing = sorted(set(mine).difference(folder.finished()))
     if progress is not None:
-        progress(len(done.intersection(mine)))
-    missing = [number for number in mine if number not in done]
+        progress(len(mine) - len(missing))
     for first in range(0, len(missing), group):
         numbers = missing[first : first + group]
         _draw(generator, folder, numbers, settings)

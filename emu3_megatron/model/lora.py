@@ -163,12 +163,19 @@ def merge_adapters(chunk: torch.nn.Module) -> None:
     for path, layer, adapter in list(adapters(chunk)):
         weight: Any = layer.weight
         weight.copy_(weight.float() + adapter.delta())
-        hooks: Any = layer._forward_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, _Add)]:
-            del hooks[key]
+        _remove_hooks(layer)
         parent = chunk.get_submodule(path.rpartition(".")[0])
         delattr(parent, path.rpartition(".")[2] + ADAPTER_SUFFIX)
+    if hasattr(chunk, "embedding"):
+        _remove_hooks(chunk.embedding)
     chunk.requires_grad_(True)
+
+
+def _remove_hooks(module: Any) -> None:
+    """Take away what `add_adapters` registered."""
+    for key, hook in list(module._forward_hooks.items()):
+        if isinstance(hook, _Add) or hook is _require_gradient:
+            del module._forward_hooks[key]
 
 
 @torch.no_grad()

@@ -13,7 +13,10 @@ from emu3_megatron.samples.captions import parse_caption
 from emu3_megatron.samples.checker import Checker
 from emu3_megatron.samples.world import WorldConfig
 
-_checker = lru_cache(maxsize=2)(lambda name: Checker(WorldConfig.preset(name)))
+
+@lru_cache(maxsize=2)
+def _checker(world: str) -> Checker:
+    return Checker(WorldConfig.preset(world))
 
 
 def score_full(prompt: str, pixels: npt.NDArray[np.uint8]) -> Mapping[str, float]:
