@@ -58,7 +58,7 @@ def trained(base: Path, folder: Path, data: Path, steps: int, seed: int) -> Path
     values = yaml.safe_load(TRAINING.read_text())
     values |= {"run": str(folder / "training"), "seed": seed, "loss": ANSWERS}
     values["data"] |= {"sources": {"talks": {"path": str(data)}}, "template": {}}
-    values["optimizer"] |= {"learning_rate": 2e-3}
+    values["optimizer"] |= {"learning_rate": 2e-3, "warmup_steps": min(50, steps // 10)}
     values["trainer"]["steps"] = steps
     values["checkpoint"] |= {"load": str(base / "training")}
     folder.mkdir(parents=True, exist_ok=True)
