@@ -52,26 +52,19 @@ def test_greedy_images_are_equal_token_for_token(tmp_path: Path) -> None:
         text=["a small red circle"],
         return_for_image_generation=True,
         ratio="4:3",
-        image_area=12 * 8 * 2,
+        image_area=24 * 32,
         return_tensors="pt",
     )
     height, width = (int(size) for size in prompts.image_sizes[0])
-    ids = prompts.input_ids
-    with torch.no_grad():
-        generated = theirs.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            do_sample=False,
-            top_k=None,
-            max_new_tokens=(width + 1) * height + 3,
-            prefix_allowed_tokens_fn=lambda _, given: allowed(
-                vocabulary, len(given) - ids.shape[1], height, width
-            ),
-        )[0, ids.shape[1] :]
+    # The size is text: SentencePiece may cut it otherwise than our grammar, which both must then be given.
     dialect = Dialect.preset("emu3", vocabulary, load_text_tokenizer(tmp_path / "text.model"))
-    request = Request(
-        prompt=ids[0].numpy(), sampling=Sampling(temperature=0), stop=frozenset([vocabulary.eos])
-    )
+    text = dialect.encode_text("a small red circle")
+    prompt = np.concatenate([[vocabulary.bos], text, dialect.open_span(height, width)])
+    assert prompts.input_ids[0, : len(text) + 2].tolist() == prompt[: len(text) + 2].tolist()
+    assert prompts.input_ids[0, -1] == prompt[-1] == vocabulary.img
+    ids = torch.from_numpy(prompt)[None]
+    generated = generate(theirs, ids, vocabulary, height, width)
+    request = Request(prompt=prompt, sampling=Sampling(temperature=0), stop=frozenset([vocabulary.eos]))
     (completion,) = Engine(model, dialect).generate([request])
     ours = torch.from_numpy(np.asarray(completion.ids))
     assert len(ours) == len(generated) == (width + 1) * height + 3
@@ -89,6 +82,23 @@ def test_greedy_images_are_equal_token_for_token(tmp_path: Path) -> None:
     assert ties == 0, "no step of this model is a tie"
     pixels = theirs.model.decode_image_tokens(generated[None, :], height=height, width=width)
     assert pixels.shape[1:] == (3, 2 * height, 2 * width)
+
+
+def generate(
+    theirs: torch.nn.Module, ids: torch.Tensor, vocabulary: Vocabulary, height: int, width: int
+) -> torch.Tensor:
+    """The tokens that transformers adds, each the likeliest that is allowed."""
+    with torch.no_grad():
+        return theirs.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            top_k=None,
+            max_new_tokens=(width + 1) * height + 3,
+            prefix_allowed_tokens_fn=lambda _, given: allowed(
+                vocabulary, len(given) - ids.shape[1], height, width
+            ),
+        )[0, ids.shape[1] :]
 
 
 def allowed(vocabulary: Vocabulary, step: int, height: int, width: int) -> list[int]:
