@@ -174,6 +174,15 @@ class ImportedRun:
     seed: int = 0
     vision: tuple[VisionTokenizerConfig, LazyTensors] | None = None
 
+    def record(self, precision: str) -> dict[str, Any]:
+        """What stands in the checkpoint's record where a trained one has its configuration."""
+        return {
+            "model": asdict(self.config),
+            "seed": self.seed,
+            "trainer": {"precision": precision},
+            "imported": self.notes,
+        }
+
 
 def write_run(
     run: StrPath,
@@ -203,14 +212,13 @@ def write_run(
     about.config.validate(parallel)
     if precision not in (None, "fp32", "bf16"):
         raise UserError(f"precision {precision!r} must be fp32 or bf16")
-    tensors: LazyTensors = weights
     if precision is None:
+        finite = Finite(weights)
         kept_type = one_dtype(str(about.companions), weights.source)
         # fp32 holds every number of half precision, bf16 does not
         precision = "bf16" if kept_type == torch.bfloat16 else "fp32"
     else:
-        tensors = Cast(weights, PRECISIONS[precision])
-    finite = Finite(tensors)
+        finite = Finite(Cast(weights, PRECISIONS[precision]))
     sources = name_datasets(list(datasets))
     checkpoint = step_folder(Path(run).absolute() / "checkpoints", 0)
     with publish_folder(run, overwrite=overwrite) as unfinished:
@@ -226,13 +234,7 @@ def write_run(
             write_vision_tokenizer(unfinished / VISION, *about.vision)
 
         def finish() -> None:
-            record = {
-                "model": asdict(about.config),
-                "seed": about.seed,
-                "trainer": {"precision": precision},
-                "imported": about.notes,
-            }
-            _commit(folder, sealed, about.vocabulary.to_dict(), record)
+            _commit(folder, sealed, about.vocabulary.to_dict(), about.record(str(precision)))
             if about.keep_companions:
                 keep_companions(about.companions, unfinished)
             write_training_config(

@@ -82,11 +82,14 @@ class StoredTensors(LazyTensors):
         self._folder = folder
         metadata = read_metadata(folder)
         self._storage = metadata.storage_data
-        self._keys = metadata.state_dict_metadata
+        self._keys = {
+            key: stored
+            for key, stored in metadata.state_dict_metadata.items()
+            if isinstance(stored, TensorStorageMetadata)
+        }
         self._names = {
             name: place
             for key, stored in self._keys.items()
-            if isinstance(stored, TensorStorageMetadata)
             for name, place in _names_of(key, stored, "ema." if averaged else "")
         }
 
@@ -131,8 +134,7 @@ class StoredTensors(LazyTensors):
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor's elements."""
-        dtype: torch.dtype = self._keys[self._names[name][0]].properties.dtype
-        return dtype
+        return self._keys[self._names[name][0]].properties.dtype
 
     def _box(self, key: str, layer: int | None) -> Box:
         size = tuple(self._keys[key].size)
@@ -152,7 +154,7 @@ class StoredTensors(LazyTensors):
             raise ConversionError(f"{where} is in {info.relative_path!r}, which is not a plain file name")
         try:
             with open(path, "rb") as stream:
-                view = _create_file_view(stream, info.offset, info.length)
+                view: Any = _create_file_view(stream, info.offset, info.length)
                 tensor = torch.load(view, map_location="cpu", weights_only=True)
         except Exception as error:
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -383,7 +385,8 @@ class _Stream(io.RawIOBase):
     def save(self, value: Tensor | list[None]) -> _StorageInfo:
         """Append a tensor or an empty state as torch serialises it; where it stands."""
         begin = self.written
-        torch.save(value, self)
+        stream: Any = self  # write is all that torch calls
+        torch.save(value, stream)
         return _StorageInfo(self._path.name, begin, self.written - begin)
 
     def close(self) -> None:

@@ -149,39 +149,40 @@ def export_hugging_face(
     if layout not in LAYOUTS:
         raise ConversionError(f"unknown layout {layout!r}; known layouts: {', '.join(LAYOUTS)}")
     tokenizer = _tokenizer(text_tokenizer, kept, model.vocabulary, layout)
-    names = vocabulary_map(model.vocabulary, _text_names(tokenizer, kept, model.vocabulary))
     weight_map = WeightMap(configuration.architecture(model.config, model.vocabulary), LAYOUTS[layout])
-    ours = weights if isinstance(weights, LazyTensors) else InMemory(canonical_names(weights))
-    converted = weight_map.theirs(ours)
+    converted = weight_map.theirs(
+        weights if isinstance(weights, LazyTensors) else InMemory(canonical_names(weights))
+    )
     finite = Finite(converted if dtype is None else Cast(converted, dtype))
+    vision = None if layout == "emu3" else _open_vision(vision_tokenizer)
+    config = _config(model, tokenizer, kept, vision, _dtype_name(finite.dtype(next(iter(finite)))))
     tensors: LazyTensors = finite
-    stored = _dtype_name(tensors.dtype(next(iter(tensors))))
-    vision: tuple[VisionTokenizerConfig, LazyTensors] | None = None
-    if layout == "emu3":
-        config = configuration.released_config(model.config, model.vocabulary, dtype=stored)
-    else:
-        vision = _open_vision(vision_tokenizer)
-        config = configuration.transformers_config(
-            model.config, model.vocabulary, names=names, vision=_vision_config(vision[0]), dtype=stored
-        )
-        prefixed = Renamed(vision[1], {VISION_PREFIXES[layout] + name: name for name in vision[1]})
-        tensors = Joined(tensors, prefixed)
+    if vision is not None:
+        prefix = VISION_PREFIXES[layout]
+        tensors = Joined(finite, Renamed(vision[1], {prefix + name: name for name in vision[1]}))
+    sizes = None if vision is None else vision[0]
     with publish_folder(folder, overwrite=overwrite) as unfinished:
         write_tensors(unfinished, tensors)
         for problems in together(lambda: finite.problems):
             refuse_problems(Path(folder), problems)
-        on_first(
-            lambda: _write_companions(
-                unfinished,
-                model,
-                config,
-                tokenizer,
-                None if vision is None else vision[0],
-                image_pixels,
-                kept,
-            )
-        )
+        on_first(lambda: _write_companions(unfinished, model, config, tokenizer, sizes, image_pixels, kept))
     return Path(folder)
+
+
+def _config(
+    model: ExportedModel,
+    tokenizer: Tokenizer | None,
+    kept: Path | None,
+    vision: tuple[VisionTokenizerConfig, LazyTensors] | None,
+    dtype: str,
+) -> dict[str, Any]:
+    """``config.json``: as released, or with a vision tokenizer that of transformers."""
+    names = vocabulary_map(model.vocabulary, _text_names(tokenizer, kept, model.vocabulary))
+    if vision is None:
+        return configuration.released_config(model.config, model.vocabulary, dtype=dtype)
+    return configuration.transformers_config(
+        model.config, model.vocabulary, names=names, vision=_vision_config(vision[0]), dtype=dtype
+    )
 
 
 def open_hugging_face(folder: str | os.PathLike[str], *, allow_pickle: bool = False) -> ImportedModel:

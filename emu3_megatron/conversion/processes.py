@@ -26,20 +26,18 @@ def together(work: Callable[[], Result]) -> list[Result]:
     Raises:
         Exception: that of the first process that failed, on every process.
     """
+    if world_size() == 1:
+        return [work()]
     outcome: tuple[Any, Exception | None]
     try:
         outcome = (work(), None)
     except Exception as error:
-        if world_size() == 1:
-            raise
         outcome = (None, _portable(error))
-    if world_size() == 1:
-        return [outcome[0]]
     gathered: list[Any] = [None] * world_size()
     torch.distributed.all_gather_object(gathered, outcome)
-    for _, error in gathered:
-        if error is not None:
-            raise error
+    for _, failure in gathered:
+        if failure is not None:
+            raise failure
     return [result for result, _ in gathered]
 
 

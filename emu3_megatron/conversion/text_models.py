@@ -82,13 +82,9 @@ def import_text_model(
     )
     extended = _Extended(files, vocabulary, seed)
     weight_map = WeightMap(configuration.architecture(config, vocabulary), LAYOUTS["emu3"])
+    notes = {"text_model": folder.name, "text_rows": extended.text_rows}
     about = ImportedRun(
-        config=config,
-        vocabulary=vocabulary,
-        notes={"text_model": folder.name, "text_rows": extended.text_rows},
-        companions=folder,
-        keep_companions=False,
-        seed=seed,
+        config=config, vocabulary=vocabulary, notes=notes, companions=folder, keep_companions=False, seed=seed
     )
     return write_run(
         run,

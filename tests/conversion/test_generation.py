@@ -52,13 +52,45 @@ def test_greedy_images_are_equal_token_for_token(tmp_path: Path) -> None:
         text=["a small red circle"],
         return_for_image_generation=True,
         ratio="4:3",
-        image_area=12 * 8 * 2,
+        image_area=24 * 32,
         return_tensors="pt",
     )
     height, width = (int(size) for size in prompts.image_sizes[0])
-    ids = prompts.input_ids
+    # The size is text: SentencePiece may cut it otherwise than our grammar, which both must then be given.
+    dialect = Dialect.preset("emu3", vocabulary, load_text_tokenizer(tmp_path / "text.model"))
+    text = dialect.encode_text("a small red circle")
+    prompt = np.concatenate([[vocabulary.bos], text, dialect.open_span(height, width)])
+    assert prompts.input_ids[0, : len(text) + 2].tolist() == prompt[: len(text) + 2].tolist()
+    assert prompts.input_ids[0, -1] == prompt[-1] == vocabulary.img
+    ids = torch.from_numpy(prompt)[None]
+    generated = generate(theirs, ids, vocabulary, height, width)
+    request = Request(prompt=prompt, sampling=Sampling(temperature=0), stop=frozenset([vocabulary.eoi]))
+    (completion,) = Engine(model, dialect).generate([request])
+    length = (width + 1) * height + 1  # rows and the end of the frame; what follows is no choice
+    ours = torch.from_numpy(np.asarray(completion.ids))[:length]
+    assert generated[length:].tolist() == [vocabulary.eoi, vocabulary.eos]
+    whole = torch.cat([ids[0], ours])[None]
+    forced = our_logits(model, whole)
     with torch.no_grad():
-        generated = theirs.generate(
+        assert (forced - theirs(input_ids=whole).logits[0]).abs().max() < 1e-4
+    ties = 0
+    for step in (ours != generated[:length]).nonzero().flatten().tolist():
+        options = allowed(vocabulary, step, height, width)
+        best = forced[ids.shape[1] + step - 1, options].topk(2).values
+        assert best[0] - best[1] < NEAR, f"step {step} of {len(ours)}"
+        ties += 1
+        break  # after a tie the two go on from different images
+    assert ties == 0, "no step of this model is a tie"
+    pixels = theirs.model.decode_image_tokens(generated[None, :], height=height, width=width)
+    assert pixels.shape[1:] == (3, 2 * height, 2 * width)
+
+
+def generate(
+    theirs: torch.nn.Module, ids: torch.Tensor, vocabulary: Vocabulary, height: int, width: int
+) -> torch.Tensor:
+    """The tokens that transformers adds, each the likeliest that is allowed."""
+    with torch.no_grad():
+        return theirs.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             do_sample=False,
@@ -68,27 +100,6 @@ def test_greedy_images_are_equal_token_for_token(tmp_path: Path) -> None:
                 vocabulary, len(given) - ids.shape[1], height, width
             ),
         )[0, ids.shape[1] :]
-    dialect = Dialect.preset("emu3", vocabulary, load_text_tokenizer(tmp_path / "text.model"))
-    request = Request(
-        prompt=ids[0].numpy(), sampling=Sampling(temperature=0), stop=frozenset([vocabulary.eos])
-    )
-    (completion,) = Engine(model, dialect).generate([request])
-    ours = torch.from_numpy(np.asarray(completion.ids))
-    assert len(ours) == len(generated) == (width + 1) * height + 3
-    whole = torch.cat([ids[0], ours])[None]
-    forced = our_logits(model, whole)
-    with torch.no_grad():
-        assert (forced - theirs(input_ids=whole).logits[0]).abs().max() < 1e-4
-    ties = 0
-    for step in (ours != generated).nonzero().flatten().tolist():
-        options = allowed(vocabulary, step, height, width)
-        best = forced[ids.shape[1] + step - 1, options].topk(2).values
-        assert best[0] - best[1] < NEAR, f"step {step} of {len(ours)}"
-        ties += 1
-        break  # after a tie the two go on from different images
-    assert ties == 0, "no step of this model is a tie"
-    pixels = theirs.model.decode_image_tokens(generated[None, :], height=height, width=width)
-    assert pixels.shape[1:] == (3, 2 * height, 2 * width)
 
 
 def allowed(vocabulary: Vocabulary, step: int, height: int, width: int) -> list[int]:

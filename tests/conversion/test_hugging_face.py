@@ -388,7 +388,7 @@ def test_a_vision_tokenizer_alone_goes_both_ways(tmp_path: Path, vision, start: 
     from emu3_megatron.conversion.vision_files import convert_vision_tokenizer
 
     other = "transformers" if start == "emu3" else "emu3"
-    vision.save_pretrained(tmp_path / "a", start)
+    vision.save_pretrained(tmp_path / "a", layout=start)
     convert_vision_tokenizer(tmp_path / "a", tmp_path / "b", layout=other)
     convert_vision_tokenizer(tmp_path / "b", tmp_path / "c", layout=start)
     for folder in "bc":
