@@ -18,7 +18,8 @@ say() { echo "$(date +%H:%M:%S) $*"; }
 # not in the way.
 rendezvous() {
   local first
-  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  first=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  first=${first%%$'\n'*}
   MASTER_ADDR=$(scontrol --oneliner show node "$first" | sed -n 's/.* NodeAddr=\([^ ]*\).*/\1/p')
   MASTER_PORT=$((20000 + (SLURM_JOB_ID + 97 * ${SLURM_RESTART_COUNT:-0}) % 12000))
   WORLD_SIZE=$((SLURM_NNODES * ${SLURM_NTASKS_PER_NODE:-1}))
@@ -125,9 +126,10 @@ run_job() {
   return "$status"
 }
 
+# Train with a configuration; PROGRAM is the module where it is not the plain training.
 train() {  # CONFIG [options of training]
   local config=$1
   shift
   [[ $config == /* || -f $config ]] || config=$EMU3_ROOT/$config
-  run_job "$PYTHON" -m emu3_megatron.training --config "$config" --logging.progress false "$@"
+  run_job "$PYTHON" -m "${PROGRAM:-emu3_megatron.training}" --config "$config" --logging.progress false "$@"
 }

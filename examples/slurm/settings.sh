@@ -52,18 +52,19 @@ STAGE2_CONFIG=examples/configs/emu3-8b/stage2-64gpu.yaml
 STAGE2_NODES=8
 QUALITY_CONFIG=examples/configs/emu3-8b/quality.yaml
 QUALITY_NODES=8
-UNDERSTANDING1_CONFIG=examples/configs/emu3-8b/understanding1.yaml
+UNDERSTANDING1_CONFIG=examples/configs/emu3-8b/understanding-1.yaml
 UNDERSTANDING1_NODES=8
-UNDERSTANDING2_CONFIG=examples/configs/emu3-8b/understanding2.yaml
+UNDERSTANDING2_CONFIG=examples/configs/emu3-8b/understanding-2.yaml
 UNDERSTANDING2_NODES=8
 DPO_CONFIG=examples/configs/emu3-8b/dpo.yaml
 DPO_NODES=8
+DPO_MODULE=emu3_megatron.posttraining.preferences   # the program; every other stage is emu3_megatron.training
 
 # ---- generation (array tasks share the lines of GENERATE_PROMPTS) and conversion
 GENERATE_WORKERS=8
 GENERATE_PROMPTS=prompts.txt
 GENERATE_OUTPUT=generated
-GENERATE_OPTIONS=(image --checkpoint runs/emu3-8b-quality --text-tokenizer tokenizers/emu3.tiktoken
+GENERATE_OPTIONS=(image --checkpoint runs/emu3-8b-dpo --text-tokenizer tokenizers/emu3.tiktoken
                   --vision-tokenizer tokenizers/vision)
-CONVERT_OPTIONS=(export --source runs/emu3-8b-quality --output hugging-face/emu3-gen
+CONVERT_OPTIONS=(export --source runs/emu3-8b-dpo --output hugging-face/emu3-gen
                  --text-tokenizer tokenizers/emu3.tiktoken --vision-tokenizer tokenizers/vision)

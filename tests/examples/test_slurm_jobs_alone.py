@@ -62,6 +62,8 @@ CONTAINER=
 PYTHON={folder}/program
 prepare_environment() {{ :; }}
 STAGE1_CONFIG={folder}/config.yaml
+DPO_CONFIG={folder}/config.yaml
+DPO_MODULE=its.own.module
 """
 
 
@@ -71,7 +73,7 @@ class Job:
 
     folder: Path
 
-    def start(self, program: str, attempt: int = 0) -> subprocess.Popen[str]:
+    def start(self, program: str, attempt: int = 0, script: str = "stage1") -> subprocess.Popen[str]:
         (self.folder / "program").write_text(f"#!/usr/bin/env bash\n{program}\n")
         (self.folder / "program").chmod(0o755)
         names = ("SLURM_JOB_ID=7", "SLURM_JOB_NAME=stage1", "SLURM_JOB_NODELIST=n[1-2]", "SLURM_NNODES=2")
@@ -85,15 +87,15 @@ class Job:
             "PATH": f"{self.folder / 'bin'}:{os.environ['PATH']}",
         }
         return subprocess.Popen(
-            ["bash", SCRIPTS / "stage1.sbatch", "--trainer.steps", "5"],
+            ["bash", SCRIPTS / f"{script}.sbatch", "--trainer.steps", "5"],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
         )
 
-    def run(self, program: str, attempt: int = 0) -> tuple[int, str]:
-        process = self.start(program, attempt)
+    def run(self, program: str, attempt: int = 0, script: str = "stage1") -> tuple[int, str]:
+        process = self.start(program, attempt, script)
         log, _ = process.communicate(timeout=300)
         return process.returncode, log
 
@@ -125,6 +127,11 @@ def test_a_job_that_ends_well_is_finished(job: Job) -> None:
     arguments = job.rank_log(0).splitlines()[1]
     assert arguments.startswith(f"-m emu3_megatron.training --config {job.folder}/config.yaml ")
     assert arguments.endswith("--trainer.steps 5")
+
+
+def test_preferences_are_trained_by_their_own_program(job: Job) -> None:
+    assert job.run('echo "$@"', script="dpo")[0] == 0
+    assert job.rank_log(0).startswith("-m its.own.module --config ")
 
 
 def test_a_mistake_of_the_user_fails_at_once(job: Job) -> None:

@@ -132,14 +132,21 @@ class Cluster:
         self._start(node, "slurmd", "-D", "-N", node)
 
     def take_node_away(self, node: str) -> None:
-        """End a node as a power cut does: its slurmd and everything that ran there."""
+        """End a node as a power cut does: its slurmd and everything that ran there, without a last word."""
         self._daemons.pop(node).kill()
+        watchers: set[psutil.Process] = set()
+        tasks: list[psutil.Process] = []
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
                 environment = process.environ()
                 ours = environment.get("SLURM_CONF") == self.environment["SLURM_CONF"]
-                if ours and node in (environment.get("EMU3_TEST_DAEMON"), environment.get("SLURMD_NODENAME")):
-                    process.kill()
+                if ours and environment.get("SLURMD_NODENAME") == node:
+                    tasks.append(process)
+                    watchers.update(each for each in process.parents() if each.name() == "slurmstepd")
+        # Those that would report the end of the tasks go first.
+        for process in (*watchers, *tasks):
+            with contextlib.suppress(psutil.Error):
+                process.kill()
 
     def bring_node_back(self, node: str) -> None:
         """Start a node that was taken away, and wait until it can be used."""
