@@ -39,7 +39,7 @@ class _Step(NamedTuple):
     """Slots that attention reads."""
     positions: Tensor
     """Of the tokens fed, ``[B, N]``."""
-    index: Tensor
+    places: Tensor
     """Where keys and values go: numbers of vectors ``[D]`` in a layer's cache, ``[B * N * 2 * G]``."""
     cosine: Tensor
     """``[B, N, 1, 1, D]``."""
@@ -193,7 +193,7 @@ class CachedDecoder:
         mixed = layer.query_key_value(normed_BNH).view(batch, width, self._groups, self._repeat + 2, -1)
         turned = _rotate(layer.normed_heads(mixed[..., :-1, :]), step.cosine, step.sine)
         new = torch.stack([turned[..., -1, :], mixed[..., -1, :]], dim=2)
-        cache.view(-1, self._size).index_copy_(0, step.index, new.view(-1, self._size).to(cache.dtype))
+        cache.view(-1, self._size).index_copy_(0, step.places, new.view(-1, self._size).to(cache.dtype))
         keys_values = cache[step.rows, :, :, : step.limit]
         # the query heads of a group become further queries of its one key head: no copy of keys per head
         query = turned[..., :-1, :].permute(0, 2, 3, 1, 4)
