@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 
 from emu3_megatron.conversion.checkpoints import (
     export_checkpoint,
-    first_difference,
     read_weights,
     save_weights,
 )
+from emu3_megatron.conversion.compare import first_difference
 from emu3_megatron.conversion.lora import export_adapters, merge_run
 from emu3_megatron.conversion.tensor_files import TensorFiles
 from emu3_megatron.errors import UserError
