@@ -219,7 +219,7 @@ def test_record_is_the_sign_of_a_finished_shard(make_dataset) -> None:
         ([(np.array([VOCABULARY.size]), 0)], "do not fit vocabulary 'tiny'"),
         ([(np.array([-1]), 0)], "do not fit"),
         ([(np.array([1, 2]), 1)], "must begin with BOI"),
-        ([(np.array([1, 2]), 2)], "mode 2"),
+        ([(np.array([1, 2]), 3)], "mode 3"),
     ],
 )
 def test_bad_documents_are_refused_and_leave_no_trace(
