@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emu3_megatron.conversion.adapters import Merged
 from emu3_megatron.conversion.companions import (
     KEPT,
     VISION,
@@ -34,9 +35,9 @@ from emu3_megatron.conversion.vision_files import write_vision_tokenizer
 from emu3_megatron.data import Manifest
 from emu3_megatron.errors import UserError
 from emu3_megatron.files import write_json_atomic
-from emu3_megatron.model import ModelConfig
+from emu3_megatron.model import LoRAConfig, ModelConfig
 from emu3_megatron.parallel.config import ParallelConfig
-from emu3_megatron.training.checkpoint import Progress, Record
+from emu3_megatron.training.checkpoint import Progress, Record, has_adapters
 from emu3_megatron.training.checkpoint_files import (
     RECORD,
     CheckpointError,
@@ -262,7 +263,7 @@ def _vocabulary_of_datasets(vocabulary: Vocabulary, datasets: Sequence[Path]) ->
 def checkpoint_weights(
     checkpoint: Path, *, averaged: bool | None = None
 ) -> tuple[LazyTensors, ModelConfig, Vocabulary]:
-    """Our tensors of a committed checkpoint, read one by one, in the precision of its run.
+    """Our tensors of a committed checkpoint, read one by one, in the precision of its run; adapters merged.
 
     Raises `CheckpointError` when it is damaged or has no averaged weights and they are asked for.
     """
@@ -276,6 +277,8 @@ def checkpoint_weights(
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / RECORD} does not describe a model: {error}") from error
     stored: LazyTensors = StoredTensors(checkpoint, averaged=take)
+    if has_adapters(record.config):
+        stored = Merged(stored, LoRAConfig(**record.config["lora"]))
     return (Cast(stored, PRECISIONS[precision]) if take else stored), config, vocabulary
 
 
