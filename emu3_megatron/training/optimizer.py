@@ -11,7 +11,7 @@ from emu3_megatron.training.config import OptimizerConfig, Precision
 
 
 def wrap_for_data_parallelism(
-    chunks: Sequence[Any], config: OptimizerConfig, on_gradients: Callable[[], None]
+    chunks: Sequence[Any], config: OptimizerConfig, on_gradients: Callable[[], None] | None = None
 ) -> list[Any]:
     """Give every chunk megatron-core's gradient buffers (fp32) and its data-parallel reduction.
 
@@ -39,13 +39,14 @@ def wrap_for_data_parallelism(
 
 
 def _connect_schedule(
-    wrapped: Sequence[Any], config: OptimizerConfig, on_gradients: Callable[[], None]
+    wrapped: Sequence[Any], config: OptimizerConfig, on_gradients: Callable[[], None] | None
 ) -> None:
     """Tell megatron-core's schedules how to finish gradients, and when not to reduce them."""
     from megatron.core.distributed import finalize_model_grads
 
     def finalize(model: list[torch.nn.Module], _num_tokens: object, **groups: object) -> None:
-        on_gradients()
+        if on_gradients is not None:
+            on_gradients()
         # The count would divide gradients once more; ours are already divided by the sum of weights.
         finalize_model_grads(model, None, **groups)
 

@@ -20,7 +20,8 @@ def commands(program: str) -> list[list[str]]:
         for block in BLOCK.findall(page.read_text()):
             for line in block.replace("\\\n", " ").splitlines():
                 if program in line and line.count("'") % 2 == line.count('"') % 2 == 0:
-                    found.append(shlex.split(line, comments=True))
+                    words = shlex.split(line, comments=True)
+                    found += [words] if program in words else []
     return found
 
 

@@ -18,7 +18,7 @@ LIMITS = Limits(
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def generator() -> Iterator[Generator]:
     with worlds.one_process():
         torch.manual_seed(0)
