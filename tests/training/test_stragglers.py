@@ -20,7 +20,7 @@ from tests.training import layouts, runs
 
 def test_every_rank_fills_a_place_of_its_own() -> None:
     layout = MetricsLayout(("a",), ranks=3)
-    sums = torch.zeros(layout.cells, 3, dtype=torch.float64)
+    sums = torch.zeros(layout.cells * 3, dtype=torch.float64)
     vectors = [
         layout.vector(sums, {"signals": 1.0}, rank=rank, seconds=seconds)
         for rank, seconds in enumerate((0.5, 2.0, 0.25))
@@ -66,6 +66,7 @@ def batch(cu_seqlens: list[int]) -> Batch:
         cu_seqlens=torch.tensor(cu_seqlens, dtype=torch.int32),
         max_seqlen=max(np.diff(cu_seqlens)),
         source=torch.zeros(len(cu_seqlens) - 1, dtype=torch.int16),
+        document=torch.zeros(len(cu_seqlens) - 1, dtype=torch.int64),
         windows=(0, 1),
         padding_tokens=0,
     )
