@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic publication, and checksums.
+"""Files that are either whole or absent: atomic publication, and checksums; and JSON Lines, line by line.
 
 Every file that another process may read is written under a temporary name beside its target, flushed to the
 disk, and renamed; then the folder is flushed too. A process killed at any moment leaves either the old file,
@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from emu3_megatron.errors import UserError
 
 TEMPORARY_SUFFIX = ".tmp"
 """Last part of the name of every unfinished file; safe to delete while no writer runs."""
@@ -78,3 +80,27 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
         while chunk := stream.read(READ_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
+    """The objects of a JSON Lines file in order, read line by line; blank lines are passed over.
+
+    Raises:
+        UserError: a line is not a JSON object; the message has its number.
+        OSError: the file cannot be read.
+    """
+    with open(path, encoding="utf-8") as stream:
+        for number, line in enumerate(stream, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                raise UserError(
+                    f"{path}, line {number}: not JSON ({error.msg}); the file has one object a line"
+                ) from error
+            if not isinstance(value, dict):
+                raise UserError(
+                    f"{path}, line {number}: a JSON {type(value).__name__}; the file has one object a line"
+                )
+            yield value

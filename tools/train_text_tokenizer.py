@@ -3,30 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from emu3_megatron.errors import UserError, run_main
+from emu3_megatron.errors import run_main
+from emu3_megatron.files import json_lines
 from emu3_megatron.text import train_sentencepiece
 
 
 def texts_of(manifests: list[Path]) -> Iterator[str]:
     """The captions and texts, in the manifests' order."""
     for path in manifests:
-        with path.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, 1):
-                try:
-                    entry = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise UserError(
-                        f"{path}, line {number} is not JSON ({error.msg}); mend or remove it"
-                    ) from error
-                if not isinstance(entry, dict):
-                    raise UserError(
-                        f"{path}, line {number} is a JSON {type(entry).__name__}; an entry is an object"
-                    )
-                yield from (entry[key] for key in ("caption", "text") if entry.get(key))
+        for entry in json_lines(path):
+            yield from (entry[key] for key in ("caption", "text") if entry.get(key))
 
 
 def main() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import json
 import multiprocessing
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from fractions import Fraction
@@ -17,7 +17,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from emu3_megatron.files import atomic_write
+from emu3_megatron.files import atomic_write, json_lines
 from emu3_megatron.samples.captions import LANGUAGES, WORDINGS, caption, text_document
 from emu3_megatron.samples.world import MEDIA, SPLITS, Pixels, World, WorldConfig
 
@@ -202,18 +202,4 @@ def read_manifest(path: str | Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line is not a JSON object; the message has its number.
     """
-    records = []
-    lines: Iterable[str] = Path(path).read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, 1):
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f"{path}:{number}: not JSON ({error}); a manifest has one object a line"
-            ) from None
-        if not isinstance(record, dict):
-            raise ValueError(
-                f"{path}:{number}: got {type(record).__name__}; a manifest has one object a line"
-            )
-        records.append(record)
-    return records
+    return list(json_lines(path))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 
 from emu3_megatron.data import Manifest, MultimodalDataset, ShardWriter, write_manifest
 from emu3_megatron.data.format import SPAN_MODE
+from emu3_megatron.data.writer import Segment
 from emu3_megatron.errors import UserError, one_line
 from emu3_megatron.grammar import Dialect
 from emu3_megatron.text import load_text_tokenizer
@@ -61,14 +62,10 @@ def convert(
         ) as writer:
             for document in range(len(shard)):
                 name = shard.name(document)
-                segments = []
-                for ids, mode in shard.document(document):
-                    if mode == SPAN_MODE:
-                        try:
-                            ids = new.encode_span(old.parse_span(ids)).astype(np.int32)
-                        except ValueError as error:
-                            raise UserError(f"{folder}: sample {name['id']!r}: {one_line(error)}") from error
-                    segments.append((ids, mode))
+                try:
+                    segments = _rewritten(shard.document(document), old, new)
+                except ValueError as error:
+                    raise UserError(f"{folder}: sample {name['id']!r}: {one_line(error)}") from error
                 writer.add_document(segments, name["id"], name["task"])
     return write_manifest(
         target,
@@ -81,3 +78,11 @@ def convert(
         vision_tokenizer_fingerprint=manifest.vision_tokenizer_fingerprint,
         provenance={**manifest.provenance, "converted from dialect": manifest.dialect_name},
     )
+
+
+def _rewritten(segments: Iterable[Segment], old: Dialect, new: Dialect) -> list[Segment]:
+    """A document's segments, spans in the new dialect."""
+    return [
+        (new.encode_span(old.parse_span(ids)).astype(np.int32) if mode == SPAN_MODE else ids, mode)
+        for ids, mode in segments
+    ]

@@ -7,7 +7,6 @@ Shapes: M items of the corpus, B batch, T frames of a clip, N frames, H W height
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
+
+from emu3_megatron.files import json_lines
 
 
 class VisionDataset(Protocol):
@@ -105,23 +106,10 @@ def manifest_media(path: Path, splits: Sequence[str]) -> Iterator[tuple[str, Pat
 
     Raises `ValueError` for a line that is not a JSON object.
     """
-    with open(path, encoding="utf-8") as stream:
-        for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise ValueError(
-                    f"{path}, line {number}: not JSON ({error}); a manifest has one object per line"
-                ) from None
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{path}, line {number}: a {type(row).__name__}; a manifest has one object per line"
-                )
-            kind = next((kind for kind in ("image", "video") if kind in row), None)
-            if kind and (not splits or row.get("split", "train") in splits):
-                yield kind, path.parent / row[kind]
+    for row in json_lines(path):
+        kind = next((kind for kind in ("image", "video") if kind in row), None)
+        if kind and (not splits or row.get("split", "train") in splits):
+            yield kind, path.parent / row[kind]
 
 
 def _stacked(arrays: list[np.ndarray], shape: tuple[int, ...]) -> Tensor:

@@ -96,7 +96,7 @@ def test_meaningless_configs_are_refused(fields):
 def test_a_broken_manifest_names_its_line(tmp_path):
     path = tmp_path / "m.jsonl"
     path.write_text('{"id": "a"}\n[1]\n')
-    with pytest.raises(ValueError, match=":2: got list"):
+    with pytest.raises(ValueError, match="line 2: a JSON list"):
         read_manifest(path)
 
 
