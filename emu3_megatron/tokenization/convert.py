@@ -13,7 +13,7 @@ from emu3_megatron.data.format import SPAN_MODE
 from emu3_megatron.data.writer import Segment
 from emu3_megatron.errors import UserError, one_line
 from emu3_megatron.grammar import Dialect
-from emu3_megatron.text import load_text_tokenizer
+from emu3_megatron.text import TextTokenizer, load_text_tokenizer
 
 
 def convert(
@@ -40,14 +40,7 @@ def convert(
     manifest = dataset.manifest
     if Path(folder).resolve() == Path(target).resolve():
         raise UserError(f"{target}: the new dataset needs a folder of its own")
-    if not manifest.dialect_name:
-        raise UserError(f"{folder}: its manifest names no dialect, so that its spans cannot be read")
-    text = load_text_tokenizer(text_tokenizer)
-    if manifest.text_tokenizer_fingerprint not in ("", text.fingerprint):
-        raise UserError(
-            f"{text_tokenizer} is not the text tokenizer of {folder} ({text.fingerprint[:12]}, not "
-            f"{manifest.text_tokenizer_fingerprint[:12]}): give that one"
-        )
+    text = _text_tokenizer_of(folder, manifest, text_tokenizer)
     old = Dialect.preset(manifest.dialect_name, manifest.vocabulary, text)
     new = Dialect.preset(dialect, manifest.vocabulary, text)
     for number, shard in enumerate(dataset.shards):
@@ -78,6 +71,21 @@ def convert(
         vision_tokenizer_fingerprint=manifest.vision_tokenizer_fingerprint,
         provenance={**manifest.provenance, "converted from dialect": manifest.dialect_name},
     )
+
+
+def _text_tokenizer_of(
+    folder: str | os.PathLike[str], manifest: Manifest, text_tokenizer: str | os.PathLike[str]
+) -> TextTokenizer:
+    """The dataset's text tokenizer; raises `UserError` where its spans could not be read with it."""
+    if not manifest.dialect_name:
+        raise UserError(f"{folder}: its manifest names no dialect, so that its spans cannot be read")
+    text = load_text_tokenizer(text_tokenizer)
+    if manifest.text_tokenizer_fingerprint not in ("", text.fingerprint):
+        raise UserError(
+            f"{text_tokenizer} is not the text tokenizer of {folder} ({text.fingerprint[:12]}, not "
+            f"{manifest.text_tokenizer_fingerprint[:12]}): give that one"
+        )
+    return text
 
 
 def _rewritten(segments: Iterable[Segment], old: Dialect, new: Dialect) -> list[Segment]:
