@@ -185,7 +185,9 @@ class BlockStore:
             # With room for fewer, a block built ahead would push out the one in use.
             if not wanted or busy or self._limit < 3:
                 return
-            self._background = Thread(target=self._prepare, args=(wanted,), daemon=True, name="plan-blocks")
+            # No daemon: Python ends those that ask for its lock while it shuts down, and one that comes back
+            # from C++ takes the whole process with it (abort, exit code 134). The process waits instead.
+            self._background = Thread(target=self._prepare, args=(wanted,), name="plan-blocks")
             self._background.start()
 
     def finish_background(self) -> None:

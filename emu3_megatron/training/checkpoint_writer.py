@@ -44,8 +44,9 @@ class BackgroundWrite:
             transforms = self._request.async_fn.args[0]
             _, live, results = self._request.async_fn_args
             buckets = [_own_copy(bucket) for bucket in live]
+            # No daemon: ended half way through torch's C++, it would abort the process (see BlockStore).
             self._thread = threading.Thread(
-                target=self._write, args=(transforms, buckets, results), name="checkpoint", daemon=True
+                target=self._write, args=(transforms, buckets, results), name="checkpoint"
             )
             self._thread.start()
 

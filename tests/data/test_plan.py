@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import pickle
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -343,6 +345,29 @@ def test_blocks_ahead_are_built_in_the_background(make_dataset, monkeypatch) -> 
     truth = plan_of(make_dataset("a", "p", 30)).window(border)
     assert 1 in plan._store._blocks
     assert equal(plan.window(border), truth)
+
+
+ENDS_WHILE_BUILDING = """
+import sys
+import time
+from emu3_megatron.data.block import BlockStore
+from emu3_megatron.data.packing import pack
+started = []
+def build(number):
+    started.append(number)
+    for _ in range(100_000):
+        pack([1], 5120)
+store = BlockStore(build, None, 4)
+store.build_ahead(0)
+while not started:
+    time.sleep(0.001)
+sys.exit(2)
+"""
+
+
+def test_a_process_that_ends_while_a_block_is_built_keeps_its_exit_code() -> None:
+    done = subprocess.run([sys.executable, "-c", ENDS_WHILE_BUILDING], capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
 
 
 def test_a_block_that_cannot_be_built_fails_where_it_is_needed(make_dataset, monkeypatch) -> None:
