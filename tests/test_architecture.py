@@ -20,6 +20,7 @@ ORDER = (
     "_kernels",
     "grammar",
     "text",
+    "muon",
     "vision",
     "media",
     "curation",

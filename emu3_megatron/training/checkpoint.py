@@ -25,7 +25,7 @@ from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint_files import CheckpointError
 from emu3_megatron.training.config import Precision
 from emu3_megatron.training.modules import is_rank_zero, unwrap
-from emu3_megatron.training.optimizer import Optimizer
+from emu3_megatron.training.optimizer import Optimizer, buffered_parameters
 from emu3_megatron.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -224,7 +224,7 @@ class Checkpointer:
     def _optimizer_state(
         self, models: dict[str, Any], *, is_loading: bool
     ) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The optimizer's sharded tensors under layout-free names, and its plain values, which are not saved.
+        """Sharded tensors of every part under layout-free names, and plain values, which are not saved.
 
         Master weights get one name for both kinds of optimizer. In an fp32 run they are the weights: they are
         not saved again, and when loading they are among the plain values, as the weights themselves.
@@ -232,36 +232,41 @@ class Checkpointer:
         from megatron.core.dist_checkpointing.dict_utils import extract_matching_values
         from megatron.core.dist_checkpointing.mapping import ShardedBase
 
-        state = self._optimizer.megatron.sharded_state_dict(
-            models["model"] if len(models) == 1 else models,
-            is_loading=is_loading,
-            metadata=sharding_metadata(),
-        )
-        sharded, plain = extract_matching_values(
-            state, lambda value: isinstance(value, ShardedBase), return_lists_as_dicts=True
-        )
-        if self._precision == "fp32" and "param_state" in sharded:
-            for number, weight in enumerate(self._optimizer.buffered_parameters()):
-                del sharded["param_state"][number]["param"]
-                plain.setdefault("param_state", {})[number] = {"param": weight.data}
-        return _map_values(sharded, _with_common_name), plain
+        tensors: dict[str, Any] = {}
+        plain: dict[str, Any] = {}
+        for number, part in enumerate(self._optimizer.parts):
+            state = part.sharded_state_dict(
+                models["model"] if len(models) == 1 else models,
+                is_loading=is_loading,
+                metadata=sharding_metadata(),
+            )
+            sharded, rest = extract_matching_values(
+                state, lambda value: isinstance(value, ShardedBase), return_lists_as_dicts=True
+            )
+            if self._precision == "fp32" and "param_state" in sharded:
+                for index, weight in enumerate(buffered_parameters(part)):
+                    del sharded["param_state"][index]["param"]
+                    rest.setdefault("param_state", {})[index] = {"param": weight.data}
+            tensors[str(number)], plain[str(number)] = _map_values(sharded, _with_common_name), rest
+        return tensors, plain
 
     def _load_optimizer(self, plain: dict[str, Any], tensors: dict[str, Any], updates: int) -> None:
         from megatron.core.dist_checkpointing.dict_utils import dict_list_map_inplace, merge
         from megatron.core.dist_checkpointing.mapping import LocalNonpersistentObject
 
         dict_list_map_inplace(lambda v: v.unwrap() if isinstance(v, LocalNonpersistentObject) else v, plain)
-        state = merge(plain, tensors)
-        inner = state.get("optimizer", state)
-        inner["param_groups"] = _as_list(inner["param_groups"])
-        if "fp32_from_fp16_params" in state:
-            state["fp32_from_fp16_params"] = [
-                _as_list(group) for group in _as_list(state["fp32_from_fp16_params"])
-            ]
-        for group in inner["param_groups"]:
-            group["step"] = updates
-        with torch.no_grad():
-            self._optimizer.megatron.load_state_dict(state)
+        for number, part in enumerate(self._optimizer.parts):
+            state = merge(plain[str(number)], tensors[str(number)])
+            inner = state.get("optimizer", state)
+            inner["param_groups"] = _as_list(inner["param_groups"])
+            if "fp32_from_fp16_params" in state:
+                state["fp32_from_fp16_params"] = [
+                    _as_list(group) for group in _as_list(state["fp32_from_fp16_params"])
+                ]
+            for group in inner["param_groups"]:
+                group["step"] = updates
+            with torch.no_grad():
+                part.load_state_dict(state)
 
 
 _DISTRIBUTED_MASTER = "optimizer.state.param."

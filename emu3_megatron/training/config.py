@@ -148,8 +148,15 @@ class DataConfig:
 
 @dataclass(kw_only=True)
 class OptimizerConfig:
-    """AdamW, its learning-rate schedule, clipping."""
+    """AdamW or Muon, the learning-rate schedule, clipping."""
 
+    kind: Literal["adam", "muon"] = "adam"
+    """`adam` for every weight (paper); `muon` for the matrices of the decoder's layers, with Adam for the
+    embedding, the output layer and the norms (see `emu3_megatron.muon`)."""
+    muon_rate: float = 1.0
+    """Muon's learning rate in units of `learning_rate`; at 1 its updates are as large as Adam's."""
+    muon_momentum: float = 0.95
+    """Decay of Muon's Nesterov momentum (Jordan 2024)."""
     learning_rate: float = 5e-5
     """Peak learning rate (paper: 5e-5 in both stages)."""
     min_learning_rate: float = 0.0
@@ -192,6 +199,15 @@ class OptimizerConfig:
             f"optimizer.decay_steps={self.decay_steps} must be positive",
         )
         require(self.clip_grad >= 0, f"optimizer.clip_grad={self.clip_grad} must not be negative; 0 is off")
+        require(self.muon_rate > 0, f"optimizer.muon_rate={self.muon_rate} must be positive")
+        require(
+            0 <= self.muon_momentum < 1, f"optimizer.muon_momentum={self.muon_momentum} must lie in [0, 1)"
+        )
+        require(
+            self.kind == "adam" or not self.use_distributed_optimizer,
+            "optimizer.kind=muon needs whole matrices, which the distributed optimizer cuts: set "
+            "optimizer.use_distributed_optimizer=false (states then take 4 bytes a weight on every rank)",
+        )
         require(
             not self.overlap_param_gather or (self.use_distributed_optimizer and self.overlap_grad_reduce),
             "optimizer.overlap_param_gather needs optimizer.use_distributed_optimizer and "

@@ -127,12 +127,15 @@ def _stage_memory(config: TrainingConfig, stage: int, data_ranks: int, padded_si
     held = (vocabulary + body) / parallel.tensor_model_parallel_size
     half = config.trainer.precision == "bf16"
     shards = data_ranks * parallel.context_parallel_size if config.optimizer.use_distributed_optimizer else 1
-    states = 3 if half else 2  # two moments, and fp32 master weights where the weights are not fp32
+    # Adam has two moments of every weight, Muon one of the matrices inside layers.
+    one_moment = layers * layer_matrix_parameters(model) / parallel.tensor_model_parallel_size
+    moments = 2 * held - (one_moment if config.optimizer.kind == "muon" else 0)
+    masters = held if half else 0  # fp32, where the weights are not
     average = held * BYTES_FP32 if config.ema.decay else 0.0
     memory = Memory(
         weights=held * (2 if half else BYTES_FP32) + average,
         gradients=held * BYTES_FP32,
-        optimizer=held * states * BYTES_FP32 / shards,
+        optimizer=(moments + masters) * BYTES_FP32 / shards,
         activations=activation_bytes(config, stage, padded_size),
     )
     if config.platform != "cpu":

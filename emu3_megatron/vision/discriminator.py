@@ -99,7 +99,7 @@ class Adversary:
         self.network.requires_grad_(True)
         logits = self.network(torch.cat((target_NCHW, reconstruction_NCHW.detach()))).float()
         loss = hinge_loss(*logits.chunk(2))
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward()
         average_gradients(self.parameters)
         clip_gradients(self.optimizer, largest)

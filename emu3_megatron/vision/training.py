@@ -78,7 +78,10 @@ class VisionTrainer:
         self.tokenizer.codebook.requires_grad_(False)
         self.parameters = [p for p in self.tokenizer.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(
-            self.tokenizer, betas=(0.9, 0.99), units=start.units if start is not None else None
+            self.tokenizer,
+            betas=(0.9, 0.99),
+            units=start.units if start is not None else None,
+            muon_rate=config.schedule.muon_rate,
         )
         self.objective = Objective(config, self.device)
         self.averages: WeightAverages | None = None
@@ -144,7 +147,7 @@ class VisionTrainer:
                 last_layer=self.tokenizer.decoder.conv_out.weight,
             )
         loss = error + self.config.loss.commitment_weight * commitment
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward()
         average_gradients(self.parameters)
         norm = clip_gradients(self.optimizer, schedule.clip_gradient)

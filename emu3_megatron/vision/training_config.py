@@ -66,6 +66,9 @@ class ScheduleConfig:
     """Images of a step on whole pictures, over all processes."""
     learning_rate: float = 3e-3
     """Peak, of AdamW."""
+    muon_rate: float = 0.0
+    """Above 0, weights of at least 32 rows and columns are trained by Muon instead of Adam, at this many
+    times the learning rate; at 1 their updates have the size of Adam's (see `emu3_megatron.muon`)."""
     warmup_steps: int = 50
     """Linear rise to the peak; a cosine to `final_share` of it follows."""
     final_share: float = 0.02
