@@ -2,9 +2,10 @@
 
 ``make prove NAME=layouts``: 20 steps in fp32 over packed windows, with the distributed optimizer on and off.
 Losses and gradient norms agree within 1e-5 (relative) at the first step and within 1e-4 at every step. With
-dropout, two runs of the same layout and seed are equal to the last bit. Exit code 0 only if all hold.
+dropout in all places they do so too, and two runs of one layout and seed are equal to the last bit. Exit code
+0 only if all hold.
 
-``ARGS="--folder FOLDER --launches 1"`` runs it in pieces: what the folder holds is not run again, and while
+``ARGS="--folder FOLDER --minutes 9"`` runs it in pieces: what the folder holds is not run again, and while
 runs are left the exit code is 3.
 """
 
@@ -14,17 +15,23 @@ import argparse
 import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from tests.training import layouts, runs
+from emu3_megatron.parallel import platform
+
+platform.install("cpu")
+
+from tests.training import forked, layouts, runs  # noqa: E402
 
 LAYERS = ["--model.num_layers", "8"]
 """Four interleaved stages of two groups need eight layers."""
-AT_ONCE = 10
-"""Layouts of one launch; each leaves process groups behind until its processes end."""
-WITH_DROPOUT = {2: ["tp2-sp", "pp2-interleaved", "cp2"], 4: ["tp2-cp2-sp", "tp2-pp2", "cp2-dp2"]}
+WITH_DROPOUT = {
+    2: ["dp2", "tp2", "tp2-sp", "pp2-interleaved", "cp2", "cp2-a2a"],
+    4: ["tp2-cp2-sp", "tp2-cp2-a2a-sp", "tp2-pp2", "cp2-dp2"],
+}
 DROPOUT = [
     part
     for place in ("embedding_dropout", "attention_dropout", "hidden_dropout")
@@ -33,52 +40,51 @@ DROPOUT = [
 
 
 class Unfinished(Exception):
-    """The launches that were allowed are used up."""
+    """The time is up."""
 
 
 class Proof:
-    """Runs of all layouts in one folder, a few in one launch; those that are there are not run again.
+    """Runs of all layouts in one folder; those that are there are not run again.
 
     Args:
         folder: Where the runs are.
-        launches: How many launches there may be, or None for all that it takes.
+        minutes: Time after which no further run is started, or None.
     """
 
-    def __init__(self, folder: Path, launches: int | None) -> None:
+    def __init__(self, folder: Path, minutes: float | None) -> None:
         self.folder = folder
-        self.left = launches
+        self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.reference = folder / "reference"
+        self.dropping_reference = folder / "reference-dropout"
         self.config = folder / "config.yaml"
 
     def prepare(self) -> None:
-        """Write the data and train the reference: one process, no parallelism."""
+        """Write the data and train the references, without and with dropout: one process, no parallelism."""
         from emu3_megatron.samples.tiny import PARTS, prepare
 
         for name in PARTS:
             if not (self.folder / "data" / name / "manifest.json").exists():
                 prepare(self.folder / "data" / name)
         runs.write_configuration(self.folder, self.folder / "data")
-        if not finished(self.reference):
-            done = runs.train(self.config, self.reference, *LAYERS)
-            if done.returncode:
-                raise RuntimeError(done.stderr[-4000:])
+        self.launch({self.reference.name: [], self.dropping_reference.name: DROPOUT}, 1)
 
     def launch(self, jobs: dict[str, list[str]], processes: int) -> None:
         """Train every job into `folder/NAME`.
 
         Raises:
-            Unfinished: no further launch is allowed.
+            Unfinished: the time is up.
+            RuntimeError: a run failed.
         """
-        missing = [name for name in jobs if not finished(self.folder / name)]
-        for begin in range(0, len(missing), AT_ONCE):
-            if self.left == 0:
+        for name, arguments in jobs.items():
+            run = self.folder / name
+            if finished(run):
+                continue
+            if self.deadline is not None and time.monotonic() > self.deadline:
                 raise Unfinished
-            part = {name: [*LAYERS, *jobs[name]] for name in missing[begin : begin + AT_ONCE]}
-            for name in part:
-                shutil.rmtree(self.folder / name, ignore_errors=True)
-            print(f"{processes} processes: {', '.join(part)}", file=sys.stderr, flush=True)
-            runs.launch_layouts(self.folder, self.config, part, processes=processes, save=False, timeout=3600)
-            self.left = None if self.left is None else self.left - 1
+            shutil.rmtree(run, ignore_errors=True)
+            common = ["--config", str(self.config), "--run", str(run), "--checkpoint.interval", "1000"]
+            if not forked.finish(forked.start([*common, *LAYERS, *arguments], processes)):
+                raise RuntimeError(f"{name} failed")
 
     def equality(self, table: dict[str, dict[str, object]], processes: int) -> list[str]:
         """Lines of the verdict on layouts without dropout, with both kinds of optimizer."""
@@ -91,18 +97,16 @@ class Proof:
             if distributed or "gather" not in layout
         }
         self.launch(jobs, processes)
-        lines = []
-        for name in jobs:
-            first, every = layouts.differences(self.folder / name, self.reference)
-            good = first <= layouts.FIRST_STEP and every <= layouts.ALL_STEPS
-            mark = "pass" if good else "FAIL"
-            lines.append(
-                f"{mark} {processes} processes {name:34s} first step {first:.1e}  20 steps {every:.1e}"
-            )
-        return lines
+        return [self._line(name, self.reference, processes) for name in jobs]
 
-    def repetition(self, table: dict[str, dict[str, object]], processes: int) -> list[str]:
-        """Lines of the verdict on pairs of runs with dropout."""
+    def _line(self, name: str, reference: Path, processes: int) -> str:
+        """The verdict on a run that a single process is to equal."""
+        first, every = layouts.differences(self.folder / name, reference)
+        mark = "pass" if first <= layouts.FIRST_STEP and every <= layouts.ALL_STEPS else "FAIL"
+        return f"{mark} {processes} processes {name:34s} first step {first:.1e}  20 steps {every:.1e}"
+
+    def with_dropout(self, table: dict[str, dict[str, object]], processes: int) -> list[str]:
+        """Lines of the verdict on runs with dropout: against one process, and twice."""
         names = WITH_DROPOUT[processes]
         jobs = {
             f"{name}-dropout-{number}": [
@@ -113,7 +117,7 @@ class Proof:
             for number in (1, 2)
         }
         self.launch(jobs, processes)
-        lines = []
+        lines = [self._line(f"{name}-dropout-1", self.dropping_reference, processes) for name in names]
         for name in names:
             one, two = (runs.metrics(self.folder / f"{name}-dropout-{number}") for number in (1, 2))
             worst = max(runs.largest_difference(one, two, key) for key in ("loss", "grad_norm"))
@@ -127,13 +131,13 @@ def finished(run: Path) -> bool:
     return (run / "metrics.jsonl").exists() and len(runs.metrics(run)) == runs.STEPS
 
 
-def verdict(folder: Path, launches: int | None) -> list[str]:
+def verdict(folder: Path, minutes: float | None) -> list[str]:
     """Run everything in `folder`; lines of the verdict, which are printed as they come."""
-    proof = Proof(folder, launches)
+    proof = Proof(folder, minutes)
     proof.prepare()
     lines: list[str] = []
     for processes, table in ((2, layouts.TWO), (4, layouts.FOUR)):
-        for part in (proof.equality, proof.repetition):
+        for part in (proof.equality, proof.with_dropout):
             found = part(table, processes)
             print("\n".join(found), flush=True)
             lines += found
@@ -144,13 +148,13 @@ def main() -> int:
     """Run, print the verdict, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="keep the runs here")
-    parser.add_argument("--launches", type=int, help="stop after as many, to go on later")
+    parser.add_argument("--minutes", type=float, help="start no run after as many, to go on later")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lines = verdict(folder, arguments.launches)
+            lines = verdict(folder, arguments.minutes)
         except Unfinished:
             print("runs are left; start this again with the same folder")
             return 3
