@@ -105,31 +105,49 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def show_peaks(tokens: int, hidden_size: int) -> None:
+    """Print the memory of both."""
+    peaks = {name: peak(name, tokens, hidden_size) for name in ("plain", "chunked")}
+    shown = ", ".join(f"{name} {value / MIB:.1f} MiB" for name, value in peaks.items())
+    print(f"peak: {shown}; ratio {peaks['chunked'] / peaks['plain']:.3f} (bar 0.1)", flush=True)
+
+
+def show_differences(case: Case) -> None:
+    """Print how far losses and gradients of both are apart."""
+    for one, two, name in zip(case.chunked(), case.plain(), ("loss", "d hidden", "d weight"), strict=True):
+        print(f"relative difference of {name:9s} {relative(one, two):.1e}", flush=True)
+
+
+def show_times(case: Case, rounds: int) -> None:
+    """Print the CPU time of both, round by round."""
+    times: dict[str, list[float]] = {"plain": [], "chunked": []}
+    for _ in range(rounds):
+        for name, found in times.items():
+            found.append(seconds(getattr(case, name)))
+        print("CPU s: " + ", ".join(f"{name} {found[-1]:.2f}" for name, found in times.items()), flush=True)
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in medians.items())
+    print(f"time: medians {shown}; ratio {medians['chunked'] / medians['plain']:.3f} (bar 1.05)")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden-size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5, help="of each loss; medians count")
+    parts = ("peaks", "differences", "times")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="default: all")
     arguments = parser.parse_args()
     tokens, hidden_size = arguments.tokens, arguments.hidden_size
     print(f"{tokens} tokens, hidden size {hidden_size}, {VOCABULARY.size:,} ids, torch {torch.__version__}")
-    peaks = {name: peak(name, tokens, hidden_size) for name in ("plain", "chunked")}
+    if "peaks" in arguments.parts:
+        show_peaks(tokens, hidden_size)
     case = Case(tokens, hidden_size)
-    for one, two, name in zip(case.chunked(), case.plain(), ("loss", "d hidden", "d weight"), strict=True):
-        print(f"relative difference of {name:9s} {relative(one, two):.1e}")
-    times: dict[str, list[float]] = {"plain": [], "chunked": []}
-    for _ in range(arguments.rounds):
-        for name, found in times.items():
-            found.append(seconds(getattr(case, name)))
-    medians = {name: statistics.median(found) for name, found in times.items()}
-    for name in times:
-        listed = " ".join(f"{value:.2f}" for value in times[name])
-        print(f"{name:8s} peak {peaks[name] / MIB:8.1f} MiB   CPU s {medians[name]:.2f} ({listed})")
-    print(
-        f"chunked / plain: peak {peaks['chunked'] / peaks['plain']:.3f} (bar 0.1), "
-        f"time {medians['chunked'] / medians['plain']:.3f} (bar 1.05)"
-    )
+    if "differences" in arguments.parts:
+        show_differences(case)
+    if "times" in arguments.parts:
+        show_times(case, arguments.rounds)
 
 
 if __name__ == "__main__":

@@ -133,8 +133,10 @@ class Rounds(Callback):
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         """Mark; at the end of a round let the other side run."""
-        self.clocks[-1].mark()
-        self.clocks[-1].losses.append(report.loss)
+        clock = self.clocks[-1]
+        clock.mark()
+        clock.losses.append(report.loss)
+        print(f"emu3-megatron: step {report.step}, {clock.cpu[-1] - clock.cpu[-2]:.2f} CPU s", flush=True)
         if report.step % self._steps == 0:
             self._other()
             if report.step < trainer.config.trainer.steps:
@@ -202,6 +204,7 @@ class Marks(transformers.TrainerCallback):
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._clock.mark()
+        print(f"transformers: a step, {self._clock.cpu[-1] - self._clock.cpu[-2]:.2f} CPU s", flush=True)
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
         if "loss" in logs:

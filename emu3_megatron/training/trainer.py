@@ -85,6 +85,8 @@ class Trainer:
             parallel=config.parallel,
             seed=config.seed,
             precision=config.trainer.precision,
+            fp8=config.trainer.fp8,
+            fp8_recipe=config.trainer.fp8_recipe,
         )
         if config.lora.rank:
             from emu3_megatron.model.lora import add_adapters
