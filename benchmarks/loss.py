@@ -1,17 +1,17 @@
 """Chunked linear cross entropy against the plain one: memory and time of forward and backward, on the CPU.
 
-Usage: OMP_NUM_THREADS=1 python benchmarks/loss.py [--tokens 2048 --hidden-size 512 --rounds 3]
+Usage: OMP_NUM_THREADS=1 python benchmarks/loss.py [--tokens 2048 --hidden-size 512 --rounds 5]
 
 The plain loss computes all logits at once and calls torch's cross entropy. Memory is the peak resident set of
-a process of its own for each, above the weights and their gradient. For time, rounds alternate in one process
-and the least of each counts, so that other work on the machine disturbs the ratio little. Losses and
-gradients of both are compared.
+a process of its own for each, above the weights and their gradient. For time, rounds of both alternate in one
+process, and medians are compared. Losses and gradients of both are compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import multiprocessing
+import statistics
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -105,30 +105,49 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
     return float((a - b).norm() / b.norm())
 
 
+def show_peaks(tokens: int, hidden_size: int) -> None:
+    """Print the memory of both."""
+    peaks = {name: peak(name, tokens, hidden_size) for name in ("plain", "chunked")}
+    shown = ", ".join(f"{name} {value / MIB:.1f} MiB" for name, value in peaks.items())
+    print(f"peak: {shown}; ratio {peaks['chunked'] / peaks['plain']:.3f} (bar 0.1)", flush=True)
+
+
+def show_differences(case: Case) -> None:
+    """Print how far losses and gradients of both are apart."""
+    for one, two, name in zip(case.chunked(), case.plain(), ("loss", "d hidden", "d weight"), strict=True):
+        print(f"relative difference of {name:9s} {relative(one, two):.1e}", flush=True)
+
+
+def show_times(case: Case, rounds: int) -> None:
+    """Print the CPU time of both, round by round."""
+    times: dict[str, list[float]] = {"plain": [], "chunked": []}
+    for _ in range(rounds):
+        for name, found in times.items():
+            found.append(seconds(getattr(case, name)))
+        print("CPU s: " + ", ".join(f"{name} {found[-1]:.2f}" for name, found in times.items()), flush=True)
+    medians = {name: statistics.median(found) for name, found in times.items()}
+    shown = ", ".join(f"{name} {value:.2f}" for name, value in medians.items())
+    print(f"time: medians {shown}; ratio {medians['chunked'] / medians['plain']:.3f} (bar 1.05)")
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--hidden-size", type=int, default=512)
-    parser.add_argument("--rounds", type=int, default=3, help="of each loss; the least time counts")
+    parser.add_argument("--rounds", type=int, default=5, help="of each loss; medians count")
+    parts = ("peaks", "differences", "times")
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="default: all")
     arguments = parser.parse_args()
     tokens, hidden_size = arguments.tokens, arguments.hidden_size
     print(f"{tokens} tokens, hidden size {hidden_size}, {VOCABULARY.size:,} ids, torch {torch.__version__}")
-    peaks = {name: peak(name, tokens, hidden_size) for name in ("plain", "chunked")}
+    if "peaks" in arguments.parts:
+        show_peaks(tokens, hidden_size)
     case = Case(tokens, hidden_size)
-    for one, two, name in zip(case.chunked(), case.plain(), ("loss", "d hidden", "d weight"), strict=True):
-        print(f"relative difference of {name:9s} {relative(one, two):.1e}")
-    times: dict[str, list[float]] = {"plain": [], "chunked": []}
-    for _ in range(arguments.rounds):
-        for name, found in times.items():
-            found.append(seconds(getattr(case, name)))
-    for name in times:
-        listed = " ".join(f"{value:.2f}" for value in times[name])
-        print(f"{name:8s} peak {peaks[name] / MIB:8.1f} MiB   CPU s {min(times[name]):.2f} ({listed})")
-    print(
-        f"chunked / plain: peak {peaks['chunked'] / peaks['plain']:.3f} (bar 0.1), "
-        f"time {min(times['chunked']) / min(times['plain']):.3f} (bar 1.05)"
-    )
+    if "differences" in arguments.parts:
+        show_differences(case)
+    if "times" in arguments.parts:
+        show_times(case, arguments.rounds)
 
 
 if __name__ == "__main__":

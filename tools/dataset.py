@@ -6,12 +6,17 @@ import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from emu3_megatron.data import Mixture, Plan, Source
 from emu3_megatron.data.lint import lint
 from emu3_megatron.data.verify import describe, show, verify
 from emu3_megatron.errors import UserError, run_main
 from emu3_megatron.files import atomic_write
+
+if TYPE_CHECKING:
+    from emu3_megatron.training.config import TrainerConfig
+    from emu3_megatron.training.token_losses import WindowLosses
 
 
 def main() -> None:
@@ -48,7 +53,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_page(added)
     added = command("replay", _replay, "rebuild the batch of a training step as a page to look at")
     added.add_argument("--plan", required=True, help="folder of the run, or its config.yaml")
-    added.add_argument("--step", type=int, required=True, help="number of the step, from 1, as in the log")
+    which = added.add_mutually_exclusive_group(required=True)
+    which.add_argument("--step", type=int, help="number of the step, from 1, as in the log")
+    which.add_argument("--window", type=int, help="number of one window, from 0")
+    added.add_argument("--checkpoint", help="run or checkpoint whose loss on every token is shown")
+    added.add_argument("--platform", default="auto", choices=["auto", "cuda", "cpu"], help="of --checkpoint")
     _add_page(added)
     added = dataset(command("convert", _convert, "write a dataset's spans in another dialect"))
     added.add_argument("target", help="folder of the new dataset")
@@ -96,9 +105,7 @@ def _lint(arguments: argparse.Namespace) -> int:
 def _view(arguments: argparse.Namespace) -> int:
     plan = Plan(Mixture([Source(path=arguments.dataset)]), seed=0, context_length=arguments.context_length)
     windows = list(range(arguments.first, arguments.first + arguments.windows))
-    _write_page(
-        plan, windows, arguments, None, f"{arguments.dataset}, windows of {plan.context_length} tokens"
-    )
+    _write_page(plan, windows, arguments, f"{arguments.dataset}, windows of {plan.context_length} tokens")
     return 0
 
 
@@ -111,23 +118,47 @@ def _replay(arguments: argparse.Namespace) -> int:
     path = given / "config.yaml" if given.is_dir() else given
     if not path.is_file():
         raise UserError(f"{path}: no such file; --plan takes the folder of a run, or its config.yaml")
+    config = command_line.parse(["--config", str(path)]).config
+    windows, title = _windows_to_replay(arguments, config.trainer)
+    plan = open_plan(config)
+    losses = None
+    if arguments.checkpoint is not None:
+        from emu3_megatron.training.token_losses import open_token_losses
+
+        losses = open_token_losses(
+            Path(arguments.checkpoint),
+            plan.mixture.vocabulary,
+            attention=config.data.attention,
+            platform_name=arguments.platform,
+        )
+        title += f", losses of {arguments.checkpoint}"
+    weights = [(source.loss or config.loss).by_class() for source in config.data.sources.values()]
+    _write_page(plan, windows, arguments, title, weights=weights, losses=losses)
+    return 0
+
+
+def _windows_to_replay(arguments: argparse.Namespace, trainer: TrainerConfig) -> tuple[list[int], str]:
+    """Numbers of the windows of a step, or the one that is asked for, and a heading."""
+    if arguments.window is not None:
+        if arguments.window < 0:
+            raise UserError(f"--window {arguments.window}: windows count from 0")
+        return [arguments.window], f"window {arguments.window} of {arguments.plan}"
     if arguments.step < 1:
         raise UserError(f"--step {arguments.step}: steps count from 1, as in the log")
-    config = command_line.parse(["--config", str(path)]).config
-    size = config.trainer.global_batch_size
-    windows = list(range((arguments.step - 1) * size, arguments.step * size))
-    title = f"step {arguments.step} of {given}: windows {windows[0]} to {windows[-1]}"
-    weights = [(source.loss or config.loss).by_class() for source in config.data.sources.values()]
-    _write_page(open_plan(config), windows, arguments, weights, title)
-    return 0
+    first = sum(trainer.batch_size(step) for step in range(arguments.step - 1))
+    windows = list(range(first, first + trainer.batch_size(arguments.step - 1)))
+    title = f"step {arguments.step} of {arguments.plan}: windows {windows[0]} to {windows[-1]}"
+    return windows, title
 
 
 def _write_page(
     plan: Plan,
     windows: list[int],
     arguments: argparse.Namespace,
-    weights: list[list[float]] | None,
     title: str,
+    *,
+    weights: list[list[float]] | None = None,
+    losses: WindowLosses | None = None,
 ) -> None:
     from emu3_megatron.tokenization.view import Decoder, windows_page
 
@@ -135,7 +166,7 @@ def _write_page(
     # Plain text names no dialect; a mixture has one tokenizer of each kind, so any other source will do.
     manifest = next((each for each in manifests if each.dialect_name), manifests[0])
     decoder = Decoder.open(manifest, arguments.text_tokenizer, arguments.vision_tokenizer)
-    page = windows_page(plan, windows, decoder, weights=weights, title=title)
+    page = windows_page(plan, windows, decoder, weights=weights, losses=losses, title=title)
     with atomic_write(arguments.output) as stream:
         stream.write(page.encode())
     print(f"{title}: written to {arguments.output}")

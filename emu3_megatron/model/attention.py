@@ -18,6 +18,7 @@ from megatron.core.tensor_parallel.mappings import all_to_all, gather_from_seque
 from megatron.core.transformer.attention import SelfAttention
 from megatron.core.transformer.module import MegatronModule
 
+from emu3_megatron.model.dropout import AttentionDropout
 from emu3_megatron.model.packing import Group, WindowLayout, gather_rows, scatter_rows
 from emu3_megatron.model.rotary import RotaryCache, rotary_table, rotate, split_rotated
 
@@ -44,6 +45,8 @@ class PackedAttention(MegatronModule):
         self.all_to_all = cp_comm_type == "a2a" and self.cp_group.size() > 1
         self.scale = softmax_scale or 1.0 / math.sqrt(config.kv_channels)
         self.dropout = float(config.attention_dropout)
+        self.tensor_rank = pg_collection.tp.rank()
+        self.token_dropout = AttentionDropout(layer_number, self.dropout)
         self.sequence_parallel = bool(config.sequence_parallel)
 
     def forward(
@@ -77,25 +80,37 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         query = gather_rows(query, layout.query)
         key, value = gather_rows(key, layout.key), gather_rows(value, layout.key)
-        sizes = [(group.batch * group.queries, group.batch * group.keys) for group in layout.groups]
-        parts = zip(
-            layout.groups,
-            query.split([q for q, _ in sizes]),
-            key.split([k for _, k in sizes]),
-            value.split([k for _, k in sizes]),
-            strict=True,
+        query_slots = [group.batch * group.queries for group in layout.groups]
+        key_slots = [group.batch * group.keys for group in layout.groups]
+        groups = list(
+            zip(
+                layout.groups,
+                query.split(query_slots),
+                key.split(key_slots),
+                value.split(key_slots),
+                strict=True,
+            )
         )
-        with self._random_state():
-            outputs = [self._attend(group, q, k, v) for group, q, k, v in parts]
+        # On a CPU: kernels of a GPU draw their own numbers, and without them all probabilities would be held.
+        drops_by_token = self.training and self.dropout > 0.0 and not query.is_cuda
+        if drops_by_token and layout.tokens is not None:
+            numbers = layout.tokens.query_numbers.split(query_slots)
+            positions = layout.tokens.key_positions.split(key_slots)
+            outputs = [
+                self._attend_dropping(*parts, asking, seen)
+                for parts, asking, seen in zip(groups, numbers, positions, strict=True)
+            ]
+        else:
+            with self._random_state():
+                outputs = [self._attend(*parts) for parts in groups]
         out = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
         return scatter_rows(out, layout.query)
 
     def _attend(
         self, group: Group, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
     ) -> torch.Tensor:
-        q = query.view(group.batch, group.queries, *query.shape[1:]).transpose(1, 2)
-        k = key.view(group.batch, group.keys, *key.shape[1:]).transpose(1, 2)
-        v = value.view(group.batch, group.keys, *value.shape[1:]).transpose(1, 2)
+        q = _by_document(query, group.batch, group.queries)
+        k, v = (_by_document(x, group.batch, group.keys) for x in (key, value))
         out = F.scaled_dot_product_attention(
             q,
             k,
@@ -106,6 +121,45 @@ class PackedAttention(MegatronModule):
             scale=self.scale,
             enable_gqa=q.size(1) != k.size(1),
         )
+        return out.transpose(1, 2).reshape(group.batch * group.queries, *query.shape[1:])
+
+    def _attend_dropping(
+        self,
+        group: Group,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        numbers: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> torch.Tensor:
+        """As `_attend`, with probabilities dropped by token.
+
+        Args:
+            group: Of documents.
+            query: Its query slots.
+            key: Its key slots.
+            value: The same.
+            numbers: Of the tokens that ask, see `SlotTokens`.
+            positions: Of those that are looked at.
+        """
+        q = _by_document(query, group.batch, group.queries)
+        repeat = query.size(1) // key.size(1)
+        k, v = (_by_document(x, group.batch, group.keys).repeat_interleave(repeat, 1) for x in (key, value))
+        scores = (q * self.scale) @ k.transpose(-1, -2)
+        mask = group.mask
+        if mask is None:
+            mask = torch.ones(group.queries, group.keys, dtype=torch.bool, device=q.device).tril()
+        probabilities = scores.masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(v.dtype)
+        # Heads are split over tensor parallelism first, then over context parallelism by all-to-all.
+        part = self.tensor_rank
+        if self.all_to_all:
+            part = part * self.cp_group.size() + self.cp_group.rank()
+        keep = self.token_dropout.keep(
+            numbers.view(group.batch, group.queries),
+            torch.arange(part * q.size(1), (part + 1) * q.size(1), device=q.device),
+            positions.view(group.batch, group.keys),
+        )
+        out = (probabilities * keep) @ v * (1.0 / (1.0 - self.dropout))
         return out.transpose(1, 2).reshape(group.batch * group.queries, *query.shape[1:])
 
     @contextlib.contextmanager
@@ -135,6 +189,11 @@ class PackedAttention(MegatronModule):
         tokens, heads, channels = x.shape
         x = all_to_all(self.cp_group, x.contiguous()).view(size, tokens // size, heads, channels)
         return x.transpose(0, 1).reshape(tokens // size, size * heads, channels)
+
+
+def _by_document(x: torch.Tensor, batch: int, slots: int) -> torch.Tensor:
+    """``[batch * slots, n, D]`` -> ``[batch, n, slots, D]``."""
+    return x.view(batch, slots, *x.shape[1:]).transpose(1, 2)
 
 
 class PackedSelfAttention(SelfAttention):

@@ -10,7 +10,7 @@ from megatron.core import parallel_state
 from megatron.core.tensor_parallel import layers
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from emu3_megatron.model.config import ModelConfig, ModelConfigError
+from emu3_megatron.model.config import FP8Format, FP8Recipe, ModelConfig, ModelConfigError
 from emu3_megatron.model.gpt import Emu3Model
 from emu3_megatron.model.initialization import initialize_weights
 from emu3_megatron.model.layers import block_specification, uses_transformer_engine
@@ -20,7 +20,12 @@ Precision = Literal["fp32", "bf16"]
 
 
 def transformer_config(
-    config: ModelConfig, parallel: ParallelConfig, precision: Precision
+    config: ModelConfig,
+    parallel: ParallelConfig,
+    precision: Precision,
+    *,
+    fp8: FP8Format = "off",
+    fp8_recipe: FP8Recipe = "delayed",
 ) -> TransformerConfig:
     """megatron-core's configuration of the model.
 
@@ -28,7 +33,7 @@ def transformer_config(
     batched (batched exchange gives wrong losses with two stages), and outputs are then kept until sent.
 
     Raises:
-        ModelConfigError: `precision` is unknown or the shape is impossible.
+        ModelConfigError: `precision` is unknown, the shape is impossible, or FP8 cannot be had.
         LayoutError: the shape does not divide over the layout.
     """
     if precision not in ("fp32", "bf16"):
@@ -70,7 +75,23 @@ def transformer_config(
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=not interleaved,
         **_recompute(config),
+        **_fp8(config, fp8, fp8_recipe),
     )
+
+
+def _fp8(config: ModelConfig, form: FP8Format, recipe: FP8Recipe) -> dict[str, Any]:
+    if form == "off":
+        return {}
+    if not uses_transformer_engine(config, cuda=_on_cuda()):
+        raise ModelConfigError(
+            f"trainer.fp8={form} needs Transformer Engine on a GPU; install the `gpu` extra, or set it to off"
+        )
+    if torch.cuda.get_device_capability() < (8, 9):
+        raise ModelConfigError(
+            f"trainer.fp8={form}: {torch.cuda.get_device_name()} has no 8-bit matrix products (compute "
+            "capability 8.9 or more); set it to off"
+        )
+    return {"fp8": form, "fp8_recipe": recipe}
 
 
 def _on_cuda() -> bool:
@@ -94,6 +115,8 @@ def build_model(
     parallel: ParallelConfig,
     seed: int,
     precision: Precision = "fp32",
+    fp8: FP8Format = "off",
+    fp8_recipe: FP8Recipe = "delayed",
     initialize: bool = True,
 ) -> list[Emu3Model]:
     """Build this rank's pipeline chunks; process groups must exist (`initialize_parallel`).
@@ -105,6 +128,8 @@ def build_model(
         parallel: The layout.
         seed: Seed of the initial weights; they depend on nothing else, whatever the layout.
         precision: Type of parameters and activations.
+        fp8: Number format of the layers' matrix products, see `TrainerConfig`.
+        fp8_recipe: How their tensors are scaled.
         initialize: False leaves the weights undefined, for loading a checkpoint.
 
     Returns:
@@ -124,7 +149,7 @@ def build_model(
             f"vocabulary_padded_size={vocabulary_padded_size} is not divisible by tensor_model_parallel_size="
             f"{parallel.tensor_model_parallel_size}; use Vocabulary.padded_size"
         )
-    transformer = transformer_config(config, parallel, precision)
+    transformer = transformer_config(config, parallel, precision, fp8=fp8, fp8_recipe=fp8_recipe)
     cuda = _on_cuda()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
     stages = parallel.virtual_pipeline_model_parallel_size

@@ -11,6 +11,8 @@ from emu3_megatron.parallel.config import LayoutError, ParallelConfig
 
 AttentionBackend = Literal["auto", "torch", "transformer_engine"]
 Recompute = Literal["none", "selective", "full"]
+FP8Format = Literal["off", "hybrid", "e4m3"]
+FP8Recipe = Literal["delayed", "tensorwise", "blockwise", "mxfp8"]
 
 
 class ModelConfigError(UserError):

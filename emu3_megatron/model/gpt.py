@@ -9,6 +9,7 @@ from megatron.core import tensor_parallel
 from megatron.core.models.gpt import GPTModel
 from megatron.core.packed_seq_params import PackedSeqParams
 
+from emu3_megatron.model.dropout import TokenDropout, TokenNumbers
 from emu3_megatron.model.layers import OutputLayer
 from emu3_megatron.model.loss import TokenLosses, WeightedLoss
 from emu3_megatron.model.packing import LayoutParameters, window_layout
@@ -36,8 +37,7 @@ class Emu3Model(GPTModel):
         self.model_config = model_config
         self.vocabulary_size = vocabulary_size
         self.transformer_engine = transformer_engine
-        if self.pre_process:
-            self.embedding.embedding_dropout.p = model_config.embedding_dropout
+        self._drop_by_token()
         if self.post_process:
             self.output_layer = OutputLayer(
                 self.config.hidden_size,
@@ -57,6 +57,7 @@ class Emu3Model(GPTModel):
         *,
         packed_seq_params: PackedSeqParams | None = None,
         host_cu_seqlens: torch.Tensor | None = None,
+        dropout: TokenNumbers | None = None,
         logits: Literal["none", "all"] = "none",
     ) -> torch.Tensor:
         """Run the chunk.
@@ -68,6 +69,7 @@ class Emu3Model(GPTModel):
             packed_seq_params: The full window, see `packed_sequence_parameters`.
             host_cu_seqlens: The window's document lengths on the CPU; spares the torch attention to fetch
                 them from a GPU.
+            dropout: Random numbers of the tokens, from which dropout is drawn; None: from torch's state.
             logits: What the last stage returns: hidden states or all logits.
 
         Returns:
@@ -79,12 +81,18 @@ class Emu3Model(GPTModel):
         """
         if packed_seq_params is None:
             raise ValueError("the model needs packed_seq_params, a packed window")
-        hidden = self.embedding(input_ids=input_ids, position_ids=None) if self.pre_process else None
+        hidden = None
+        if self.pre_process:
+            self.embedding.embedding_dropout.tokens = dropout.share if dropout else None
+            hidden = self.embedding(input_ids=input_ids, position_ids=None)
         rotary = None
         if self.transformer_engine:
             rotary = self.rotary_pos_emb(packed_seq_params.max_seqlen_q, packed_seq=True)
         else:
-            packed_seq_params = self._with_layout(packed_seq_params, host_cu_seqlens, input_ids.device)
+            packed_seq_params = self._with_layout(
+                packed_seq_params, host_cu_seqlens, input_ids.device, dropout
+            )
+        packed_seq_params.dropout = dropout
         hidden = self.decoder(
             hidden_states=hidden,
             attention_mask=None,
@@ -130,8 +138,26 @@ class Emu3Model(GPTModel):
             z_loss=z_loss,
         )
 
+    def _drop_by_token(self) -> None:
+        """Give all places of hidden dropout masks that belong to tokens."""
+        shape, group = self.model_config, self.pg_collection.tp if self.config.sequence_parallel else None
+        if self.pre_process:
+            self.embedding.embedding_dropout = TokenDropout("embedding", shape.embedding_dropout, group)
+        if not shape.hidden_dropout:
+            return
+        for layer in self.decoder.layers:
+            for place, sum_with in (("attention", "self_attn_bda"), ("feed-forward", "mlp_bda")):
+                dropout = TokenDropout(f"{place} output {layer.layer_number}", shape.hidden_dropout, group)
+                layer.add_module(f"{sum_with}_dropout", dropout)
+                setattr(layer, sum_with, dropout.add)
+            layer.register_forward_pre_hook(_numbers_to_dropout, with_kwargs=True)
+
     def _with_layout(
-        self, parameters: PackedSeqParams, host_cu_seqlens: torch.Tensor | None, device: torch.device
+        self,
+        parameters: PackedSeqParams,
+        host_cu_seqlens: torch.Tensor | None,
+        device: torch.device,
+        dropout: TokenNumbers | None,
     ) -> LayoutParameters:
         if isinstance(parameters, LayoutParameters):
             return parameters
@@ -142,5 +168,12 @@ class Emu3Model(GPTModel):
             cp_rank=group.rank(),
             all_to_all=self.config.cp_comm_type == "a2a",
             device=device,
+            numbers=dropout.whole if dropout and self.model_config.attention_dropout else None,
         )
         return LayoutParameters.attach(parameters, layout)
+
+
+def _numbers_to_dropout(layer: Any, _args: Any, kwargs: dict[str, Any]) -> None:
+    """Before a layer runs, or is run again: what its dropout draws from."""
+    numbers = kwargs["packed_seq_params"].dropout
+    layer.self_attn_bda_dropout.tokens = layer.mlp_bda_dropout.tokens = numbers.share if numbers else None

@@ -51,6 +51,16 @@ class Gather:
 _IDENTITY = Gather(rows=None, slots=None, padding=None)
 
 
+@dataclass(frozen=True, kw_only=True)
+class SlotTokens:
+    """Which tokens stand in the slots of attention."""
+
+    query_numbers: torch.Tensor
+    """int64: random number of the token in every query slot."""
+    key_positions: torch.Tensor
+    """int64: position in its document of the token in every key slot."""
+
+
 @dataclass(kw_only=True)
 class WindowLayout:
     """Index arithmetic of one packed window on one context-parallel rank."""
@@ -67,6 +77,8 @@ class WindowLayout:
     """int64: position in its document of every token of this rank, after `entry`."""
     rotary: RotaryCache = field(default_factory=dict)
     """Cosine and sine of the positions, filled on first use."""
+    tokens: SlotTokens | None = None
+    """Where attention is to drop by token."""
 
 
 class LayoutParameters(PackedSeqParams):
@@ -83,7 +95,13 @@ class LayoutParameters(PackedSeqParams):
 
 
 def window_layout(
-    cu_seqlens: torch.Tensor, *, cp_size: int, cp_rank: int, all_to_all: bool, device: torch.device
+    cu_seqlens: torch.Tensor,
+    *,
+    cp_size: int,
+    cp_rank: int,
+    all_to_all: bool,
+    device: torch.device,
+    numbers: torch.Tensor | None = None,
 ) -> WindowLayout:
     """Work out the layout of a window.
 
@@ -94,6 +112,7 @@ def window_layout(
         cp_rank: Rank in the context-parallel group.
         all_to_all: Whether attention sees all tokens (and a part of the heads) instead of its own queries.
         device: Where the index tensors live.
+        numbers: int64, on that device: random number of every token of the window, for attention dropout.
 
     Raises:
         LayoutError: a document cannot be split over `cp_size`.
@@ -122,13 +141,22 @@ def window_layout(
             for number in (cp_rank, 2 * cp_size - 1 - cp_rank):
                 builder.add_chunk(cu[:-1][members], chunk[members], number, query_rows, key_rows)
         query, key = builder.query_gather(len(held[cp_rank])), builder.key_gather()
-    return WindowLayout(
+    layout = WindowLayout(
         groups=builder.groups,
         entry=entry,
         query=query,
         key=key,
         positions=_on(device, positions),
     )
+    if numbers is not None:
+        gathered = np.concatenate(held)  # window position of every row
+        asking = gathered if cp_size == 1 or all_to_all else held[cp_rank]
+        seen = gathered[builder.key_rows()]
+        layout.tokens = SlotTokens(
+            query_numbers=numbers[_on(device, asking[builder.query_rows()])],
+            key_positions=_on(device, seen - cu[np.searchsorted(cu, seen, side="right") - 1]),
+        )
+    return layout
 
 
 def _similar(lengths: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
@@ -205,6 +233,10 @@ class _Builder:
         """Source row of every query slot."""
         return np.concatenate(self._query)
 
+    def key_rows(self) -> np.ndarray[Any, Any]:
+        """Source row of every key slot."""
+        return np.concatenate(self._key)
+
     def query_gather(self, count: int) -> Gather:
         """The gather of the queries; every one of `count` rows has exactly one real slot."""
         rows, padding = self.query_rows(), np.concatenate(self._padding)
@@ -220,7 +252,7 @@ class _Builder:
 
     def key_gather(self) -> Gather:
         """The gather of the keys; a row may have several slots."""
-        return Gather(rows=_on(self.device, np.concatenate(self._key)), slots=None, padding=None)
+        return Gather(rows=_on(self.device, self.key_rows()), slots=None, padding=None)
 
 
 def _on(device: torch.device, array: np.ndarray[Any, Any]) -> torch.Tensor:

@@ -6,7 +6,7 @@ import base64
 import html
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,6 +35,15 @@ COLOURS = {
     Modality.END: "#8c613c",
 }
 """Colour of each class of label."""
+
+HOTTEST = 10.0
+"""Loss in nats that has the last colour; a uniform choice among 32,768 codes is 10.4."""
+
+HEAT = ((0.0, (10, 10, 40)), (0.35, (140, 30, 110)), (0.7, (240, 110, 30)), (1.0, (255, 250, 200)))
+"""Colours by share of `HOTTEST`, between which losses are interpolated: dark is well predicted."""
+
+CODE_PIXELS = 8
+"""Pixels of a code in a map of losses, where no picture says how many it has."""
 
 MAX_RUNS = 400
 """Runs of one class drawn in a segment's bar; breaks between rows would otherwise be thousands."""
@@ -107,8 +116,8 @@ class Decoder:
         ]
         return f"<pre>{html.escape(''.join(shown))}</pre>"
 
-    def span(self, ids: npt.NDArray[np.int64]) -> str:
-        """HTML of a span, from BOI to EOI."""
+    def span(self, ids: npt.NDArray[np.int64], losses: npt.NDArray[np.float32] | None = None) -> str:
+        """HTML of a span, from BOI to EOI, with a map of the losses of its codes where they are given."""
         if self.dialect is None:
             return f"<p>span of {len(ids)} tokens</p>"
         try:
@@ -117,12 +126,29 @@ class Decoder:
             return f"<p><b>a span that cannot be read</b>: {html.escape(str(error))}</p>"
         kind = "image" if isinstance(span, Image) else "video"
         label = f"{kind} of {'&times;'.join(map(str, span.codes.shape))} codes"
-        if self.vision is None:
-            return f"<p>{label}</p>"
-        with torch.no_grad():
-            pixels = self.vision.decode(torch.from_numpy(np.asarray(span.codes, dtype=np.int64))[None])[0]
-        frames = to_uint8(pixels)
-        return f'<p>{label}<br><img src="{_data_url(frames)}"></p>'
+        images, factor = [], CODE_PIXELS
+        if self.vision is not None:
+            with torch.no_grad():
+                pixels = self.vision.decode(torch.from_numpy(np.asarray(span.codes, dtype=np.int64))[None])[0]
+            frames = to_uint8(pixels)
+            factor = frames.shape[-2] // span.codes.shape[-1]
+            images.append(frames)
+        if losses is not None:
+            of_codes = losses[ids >= self.dialect.vocabulary.vision_offset].reshape(span.codes.shape)
+            label += f", loss {np.nanmean(of_codes):.3f}"
+            images.append(heat_map(of_codes, factor))
+        shown = " ".join(f'<img src="{_data_url(image)}">' for image in images)
+        return f"<p>{label}{'<br>' if images else ''}{shown}</p>"
+
+
+def heat_map(losses: npt.NDArray[np.float32], factor: int) -> npt.NDArray[np.uint8]:
+    """Losses ``[..., H, W]`` as RGB ``[..., H * factor, W * factor, 3]``; grey where there is none (NaN)."""
+    shares, colours = zip(*HEAT, strict=True)
+    heat = np.nan_to_num(losses) / HOTTEST
+    channels = [np.interp(heat, shares, [colour[channel] for colour in colours]) for channel in range(3)]
+    pixels = np.stack(channels, -1).round().astype(np.uint8)
+    pixels[np.isnan(losses)] = 128
+    return pixels.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def windows_page(
@@ -131,6 +157,7 @@ def windows_page(
     decoder: Decoder,
     *,
     weights: Sequence[Sequence[float]] | None = None,
+    losses: Callable[[Window], npt.NDArray[np.float32]] | None = None,
     title: str,
 ) -> str:
     """An HTML page, complete in itself, of windows of a plan.
@@ -140,6 +167,8 @@ def windows_page(
         indices: Numbers of the windows.
         decoder: The tokenizers.
         weights: Loss weights of each source, one a class in the order of `Modality`; all 1 where None.
+        losses: What a model loses on every token of a window, fp32 ``[S]`` in nats, NaN where nothing
+            predicts it; shown as a strip over the tokens, and as a map beside every picture.
         title: Heading of the page.
     """
     alike = [float(modality != Modality.PADDING) for modality in Modality]
@@ -149,11 +178,20 @@ def windows_page(
         f"(weight {' or '.join(f'{w:g}' for w in sorted({row[modality] for row in loss}))})&nbsp;</span>"
         for modality in Modality
     )
-    body = "".join(_window(plan, plan.window(index), decoder, loss) for index in indices)
+    windows = [plan.window(index) for index in indices]
+    body = "".join(
+        _window(plan, window, decoder, loss, losses(window) if losses else None) for window in windows
+    )
     return PAGE.format(title=html.escape(title), legend=legend, body=body)
 
 
-def _window(plan: Plan, window: Window, decoder: Decoder, weights: Sequence[Sequence[float]]) -> str:
+def _window(
+    plan: Plan,
+    window: Window,
+    decoder: Decoder,
+    weights: Sequence[Sequence[float]],
+    losses: npt.NDArray[np.float32] | None,
+) -> str:
     parts = []
     for place, number in enumerate(window.source.tolist()):
         here = slice(int(window.cu_seqlens[place]), int(window.cu_seqlens[place + 1]))
@@ -174,8 +212,10 @@ def _window(plan: Plan, window: Window, decoder: Decoder, weights: Sequence[Sequ
             + (f" from token {start}" if start else "")
             + f", {here.stop - here.start - length} padding, loss weight {weight:g}"
         )
-        content = _segments(window.tokens[here][:length], plan.mixture.vocabulary, decoder)
-        parts.append(f'<div class="segment">{head}{_bar(window.modality[here])}{content}</div>')
+        lost = None if losses is None else losses[here][:length]
+        content = _segments(window.tokens[here][:length], plan.mixture.vocabulary, decoder, lost)
+        strips = _bar(window.modality[here]) + _loss_strip(lost)
+        parts.append(f'<div class="segment">{head}{strips}{content}</div>')
     total = int(window.length.sum())
     return (
         f'<div class="window"><b>window {window.index}</b>: {len(window.source)} segments, {total} tokens, '
@@ -183,7 +223,12 @@ def _window(plan: Plan, window: Window, decoder: Decoder, weights: Sequence[Sequ
     )
 
 
-def _segments(ids: npt.NDArray[np.int64], vocabulary: Any, decoder: Decoder) -> str:
+def _segments(
+    ids: npt.NDArray[np.int64],
+    vocabulary: Any,
+    decoder: Decoder,
+    losses: npt.NDArray[np.float32] | None,
+) -> str:
     """Text and spans of a document (or a piece of a text), in order."""
     parts = []
     index = 0
@@ -194,7 +239,7 @@ def _segments(ids: npt.NDArray[np.int64], vocabulary: Any, decoder: Decoder) -> 
         if len(text):
             parts.append(decoder.text(text))
         if end > start:
-            parts.append(decoder.span(ids[start:end]))
+            parts.append(decoder.span(ids[start:end], None if losses is None else losses[start:end]))
         index = end
     return "".join(parts)
 
@@ -209,6 +254,16 @@ def _bar(modality: npt.NDArray[np.uint8]) -> str:
         for first, last in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True)
     )
     return f'<div class="bar">{spans}</div>'
+
+
+def _loss_strip(losses: npt.NDArray[np.float32] | None) -> str:
+    """The losses of a segment's tokens from left to right, means of equal runs of them."""
+    if losses is None or np.isnan(losses).all():
+        return ""
+    runs = np.array_split(losses, min(MAX_RUNS, len(losses)))
+    means = np.array([np.nan if np.isnan(run).all() else np.nanmean(run) for run in runs], np.float32)
+    url = _data_url(heat_map(means[None], 1))
+    return f'<img style="width:100%;height:10px" title="loss {np.nanmean(losses):.3f}" src="{url}">'
 
 
 def _data_url(frames: npt.NDArray[np.uint8]) -> str:

@@ -21,6 +21,9 @@ RUN_ALIAS = "--run_folder"
 """Means ``--run``, which torchrun takes for an abbreviation of its own ``--run-path`` and refuses."""
 
 
+FP8_TOKENS = 16
+"""Rows and columns of an 8-bit matrix product come in multiples of it."""
+
 CAPABILITIES = "--capabilities"
 """Asks for a report that needs no configuration."""
 
@@ -146,6 +149,14 @@ def _check_combinations(config: TrainingConfig, ranks: int) -> None:
             f"micro-batches, not {micro_batches}; "
             f"change trainer.global_batch_size or trainer.micro_batch_size",
         )
+    tokens = trainer.micro_batch_size * config.data.context_length // parallel.context_parallel_size
+    if parallel.sequence_parallel:
+        tokens //= parallel.tensor_model_parallel_size
+    require(
+        trainer.fp8 == "off" or tokens % FP8_TOKENS == 0,
+        f"trainer.fp8={trainer.fp8} needs a multiple of {FP8_TOKENS} tokens of a micro-batch on a rank, not "
+        f"{tokens}; change data.context_length",
+    )
     require(
         not config.samples.interval or (stages == 1 and not config.optimizer.overlap_param_gather),
         "samples.interval needs the whole model after each step: "

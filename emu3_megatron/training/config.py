@@ -15,6 +15,7 @@ from emu3_megatron.data import Template
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar.document import Modality
 from emu3_megatron.model import LoRAConfig, ModelConfig
+from emu3_megatron.model.config import FP8Format, FP8Recipe
 from emu3_megatron.parallel.config import ParallelConfig
 
 Precision = Literal["fp32", "bf16"]
@@ -233,6 +234,12 @@ class TrainerConfig:
     """Windows that one rank takes through the model at a time."""
     precision: Precision = "bf16"
     """Numbers of the forward and backward pass; gradients are summed and weights kept in fp32 (ours)."""
+    fp8: FP8Format = "off"
+    """Matrix products of the layers in 8 bits, by Transformer Engine on a GPU: `hybrid` has e4m3 forward and
+    e5m2 backward; weights and all else stay in bf16 (ours: off)."""
+    fp8_recipe: FP8Recipe = "delayed"
+    """How 8-bit tensors are scaled: by earlier steps (`delayed`), by the tensor at hand (`tensorwise`), by
+    blocks of it (`blockwise`), or as Blackwell does (`mxfp8`)."""
     max_minutes: float | None = None
     """Save and stop after this many minutes of training, for schedulers with a time limit."""
 
@@ -241,6 +248,10 @@ class TrainerConfig:
         for name in ("steps", "global_batch_size", "micro_batch_size"):
             value = getattr(self, name)
             require(value > 0, f"trainer.{name}={value} must be positive")
+        require(
+            self.fp8 == "off" or self.precision == "bf16",
+            f"trainer.fp8={self.fp8} needs trainer.precision=bf16, not {self.precision}",
+        )
         if self.initial_batch_size is None:
             return
         first, by = self.initial_batch_size, self.batch_growth
@@ -399,6 +410,8 @@ class LoggingConfig:
     """Progress bar on rank 0."""
     tensorboard: bool = True
     """Scalars in RUN/tensorboard."""
+    histogram_interval: int = 0
+    """Steps between histograms of the weights that rank 0 holds, in TensorBoard; 0: never."""
     peak_tflops: float | None = None
     """Peak of one device in TFLOP/s, against which MFU is stated; known for common GPUs, none for a CPU."""
     straggler_interval: int = 100
@@ -406,10 +419,9 @@ class LoggingConfig:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        require(
-            self.straggler_interval >= 0,
-            f"logging.straggler_interval={self.straggler_interval} must not be negative",
-        )
+        for name in ("straggler_interval", "histogram_interval"):
+            value = getattr(self, name)
+            require(value >= 0, f"logging.{name}={value} must not be negative")
 
 
 @dataclass(kw_only=True)

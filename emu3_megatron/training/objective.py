@@ -18,6 +18,7 @@ import torch
 
 from emu3_megatron.data.loader import Batch
 from emu3_megatron.grammar.document import Modality
+from emu3_megatron.model.dropout import TokenNumbers
 from emu3_megatron.training.config import LossConfig, SourceConfig, TrainingConfig
 from emu3_megatron.training.metrics import Totals, cells_of
 from emu3_megatron.vocabulary import Vocabulary
@@ -47,6 +48,8 @@ class MicroBatch:
     """`PackedSeqParams` of the whole micro-batch."""
     host_cu_seqlens: torch.Tensor
     """Borders that attention does not cross, int32 on the CPU."""
+    dropout: TokenNumbers | None
+    """What dropout is drawn from; None: there is none."""
     prepared_L: Mapping[str, torch.Tensor]
     """`Prepared.tokens`, this rank's share of each."""
     whole: Mapping[str, torch.Tensor]

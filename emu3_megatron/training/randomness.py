@@ -1,10 +1,20 @@
-"""Random numbers of dropout as a function of the step, so that a resume needs no random state."""
+"""Random numbers of dropout as a function of the step, so that a resume needs no random state.
+
+`step_key` is what the dropout of hidden states is drawn from, and on a CPU that of attention: with the window
+and the token it gives every mask, whatever the layout (`emu3_megatron.model.dropout`). Attention kernels of a
+GPU, and adapters, draw from states, which `seed_step` sets for each rank.
+"""
 
 from __future__ import annotations
 
 import hashlib
 
 import torch
+
+
+def step_key(seed: int, step: int) -> int:
+    """64 bits that stand for seed and step."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{step}".encode()).digest()[:8], "little")
 
 
 def seed_step(seed: int, step: int) -> None:

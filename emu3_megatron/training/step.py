@@ -17,6 +17,7 @@ from functools import partial
 import torch
 
 from emu3_megatron.data.loader import Batch
+from emu3_megatron.model.dropout import TokenNumbers, token_rows
 from emu3_megatron.parallel.context import packed_sequence_parameters, split_batch_for_context_parallel
 from emu3_megatron.training.metrics import QUANTITIES, MetricsLayout, cells_of
 from emu3_megatron.training.modules import unwrap
@@ -96,13 +97,14 @@ class ForwardBackward:
         self._schedule = get_forward_backward_func()
 
     def __call__(
-        self, batches: Sequence[Batch], *, forward_only: bool = False
+        self, batches: Sequence[Batch], *, forward_only: bool = False, dropout_key: int | None = None
     ) -> tuple[torch.Tensor, dict[str, float]]:
         """Run one global batch: gradients into the buffers, sums out.
 
         Args:
             batches: This rank's micro-batches.
             forward_only: Measure, without gradients.
+            dropout_key: What dropout is drawn from, with window, token and place; None: no dropout.
 
         Returns:
             This rank's sums, float64 ``[S*C*Q + E]`` on the device, and its extras, both to be added over all
@@ -112,7 +114,7 @@ class ForwardBackward:
         self._own_sums.zero_()
         scales = self._scales(batches)
         prepared = self._objective.prepare(batches)
-        micro = [self._placed(*pair) for pair in zip(batches, prepared, strict=True)]
+        micro = [self._placed(*pair, dropout_key) for pair in zip(batches, prepared, strict=True)]
         iterators = [iter(micro) for _ in self._chunks]
         self._schedule(
             forward_step_func=partial(self._forward_step, scales),
@@ -132,8 +134,12 @@ class ForwardBackward:
             torch.distributed.all_reduce(totals_N, group=self._groups.data)
         return totals_N.clamp_min(TINY_WEIGHT).reciprocal().float()
 
-    def _placed(self, batch: Batch, prepared: Prepared) -> MicroBatch:
+    def _placed(self, batch: Batch, prepared: Prepared, dropout_key: int | None) -> MicroBatch:
         """Take the context-parallel share, move to the device."""
+        numbers = {}
+        if dropout_key is not None:
+            window_tokens = batch.tokens.numel() // len(batch.windows)
+            numbers["dropout"] = token_rows(dropout_key, batch.windows, window_tokens)
         tensors = {
             "tokens": batch.tokens,
             "labels": batch.labels,
@@ -141,7 +147,7 @@ class ForwardBackward:
         }
         own = {f"prepared {name}": value for name, value in prepared.tokens.items()}
         borders, longest = attention_borders(batch, self._window_tokens)
-        share = split_batch_for_context_parallel(tensors | own, borders, self._groups.context)
+        share = split_batch_for_context_parallel(tensors | own | numbers, borders, self._groups.context)
         share = {name: value.to(self._device, non_blocking=True) for name, value in share.items()}
         packed = packed_sequence_parameters(borders.to(self._device, non_blocking=True), longest)
         return MicroBatch(
@@ -150,6 +156,11 @@ class ForwardBackward:
             cells_L=share["cells"].reshape(-1),
             packed=packed,
             host_cu_seqlens=borders,
+            dropout=TokenNumbers(
+                numbers["dropout"].reshape(-1).to(self._device), share["dropout"].reshape(-1)
+            )
+            if numbers
+            else None,
             prepared_L={name: share[f"prepared {name}"].reshape(-1) for name in prepared.tokens},
             whole={name: value.to(self._device) for name, value in prepared.whole.items()},
         )
@@ -164,6 +175,7 @@ class ForwardBackward:
             None,
             packed_seq_params=batch.packed,
             host_cu_seqlens=batch.host_cu_seqlens,
+            dropout=batch.dropout,
         )
         return output, partial(self._loss, scales, batch, chunk)
 

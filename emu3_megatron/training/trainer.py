@@ -23,7 +23,7 @@ from emu3_megatron.training.metrics import MetricsLayout, StepReport, Totals
 from emu3_megatron.training.modules import is_rank_zero
 from emu3_megatron.training.objective import NextToken, Objective, ObjectiveFactory
 from emu3_megatron.training.optimizer import Optimizer, wrap_for_data_parallelism
-from emu3_megatron.training.randomness import seed_step
+from emu3_megatron.training.randomness import seed_step, step_key
 from emu3_megatron.training.resume import check_resumable, check_weights_fit
 from emu3_megatron.training.schedules import learning_rate
 from emu3_megatron.training.step import ForwardBackward
@@ -85,6 +85,8 @@ class Trainer:
             parallel=config.parallel,
             seed=config.seed,
             precision=config.trainer.precision,
+            fp8=config.trainer.fp8,
+            fp8_recipe=config.trainer.fp8_recipe,
         )
         if config.lora.rank:
             from emu3_megatron.model.lora import add_adapters
@@ -132,11 +134,13 @@ class Trainer:
     def _step(self, batches: Sequence[Batch], *, waited: float) -> StepReport:
         """One optimizer step: gradients, sums, and the update unless a callback forbids it."""
         step = self.progress.step
+        dropout_key = None
         if self._has_dropout:
             seed_step(self.config.seed, step)
+            dropout_key = step_key(self.config.seed, step)
         self.optimizer.zero_gradients()
         self._stopwatch.start()
-        sums, extras = self._training.run(batches)
+        sums, extras = self._training.run(batches, dropout_key=dropout_key)
         extras |= {"wait_seconds": waited, "saving": float(self._checkpointer.is_writing), **self._wishes}
         totals = self._reduce(self._training.layout, sums, extras, waited + self._stopwatch.seconds)
         report = StepReport(

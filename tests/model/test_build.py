@@ -230,3 +230,16 @@ def test_impossible_builds_are_refused(
 def test_transformer_engine_is_refused_where_it_cannot_run(single_process: ParallelConfig) -> None:
     with pytest.raises(ModelConfigError, match="attention_backend=transformer_engine"):
         _build(single_process, attention_backend="transformer_engine")
+
+
+def test_eight_bit_products_are_refused_where_there_are_none(single_process: ParallelConfig) -> None:
+    with pytest.raises(ModelConfigError, match="trainer.fp8=hybrid needs Transformer Engine on a GPU"):
+        build_model(
+            ModelConfig.preset("tiny"),
+            vocabulary_padded_size=PADDED,
+            vocabulary_size=IN_USE,
+            parallel=single_process,
+            seed=1,
+            precision="bf16",
+            fp8="hybrid",
+        )

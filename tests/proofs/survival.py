@@ -9,10 +9,7 @@ newest checkpoint in turn: it is refused by name, and the one before it is used.
 from __future__ import annotations
 
 import argparse
-import multiprocessing
-import os
 import random
-import signal
 import sys
 import tempfile
 import time
@@ -26,26 +23,17 @@ from emu3_megatron.parallel import platform  # noqa: E402
 platform.install("cpu")
 
 from emu3_megatron.training import checkpoint_files as files  # noqa: E402
-from emu3_megatron.training import command_line, trainer  # noqa: E402
 from emu3_megatron.training.checkpoint import newest_valid  # noqa: E402
-from tests.training import runs  # noqa: E402
+from tests.training import forked, runs  # noqa: E402
 
 MODEL = ["--model.hidden_size", "256", "--model.ffn_hidden_size", "768"]
 """Large enough that a save takes longer than looking at a folder."""
-FORK = multiprocessing.get_context("fork")
 
 
-def train(config: Path, run: Path, steps: int) -> None:
-    """Train in this process: started by a fork, which spares the imports."""
-    from emu3_megatron.parallel.groups import initialize_parallel
-    from emu3_megatron.training.data import TrainingData
-
+def arguments_of(config: Path, run: Path, steps: int) -> list[str]:
+    """The command line of a run that saves after every step."""
     arguments = ["--config", str(config), "--run", str(run), "--trainer.steps", str(steps)]
-    settings = command_line.parse([*arguments, "--checkpoint.interval", "1", *MODEL]).config
-    machine = platform.install("cpu")
-    initialize_parallel(settings.parallel, machine, settings.seed)
-    run.mkdir(parents=True, exist_ok=True)
-    trainer.Trainer(settings, machine, TrainingData.open(settings)).fit()
+    return [*arguments, "--checkpoint.interval", "1", *MODEL]
 
 
 def uncommitted(checkpoints: Path) -> bool:
@@ -67,8 +55,7 @@ def kill_in_a_save(config: Path, run: Path, steps: int, moment: float) -> bool:
     for folder in checkpoints.glob("step-*"):
         if not (folder / files.COMMIT).exists():
             files.remove(folder)  # or the rest of the last save would pass for a new one
-    process = FORK.Process(target=train, args=(config, run, steps))
-    process.start()
+    (process,) = forked.start(arguments_of(config, run, steps))
 
     def wait(for_a_save: bool) -> float:
         while process.is_alive() and uncommitted(checkpoints) != for_a_save:
@@ -79,9 +66,7 @@ def kill_in_a_save(config: Path, run: Path, steps: int, moment: float) -> bool:
     wait(True)
     time.sleep(moment * took)
     alive = process.is_alive()
-    if alive and process.pid is not None:
-        os.kill(process.pid, signal.SIGKILL)
-    process.join()
+    forked.kill([process])
     return alive
 
 
@@ -135,9 +120,7 @@ def drill(folder: Path, kills: int, rng: random.Random) -> list[str]:
         prepare(folder / "data" / name)
     config = runs.write_configuration(folder, folder / "data")
     run, reference, steps = folder / "run", folder / "reference", 3 * kills + 5
-    undisturbed = FORK.Process(target=train, args=(config, reference, steps))
-    undisturbed.start()
-    undisturbed.join()
+    forked.finish(forked.start(arguments_of(config, reference, steps)))
     wrong: list[str] = []
     inside = step = 0
     for number in range(1, kills + 1):
@@ -150,9 +133,7 @@ def drill(folder: Path, kills: int, rng: random.Random) -> list[str]:
         step = step_of(run / "checkpoints")
         where = "in a save" if cut else "between saves"
         print(f"kill {number}: at {moment:.0%} of a save, {where}; newest is step {step}", flush=True)
-    last = FORK.Process(target=train, args=(config, run, steps))
-    last.start()
-    last.join()
+    forked.finish(forked.start(arguments_of(config, run, steps)))
     lines, expected = runs.metrics(run), runs.metrics(reference)
     if [line["step"] for line in lines] != list(range(1, steps + 1)):
         wrong.append("the curve has holes or repeats")

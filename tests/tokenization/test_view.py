@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from emu3_megatron.data import DatasetWriter, Mixture, MultimodalDataset, Plan, Source
+from emu3_megatron.data import DatasetWriter, Mixture, MultimodalDataset, Plan, Source, Window
 from emu3_megatron.data.lint import lint
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Dialect, Image, Video
 from emu3_megatron.text.bytes import ByteTokenizer
 from emu3_megatron.tokenization import convert as conversion
-from emu3_megatron.tokenization.view import Decoder, windows_page
+from emu3_megatron.tokenization.view import Decoder, heat_map, windows_page
 from emu3_megatron.vision import VisionTokenizer, VisionTokenizerConfig
 from emu3_megatron.vocabulary import Vocabulary
 
@@ -64,6 +64,32 @@ def test_a_page_shows_text_pictures_borders_weights_and_padding(dataset: Path) -
     assert "<b> number" not in page, "a caption is text, not markup"
     bare = windows_page(plan, [0], Decoder(None, None), title="t")
     assert "span of" in bare
+
+
+def test_a_page_maps_losses_over_pictures(dataset: Path) -> None:
+    decoder = Decoder(Dialect.preset("emu3", VOCABULARY, ByteTokenizer()), None)
+    plan = Plan(Mixture([Source(path=str(dataset))]), seed=0, context_length=200)
+
+    def losses(window: Window) -> np.ndarray:
+        return np.arange(len(window.tokens), dtype=np.float32)
+
+    page = windows_page(plan, [0], decoder, losses=losses, title="t")
+    tokens = plan.window(0).tokens
+    spans = np.count_nonzero(tokens == VOCABULARY.boi)
+    segments = np.count_nonzero(plan.window(0).document >= 0)
+    assert page.count("data:image") == spans + segments  # a map each, and a strip each
+    first = np.flatnonzero(tokens == VOCABULARY.boi)[0], np.flatnonzero(tokens == VOCABULARY.eoi)[0]
+    codes = np.flatnonzero(tokens[first[0] : first[1]] >= VOCABULARY.vision_offset) + first[0]
+    assert f"loss {codes.mean():.3f}" in page
+
+
+def test_a_map_of_losses_is_dark_where_they_are_low_and_grey_where_there_are_none() -> None:
+    pixels = heat_map(np.array([[0.0, 5.0, 20.0], [1.0, 2.0, np.nan]], np.float32), 4)
+    assert pixels.shape == (8, 12, 3)
+    light = pixels.astype(int).sum(-1)[::4, ::4]
+    assert light[0, 0] < light[1, 0] < light[1, 1] < light[0, 1] < light[0, 2]
+    assert pixels[-1, -1].tolist() == [128, 128, 128]
+    assert (pixels[:4, :4] == pixels[0, 0]).all()
 
 
 def test_conversion_keeps_all_but_the_dialect(dataset: Path, tmp_path: Path, monkeypatch) -> None:

@@ -45,6 +45,13 @@ def test_the_resolved_configuration_reads_back(tmp_path: Path) -> None:
         (["--optimizer.learning_rat", "1"], 1, "learning_rat"),
         (["--trainer.steps", "many"], 1, "trainer.steps"),
         (["--trainer.precision", "fp16"], 1, "fp16"),
+        (["--trainer.precision", "fp32", "--trainer.fp8", "hybrid"], 1, "needs trainer.precision=bf16"),
+        (
+            ["--trainer.precision", "bf16", "--trainer.fp8", "e4m3", "--data.context_length", "100"],
+            1,
+            "multiple of 16",
+        ),
+        (["--logging.histogram_interval", "-1"], 1, "histogram_interval=-1"),
         (["--parallel.tensor_model_parallel_size", "3"], 3, "num_query_groups=4 is not divisible"),
         (["--parallel.pipeline_model_parallel_size", "3"], 3, "num_layers=4 is not divisible"),
         (["--parallel.layers_in_last_stage", "1"], 1, "pipeline_model_parallel_size >= 2"),

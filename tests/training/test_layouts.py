@@ -26,6 +26,14 @@ process, is. `make prove NAME=layouts` runs every layout with both."""
 FOUR = {"tp2-pp2-sp": True, "cp2-dp2": True}
 """Layouts of four processes."""
 
+DROPOUT = [
+    part
+    for place in ("embedding_dropout", "attention_dropout", "hidden_dropout")
+    for part in (f"--model.{place}", "0.1")
+]
+DROPPING = {"tp2-sp": 2, "cp2-a2a": 2, "pp2-interleaved": 2, "tp2-pp2-sp": 4}
+"""Layouts that train with dropout, and their processes."""
+
 RESUMED = {
     "tensor parallel -> data parallel": ("tp2", "dp2"),
     "plain optimizer -> distributed": ("tp2-sp", "cp2"),
@@ -45,6 +53,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory, config_file: Path) -> Path
     folder = tmp_path_factory.mktemp("layouts")
     for processes, names in ((2, TWO), (4, FOUR)):
         arguments = {name: options(name) for name in names}
+        dropping = [name for name, needed in DROPPING.items() if needed == processes]
+        arguments |= {f"{name}-dropout": [*options(name), *DROPOUT] for name in dropping}
         runs.launch_layouts(folder, config_file, arguments, processes=processes)
     return folder
 
@@ -68,6 +78,19 @@ def test_a_layout_equals_one_process(trained: Path, reference: Path, name: str) 
     first, every = layouts.differences(trained / name, reference)
     assert first <= layouts.FIRST_STEP
     assert every <= layouts.ALL_STEPS
+
+
+@pytest.mark.slow
+def test_dropout_belongs_to_tokens_and_not_to_ranks(trained: Path, tmp_path: Path, config_file: Path) -> None:
+    done = runs.train(config_file, tmp_path / "one", *DROPOUT, "--model.recompute", "full")
+    assert done.returncode == 0, done.stderr
+    for name in DROPPING:
+        first, every = layouts.differences(trained / f"{name}-dropout", tmp_path / "one")
+        assert first <= layouts.FIRST_STEP
+        assert every <= layouts.ALL_STEPS
+    # It did drop something.
+    lines = runs.metrics(trained / "tp2-sp-dropout")
+    assert runs.largest_difference(lines, runs.metrics(trained / "tp2-sp")) > layouts.ALL_STEPS
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ from emu3_megatron.training.callbacks.average import WeightAverage
 from emu3_megatron.training.callbacks.base import Callback
 from emu3_megatron.training.callbacks.checkpoint import SaveCheckpoints
 from emu3_megatron.training.callbacks.guard import SpikeGuard, UnstableRunError
+from emu3_megatron.training.callbacks.heartbeat import Heartbeat, is_monitored
 from emu3_megatron.training.callbacks.metrics import MetricsFile
 from emu3_megatron.training.callbacks.profiler import Profiler
 from emu3_megatron.training.callbacks.progress import ProgressBar
@@ -34,13 +35,15 @@ def build_callbacks(trainer: Trainer, average: WeightAverage | None) -> list[Cal
     callbacks: list[Callback] = [SpikeGuard(config.guard)]
     if config.guard.hang_minutes:
         callbacks.append(HangWatchdog(run / "stacks", config.guard.hang_minutes))
+    if is_monitored():
+        callbacks.append(Heartbeat())
     if average is not None:
         callbacks.append(average)
     if config.data.validation:
         callbacks.append(Validation(config.validation))
     callbacks.append(MetricsFile(run / "metrics.jsonl"))
     if config.logging.tensorboard:
-        callbacks.append(TensorBoard(run / "tensorboard"))
+        callbacks.append(TensorBoard(run / "tensorboard", config.logging.histogram_interval))
     if config.logging.progress:
         callbacks.append(ProgressBar())
     if config.logging.straggler_interval:

@@ -18,9 +18,20 @@ LINES_TO_A_FILE = 50
 """Where stderr is not a terminal, the bar is printed this many times over a run, instead of ten times a
 second."""
 
+SHOWN = (
+    ("text", "loss_text", "{:.3f}"),
+    ("vision", "loss_vision", "{:.3f}"),
+    ("tokens/s", "tokens_per_second", "{:,.0f}"),
+    ("MFU", "mfu", "{:.1%}"),
+    ("padding", "padding_fraction", "{:.1%}"),
+    ("wait", "data_wait_fraction", "{:.0%}"),
+    ("GiB", "memory_gib", "{:.1f}"),
+)
+"""Label, name in metrics.jsonl, and form of what follows loss and gradient norm."""
+
 
 class ProgressBar(Callback):
-    """Steps done, speed, loss and gradient norm."""
+    """Steps done, loss and gradient norm, and the arithmetic of the step: see `SHOWN`."""
 
     def __init__(self) -> None:
         self._bar: tqdm[Any] | None = None
@@ -44,9 +55,11 @@ class ProgressBar(Callback):
         """Move on."""
         if self._bar is not None:
             shown = {"loss": f"{report.loss:.4f}", "norm": f"{report.grad_norm:.2f}"}
-            for name in ("text", "vision"):
-                if f"loss_{name}" in report.values:
-                    shown[name] = f"{report.values[f'loss_{name}']:.3f}"
+            shown |= {
+                key: form.format(report.values[name]) for key, name, form in SHOWN if name in report.values
+            }
+            if trainer.progress.skipped:
+                shown["skipped"] = str(trainer.progress.skipped)
             self._bar.set_postfix(shown, refresh=False)
             self._bar.update()
 

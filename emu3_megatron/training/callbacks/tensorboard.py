@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from emu3_megatron.training.callbacks.base import Callback
 from emu3_megatron.training.metrics import StepReport
-from emu3_megatron.training.modules import is_rank_zero
+from emu3_megatron.training.modules import is_rank_zero, unwrap
 
 if TYPE_CHECKING:
     from emu3_megatron.training.trainer import Trainer
@@ -17,10 +17,16 @@ GROUPS = ("loss", "accuracy", "tokens", "validation")
 
 
 class TensorBoard(Callback):
-    """Writes every number of a step's report as a scalar, on rank 0."""
+    """Writes every number of a step's report as a scalar, on rank 0, and histograms of its weights.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: Where to.
+        histogram_interval: Steps between histograms of the weights that rank 0 holds; 0: none.
+    """
+
+    def __init__(self, folder: Path, histogram_interval: int = 0) -> None:
         self._folder = folder
+        self._histogram_interval = histogram_interval
         self._writer: Any = None
 
     def on_start(self, trainer: Trainer) -> None:
@@ -37,6 +43,14 @@ class TensorBoard(Callback):
             for name, value in report.values.items():
                 if name != "step":
                     self._writer.add_scalar(tag(name), value, report.step)
+            if self._histogram_interval and report.step % self._histogram_interval == 0:
+                self._add_histograms(trainer, report.step)
+
+    def _add_histograms(self, trainer: Trainer, step: int) -> None:
+        for number, chunk in enumerate(trainer.chunks):
+            for name, parameter in unwrap(chunk).named_parameters():
+                group = f"weights {number}" if len(trainer.chunks) > 1 else "weights"
+                self._writer.add_histogram(f"{group}/{name}", parameter.detach().float().cpu(), step)
 
     def close(self) -> None:
         """Flush and close."""
