@@ -22,7 +22,7 @@ from tests.slurm.cluster import missing_programs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
-BLOCK = re.compile(r"^```(?:bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(?:bash)?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LEFT_BEHIND = (
     ".git",
     ".venv",
