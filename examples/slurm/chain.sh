@@ -3,8 +3,8 @@
 #
 #   examples/slurm/chain.sh [JOB ...]
 #
-# Without names: everything from curation to conversion. With names, only these, in this order: each waits for what it
-# needs among them. A requeued job keeps its number, so what waits for it goes on waiting; when a job fails for good,
+# Without names: from curation to conversion, with a released vision tokenizer and pairs that are there. With names, only
+# these, in this order: each waits for what it needs among them. A requeued job keeps its number, so what waits for it goes on waiting; when a job fails for good,
 # what waits for it is cancelled.
 set -euo pipefail
 submit=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/submit.sh
@@ -13,8 +13,9 @@ EMU3_ROOT=$(cd "$(dirname "$submit")/../.." && pwd)
 source "${EMU3_SETTINGS:-$EMU3_ROOT/examples/slurm/settings.sh}"
 
 declare -A needs=(
-  [curate]='' [tokenize]='curate' [plan]='tokenize' [stage1]='plan' [stage2]='stage1'
-  [quality]='stage2' [understanding1]='stage2' [understanding2]='understanding1' [dpo]='quality'
+  [curate]='' [vision]='curate' [tokenize]='vision' [plan]='tokenize' [stage1]='plan' [stage2]='stage1'
+  [quality]='stage2' [understanding1]='stage2' [understanding2]='understanding1'
+  [candidates]='quality' [score]='candidates' [pairs]='score' [dpo]='pairs'
   [generate]='dpo' [convert]='dpo'
 )
 declare -A numbers=()

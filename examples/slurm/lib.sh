@@ -29,7 +29,7 @@ rendezvous() {
 check_nodes() {
   local gpus=$GPUS_PER_NODE
   [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || gpus=$((gpus > 0))
-  case $SLURM_JOB_NAME in plan* | convert*) gpus=0 ;; esac
+  case $SLURM_JOB_NAME in plan* | score* | pairs* | convert*) gpus=0 ;; esac
   srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
     "$EMU3_ROOT/examples/slurm/check_node.sh" "$gpus" "$WORK" && return
   say "not started: exclude the node (sbatch --exclude=NODE), tell your administrators, and submit again"

@@ -32,8 +32,10 @@ prepare_environment() {             # runs on the first node of every job, for m
 # ---- curation and tokenization: array tasks, one GPU each (none where GPUS_PER_NODE is 0)
 CURATE_WORKERS=64
 CURATE_OPTIONS=(--manifest '["raw.jsonl"]' --output curated)
+VISION_CONFIG=examples/configs/vision-tokenizer/from-movq.yaml     # job `vision`: a vision tokenizer of your own
+VISION_NODES=8
 TOKENIZE_WORKERS=64
-DATASETS=(text images videos)       # for each of them `tokenize_options NAME` sets OPTIONS
+DATASETS=(text images videos)       # for each of them `tokenize_options NAME` sets OPTIONS, and PROGRAM where it is another
 tokenize_options() {
   OPTIONS=(--output "data/$1" --text-tokenizer tokenizers/emu3.tiktoken --vision-tokenizer tokenizers/vision
            --vocabulary emu3 --num-shards 1024 --device cuda --precision bf16)
@@ -41,6 +43,11 @@ tokenize_options() {
     text) OPTIONS+=(--manifest text.jsonl) ;;
     images) OPTIONS+=(--manifest curated/manifest.jsonl --split images) ;;
     videos) OPTIONS+=(--manifest curated/manifest.jsonl --split videos --video-fps 12 --video-frames 60) ;;
+    conversations)
+      PROGRAM=tokenize_conversations.py
+      OPTIONS=(--manifest '["conversations.json"]' --output "data/$1" --text_tokenizer tokenizers/emu3.tiktoken
+               --vision_tokenizer tokenizers/vision --vocabulary emu3 --num_shards 1024 --device cuda --precision bf16)
+      ;;
     *) echo "error: settings name no dataset '$1'; DATASETS are: ${DATASETS[*]}" >&2; return 2 ;;
   esac
 }
@@ -59,6 +66,14 @@ UNDERSTANDING2_NODES=8
 DPO_CONFIG=examples/configs/emu3-8b/dpo.yaml
 DPO_NODES=8
 DPO_MODULE=emu3_megatron.posttraining.preferences   # the program; every other stage is emu3_megatron.training
+
+# ---- pairs for DPO: pictures of each prompt, judged by a program (job `score`) or by people (tools/vote.py)
+CANDIDATES=runs/candidates
+CANDIDATES_WORKERS=8
+CANDIDATES_OPTIONS=(--checkpoint runs/emu3-8b-quality --prompts prompts.txt --text-tokenizer tokenizers/emu3.tiktoken
+                    --vision-tokenizer tokenizers/vision)
+SCORER=my_package.rewards:score     # of (prompt, pixels) to {name: number}
+PAIRS_OPTIONS=(--output data/pairs)
 
 # ---- generation (array tasks share the lines of GENERATE_PROMPTS) and conversion
 GENERATE_WORKERS=8

@@ -44,7 +44,8 @@ case $job in
   curate) array "$CURATE_WORKERS" ;;
   tokenize) array "$TOKENIZE_WORKERS" ;;
   generate) array "$GENERATE_WORKERS" ;;
-  plan | convert) given+=(--output="$LOGS/%x-%j.log" --nodes=1 --ntasks-per-node=1) ;;
+  candidates) array "$CANDIDATES_WORKERS" ;;
+  plan | score | pairs | convert) given+=(--output="$LOGS/%x-%j.log" --nodes=1 --ntasks-per-node=1) ;;
   *)
     nodes=${job^^}_NODES
     given+=(--output="$LOGS/%x-%j.log" --nodes="${!nodes}" --ntasks-per-node="$TASKS_PER_NODE")

@@ -10,14 +10,16 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-BLOCK = re.compile(r"^```(?:bash)?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+BLOCK = re.compile(r"^```(\w*)[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 
 
 def commands(program: str) -> list[list[str]]:
     """Words of every command line of the pages that calls `program`, comments left out."""
     found = []
     for page in PAGES:
-        for block in BLOCK.findall(page.read_text()):
+        for language, block in BLOCK.findall(page.read_text()):
+            if language not in ("", "bash"):
+                continue
             for line in block.replace("\\\n", " ").splitlines():
                 if program in line and line.count("'") % 2 == line.count('"') % 2 == 0:
                     words = shlex.split(line, comments=True)

@@ -13,11 +13,23 @@ import pytest
 ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "slurm"
 PROGRAMS = Path(sys.executable).parent
+TOPS = (".ci", "benchmarks", "csrc", "docker", "emu3_megatron", "examples", "tests", "tools")
 JOBS = sorted(SCRIPTS.glob("*.sbatch"))
 
 
+def is_shell(path: Path) -> bool:
+    """By its name or its first line."""
+    if path.suffix in (".sh", ".sbatch"):
+        return True
+    if path.suffix or not path.is_file():
+        return False
+    return re.match(rb"#!.*\b(ba)?sh\n", path.read_bytes()[:100]) is not None
+
+
 def test_shellcheck_finds_nothing() -> None:
-    files = [path.relative_to(ROOT) for path in (*SCRIPTS.glob("*.sh"), *JOBS)]
+    paths = (path for top in TOPS for path in sorted((ROOT / top).rglob("*")))
+    files = [str(path.relative_to(ROOT)) for path in paths if is_shell(path)]
+    assert {".ci/run", "examples/slurm/lib.sh", "examples/slurm/stage1.sbatch"} <= set(files)
     done = subprocess.run(
         [PROGRAMS / "shellcheck", "--external-sources", *files],
         cwd=ROOT,

@@ -24,8 +24,10 @@ import psutil
 
 NODES = ("n1", "n2")
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+PATIENCE = 600
+"""Seconds without an answer after which a node counts as lost: many, since the machine may be busy."""
 LOST_AFTER = 10
-"""Seconds without an answer after which a node counts as lost."""
+"""The same, once a node has been taken away."""
 _ENDED = {
     "COMPLETED",
     "FAILED",
@@ -45,7 +47,7 @@ SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
 # Credentials that end soon: a requeued job waits for that.
-AuthInfo=socket={folder}/munge.socket,cred_expire=5
+AuthInfo=socket={folder}/munge.socket,cred_expire=15
 CredType=cred/munge
 StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
@@ -65,6 +67,9 @@ SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
 SlurmdTimeout={lost_after}
 KillWait=5
+MessageTimeout=100
+BatchStartTimeout=300
+UnkillableStepTimeout=600
 MinJobAge=600
 ReturnToService=2
 JobRequeue=1
@@ -92,6 +97,7 @@ class Cluster:
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "PATH": f"{os.environ.get('PATH', '')}:/usr/sbin:/sbin",
         }
+        self._ports: list[int] = []
         self._daemons: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
@@ -100,15 +106,8 @@ class Cluster:
         key = self.folder / "munge.key"
         key.write_bytes(os.urandom(128))
         key.chmod(0o600)
-        (self.folder / "slurm.conf").write_text(
-            _CONFIGURATION.format(
-                folder=self.folder,
-                user=getpass.getuser(),
-                host=socket.gethostname().split(".")[0],
-                ports=_free_ports(3),
-                lost_after=LOST_AFTER,
-            )
-        )
+        self._ports = _free_ports(3)
+        self._configure(PATIENCE)
         files = {
             "key-file": "munge.key",
             "socket": "munge.socket",
@@ -117,7 +116,7 @@ class Cluster:
         }
         options = [f"--{option}={self.folder / name}" for option, name in files.items()]
         self._start("munged", "munged", "--foreground", "--force", *options)
-        wait_until((self.folder / "munge.socket").exists, 20, "munged makes its socket")
+        wait_until((self.folder / "munge.socket").exists, 200, "munged makes its socket")
         self._start("slurmctld", "slurmctld", "-D", "-c")
         for node in NODES:
             self.start_node(node)
@@ -125,7 +124,7 @@ class Cluster:
 
     def wait_until_idle(self) -> None:
         """Wait until both nodes can take a job."""
-        wait_until(lambda: self._states() == {"idle"}, 120, "both nodes are idle", self.log_tails)
+        wait_until(lambda: self._states() == {"idle"}, 600, "both nodes are idle", self.log_tails)
 
     def start_node(self, node: str) -> None:
         """Start a node's slurmd."""
@@ -133,6 +132,11 @@ class Cluster:
 
     def take_node_away(self, node: str) -> None:
         """End a node as a power cut does: its slurmd and everything that ran there, without a last word."""
+        self._configure(LOST_AFTER)
+        self.run("scontrol", "reconfigure")
+        self._kill_node(node)
+
+    def _kill_node(self, node: str) -> None:
         self._daemons.pop(node).kill()
         watchers: set[psutil.Process] = set()
         tasks: list[psutil.Process] = []
@@ -150,6 +154,8 @@ class Cluster:
 
     def bring_node_back(self, node: str) -> None:
         """Start a node that was taken away, and wait until it can be used."""
+        self._configure(PATIENCE)
+        self.run("scontrol", "reconfigure")
         self.start_node(node)
         self.wait_until_idle()
 
@@ -158,7 +164,7 @@ class Cluster:
         self.run("scancel", "--full", "--signal=KILL", "--state=RUNNING", check=False)
         for node in NODES:
             if node in self._daemons:
-                self.take_node_away(node)
+                self._kill_node(node)
         for daemon in self._daemons.values():
             daemon.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -184,7 +190,7 @@ class Cluster:
         text = self.run("scontrol", "--oneliner", "show", "job", number)
         return dict(re.findall(r"(\w+)=(\S*)", text.splitlines()[0]))
 
-    def wait_for(self, number: str, timeout: float = 500) -> str:
+    def wait_for(self, number: str, timeout: float = 1500) -> str:
         """Wait until a job, or every task of an array, has ended for good; the state of all that agree."""
         states: set[str] = set()
 
@@ -201,6 +207,16 @@ class Cluster:
         """The ends of the daemons' logs, for messages."""
         logs = sorted(self.folder.glob("*.log"))
         return "\n".join(f"== {path.name}\n{path.read_text()[-1500:]}" for path in logs)
+
+    def _configure(self, lost_after: int) -> None:
+        text = _CONFIGURATION.format(
+            folder=self.folder,
+            user=getpass.getuser(),
+            host=socket.gethostname().split(".")[0],
+            ports=self._ports,
+            lost_after=lost_after,
+        )
+        (self.folder / "slurm.conf").write_text(text)
 
     def _start(self, name: str, *command: str) -> None:
         self._daemons[name] = subprocess.Popen(
@@ -224,7 +240,7 @@ def wait_until(
     while not condition():
         if time.monotonic() > deadline:
             raise AssertionError(f"{timeout:.0f} s were not enough until {what}\n{details()}")
-        time.sleep(0.1)
+        time.sleep(0.3)
 
 
 def _free_ports(count: int) -> list[int]:

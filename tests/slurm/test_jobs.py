@@ -19,9 +19,26 @@ from tests.training import runs
 STEPS = 40
 """Enough that a run is still going when it is disturbed."""
 
-pytestmark = pytest.mark.slow
+SIGNAL_SECONDS = 240
 SAME = 1e-4
 """Largest relative difference of a loss between one process and two, in fp32, at any step."""
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SLOWLY = """\
+import os, runpy, sys, time
+from emu3_megatron.training.callbacks.stop import StopOnSignal
+
+if not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
+    at_once = StopOnSignal.on_step
+    def later(*arguments):
+        time.sleep(2)
+        at_once(*arguments)
+    StopOnSignal.on_step = later
+sys.argv = sys.argv[2:]
+runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+"""
+"""In the place of the interpreter, for ``-m MODULE ...``: steps take two seconds before the first requeue."""
 
 
 @pytest.fixture(scope="module")
@@ -53,16 +70,24 @@ def test_two_nodes_train_as_one_process(workplace: Workplace, reference: Path) -
     check_curve(workplace.folder / "run", reference)
 
 
-def test_a_signal_before_the_limit_saves_requeues_and_keeps_the_curve(
+def test_the_signal_before_the_time_limit_saves_requeues_and_keeps_the_curve(
     workplace: Workplace, reference: Path
 ) -> None:
     run = workplace.folder / "run"
+    interpreter = program(workplace, "slowly", SLOWLY)
+    workplace.add(f"PYTHON={interpreter}\nSIGNAL_SECONDS={SIGNAL_SECONDS}")
     options = ("--run_folder", "run", "--trainer.steps", str(STEPS), "--checkpoint.interval", "1000")
     number = workplace.submit("stage1", arguments=options)
-    wait_until(lambda: steps_done(run) >= 3, 400, "three steps are done", workplace.cluster.log_tails)
-    # What SLURM sends by `--signal=B:USR1@SECONDS`, to the batch script alone.
-    workplace.cluster.run("scancel", "--batch", "--signal=USR1", number)
-    wait_until(lambda: workplace.cluster.job(number)["Restarts"] == "1", 200, "the job is requeued")
+    wait_until(lambda: steps_done(run) >= 3, 1000, "three steps are done", workplace.cluster.log_tails)
+    # Bring the limit so near that SLURM sends the signal by itself, when it looks next: every 30 seconds.
+    elapsed = workplace.cluster.job(number)["RunTime"]
+    hours, minutes, _ = elapsed.rpartition("-")[2].split(":")
+    set_limit(workplace, number, 60 * int(hours) + int(minutes) + SIGNAL_SECONDS // 60)
+    wait_until(
+        lambda: restarts(workplace, number) > 0, 600, "the job is requeued", workplace.cluster.log_tails
+    )
+    set_limit(workplace, number, 60)
+    assert "requeued: the time limit is near, the state is saved" in workplace.log("stage1", number)
     saved = list((run / "checkpoints").glob("*/COMMIT"))
     assert len(saved) == 1
     stopped_at = json.loads((saved[0].parent / "emu3.json").read_text())["progress"]["step"]
@@ -74,11 +99,27 @@ def test_a_signal_before_the_limit_saves_requeues_and_keeps_the_curve(
     check_curve(run, reference)
 
 
+def program(workplace: Workplace, name: str, text: str) -> Path:
+    """An executable for the tests' interpreter."""
+    path = workplace.folder / name
+    path.write_text(f"#!{sys.executable}\n{text}")
+    path.chmod(0o755)
+    return path
+
+
+def set_limit(workplace: Workplace, number: str, minutes: int) -> None:
+    workplace.cluster.run("scontrol", "update", f"JobId={number}", f"TimeLimit={minutes}")
+
+
+def restarts(workplace: Workplace, number: str) -> int:
+    return int(workplace.cluster.job(number)["Restarts"])
+
+
 def test_a_node_taken_away_is_survived_on_the_other(workplace: Workplace, reference: Path) -> None:
     run = workplace.folder / "run"
     options = ("--run_folder", "run", "--trainer.steps", str(STEPS), "--checkpoint.interval", "10")
     number = workplace.submit("stage1", "--nodes=1", arguments=options)
-    wait_until(lambda: steps_done(run) >= 12, 400, "twelve steps are done", workplace.cluster.log_tails)
+    wait_until(lambda: steps_done(run) >= 12, 1000, "twelve steps are done", workplace.cluster.log_tails)
     lost = workplace.cluster.job(number)["NodeList"]
     workplace.cluster.take_node_away(lost)
     try:
@@ -93,16 +134,13 @@ def test_a_node_taken_away_is_survived_on_the_other(workplace: Workplace, refere
 
 def test_the_first_failure_stands_at_the_end_of_the_log(workplace: Workplace) -> None:
     # In the place of the interpreter, so that the job starts it and not a training.
-    program = workplace.folder / "program"
-    program.write_text(
-        f"#!{sys.executable}\n"
+    text = (
         "import os, time\n"
         "if os.environ['RANK'] == '1':\n"
         "    raise RuntimeError('the lamp of rank 1 went out')\n"
-        "time.sleep(60)\n"
+        "time.sleep(600)\n"
     )
-    program.chmod(0o755)
-    workplace.add(f"PYTHON={program}\nMAX_FAILURES=0")
+    workplace.add(f"PYTHON={program(workplace, 'program', text)}\nMAX_FAILURES=0")
     number = workplace.submit("stage1")
     assert workplace.cluster.wait_for(number) == "FAILED"
     end = workplace.log("stage1", number).split("======== FAILED")[-1]
@@ -154,7 +192,7 @@ def checksums(folder: Path) -> dict[str, str]:
 
 
 def test_a_chain_waits_for_what_it_needs(workplace: Workplace) -> None:
-    workplace.add("STAGE2_NODES=1\nSTAGE2_CONFIG=$STAGE1_CONFIG\nTIME_LIMIT=5")
+    workplace.add("STAGE2_NODES=1\nSTAGE2_CONFIG=$STAGE1_CONFIG\nTIME_LIMIT=60")
     submitted = workplace.chain("stage1", "stage2")
     assert list(submitted) == ["stage1", "stage2"]
     waiting = workplace.cluster.job(submitted["stage2"])

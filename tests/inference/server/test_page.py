@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,7 +37,10 @@ def address(generator: Generator) -> Iterator[str]:
 def page(address: str) -> Iterator[Page]:
     program = find_chromium()
     if program is None:
-        pytest.skip("Chromium is not installed")
+        message = "Chromium is not installed"
+        if os.environ.get("EMU3_REQUIRE_CHROMIUM"):
+            pytest.fail(message)
+        pytest.skip(message)
     with chromium(program) as page:
         page.open(address)
         yield page

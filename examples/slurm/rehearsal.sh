@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# The whole chain on the sample world, from raw media to an export, before the real one costs days: every job script,
+# stage 1 on text and images, stage 2 in longer windows with video, post-training, generation, conversion.
+#
+#   examples/slurm/rehearsal.sh FOLDER [--scale tiny|small]
+#
+# FOLDER is made, on a file system that every node sees. EMU3_CLUSTER names your settings (settings-rehearsal.sh).
+# Exit code 0 only if everything that the chain should leave is there.
+set -euo pipefail
+if (($# == 0)); then
+  echo "usage: $0 FOLDER [--scale tiny|small]" >&2
+  exit 2
+fi
+EMU3_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
+mkdir -p "$1"
+EMU3_REHEARSAL=$(cd "$1" && pwd)
+EMU3_SETTINGS=$EMU3_ROOT/examples/slurm/settings-rehearsal.sh
+export EMU3_ROOT EMU3_REHEARSAL EMU3_SETTINGS PYTHONPATH=$EMU3_ROOT${PYTHONPATH:+:$PYTHONPATH}
+shift
+# shellcheck source=examples/slurm/settings-rehearsal.sh
+source "$EMU3_SETTINGS"
+
+"$PYTHON" -m emu3_megatron.samples.rehearsal prepare "$EMU3_REHEARSAL" "$@"
+"$EMU3_ROOT/examples/slurm/chain.sh" curate vision tokenize plan stage1 stage2 quality understanding1 understanding2 \
+  candidates score pairs dpo generate convert | tee "$EMU3_REHEARSAL/jobs.txt"
+numbers=$(awk '{print $2}' "$EMU3_REHEARSAL/jobs.txt" | paste -sd ,)
+# Jobs that SLURM has forgotten have ended.
+while [[ -n $(squeue --noheader --jobs="$numbers" 2>/dev/null) ]]; do sleep 2; done
+while read -r name number; do
+  scontrol --oneliner show job "$number" 2>/dev/null | sed -nE "s/.* JobState=([^ ]+).* RunTime=([^ ]+).*/$name \1 \2/p"
+done <"$EMU3_REHEARSAL/jobs.txt"
+"$PYTHON" -m emu3_megatron.samples.rehearsal judge "$EMU3_REHEARSAL"
