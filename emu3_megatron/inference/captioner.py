@@ -63,10 +63,8 @@ class EngineCaptioner:
         (pixels_TCHW,) = self._preprocessor([frames], [self._rule.plan(*frames.shape[1:3])])
         if request.kind == "image":
             return self._generator.encode_images(pixels_TCHW)[0]
-        codes_THW = self._vision.encode(pixels_TCHW[None])[0].cpu().numpy()
-        return Video(
-            codes_THW, fps=round(len(frames) / request.seconds, 3), seconds=round(request.seconds, 3)
-        )
+        rate = round(len(frames) / request.seconds, 3)
+        return self._generator.encode_clip(pixels_TCHW, rate, request.seconds)
 
 
 def open_captioner(config: CaptionConfig) -> Captioner:

@@ -111,8 +111,7 @@ class MediaReader:
         geometry = self._rule.plan(*info.upright_size, pixel_aspect=info.pixel_aspect)
         pictures = frame_source().frames(media, info, clip.indices)
         (pixels_TCHW,) = self._preprocessor([pictures], [geometry])
-        codes_THW = self._vision.encode(pixels_TCHW[None])[0].cpu().numpy()
-        return Video(codes_THW, fps=clip.fps, seconds=round(clip.seconds, 3))
+        return self._generator.encode_clip(pixels_TCHW, clip.fps, clip.seconds)
 
     def probe(self, media: Media) -> VideoInfo:
         """What a video file holds. Raises `MediaError`, also where its frames are too large."""

@@ -245,6 +245,11 @@ class Generator:
         size = max(1, _DECODE_PIXELS // math.prod(images_NCHW.shape[-2:]))
         return [own.cpu().numpy() for part in images_NCHW.split(size) for own in self._vision.encode(part)]
 
+    def encode_clip(self, pixels_TCHW: torch.Tensor, fps: float, seconds: float) -> Video:
+        """A clip of frames in [-1, 1] as codes, with what its meta text says of it."""
+        codes_THW = self._vision.encode(pixels_TCHW[None])[0].cpu().numpy()
+        return Video(codes_THW, fps=fps, seconds=round(seconds, 3))
+
     def _videos(
         self,
         prompts: Sequence[str],

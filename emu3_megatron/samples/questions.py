@@ -52,27 +52,55 @@ def pose(kind: str, world: World, split: str, rng: np.random.Generator) -> Quest
     Raises:
         ValueError: for another kind.
     """
+    if kind not in KINDS:
+        raise ValueError(f"unknown kind of question {kind!r}; known kinds: {', '.join(KINDS)}")
     scene = world.sample(rng, "image", split)
-    if kind == "colour":
-        return Question((scene,), f"What colour is the {scene.shape}?", scene.colour)
-    if kind == "shape":
-        return Question((scene,), f"Which shape is {scene.colour}?", scene.shape)
-    if kind == "yes or no":
-        is_so = bool(rng.integers(2))
-        others = [colour for colour in COLOURS if colour != scene.colour]
-        named = scene.colour if is_so else others[int(rng.integers(len(others)))]
-        return Question((scene,), f"Is the {scene.shape} {named}?", "yes" if is_so else "no")
-    if kind == "count":
-        shape = list(SHAPES)[int(rng.integers(len(SHAPES)))]
-        count = int(rng.integers(PICTURES_COUNTED + 1))
-        scenes: list[Scene] = []
-        for place in rng.permutation(PICTURES_COUNTED).tolist():
-            while (scene.shape == shape) != (place < count):
-                scene = world.sample(rng, "image", split)
-            scenes.append(scene)
+    if kind != "count":
+        return Question((scene,), *_ask(kind, scene, rng))
+    shape = list(SHAPES)[int(rng.integers(len(SHAPES)))]
+    count = int(rng.integers(PICTURES_COUNTED + 1))
+    scenes: list[Scene] = []
+    for place in rng.permutation(PICTURES_COUNTED).tolist():
+        while (scene.shape == shape) != (place < count):
             scene = world.sample(rng, "image", split)
-        return Question(tuple(scenes), f"How many pictures show a {shape}?", str(count))
-    raise ValueError(f"unknown kind of question {kind!r}; known kinds: {', '.join(KINDS)}")
+        scenes.append(scene)
+        scene = world.sample(rng, "image", split)
+    return Question(tuple(scenes), *_how_many(shape, scenes))
+
+
+def follow_up(question: Question, rng: np.random.Generator) -> Question:
+    """Another question about the same pictures, which are not shown again.
+
+    Args:
+        question: What was asked before.
+        rng: Decides everything.
+    """
+    if len(question.scenes) == 1:
+        kinds = [kind for kind in KINDS if kind != "count"]
+        return Question((), *_ask(kinds[int(rng.integers(len(kinds)))], question.scenes[0], rng))
+    by_count: dict[int, list[str]] = {}
+    for shape in SHAPES:
+        by_count.setdefault(sum(each.shape == shape for each in question.scenes), []).append(shape)
+    counts = sorted(by_count)  # first an answer, then a shape: most shapes are in none of the pictures
+    shapes = by_count[counts[int(rng.integers(len(counts)))]]
+    return Question((), *_how_many(shapes[int(rng.integers(len(shapes)))], question.scenes))
+
+
+def _ask(kind: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
+    """A question about one picture, and its answer."""
+    if kind == "colour":
+        return f"What colour is the {scene.shape}?", scene.colour
+    if kind == "shape":
+        return f"Which shape is {scene.colour}?", scene.shape
+    is_so = bool(rng.integers(2))
+    others = [colour for colour in COLOURS if colour != scene.colour]
+    named = scene.colour if is_so else others[int(rng.integers(len(others)))]
+    return f"Is the {scene.shape} {named}?", "yes" if is_so else "no"
+
+
+def _how_many(shape: str, scenes: Sequence[Scene]) -> tuple[str, str]:
+    """A question about several pictures, and its answer."""
+    return f"How many pictures show a {shape}?", str(sum(each.shape == shape for each in scenes))
 
 
 def as_turns(questions: Sequence[Question]) -> tuple[Turn, ...]:
@@ -86,15 +114,18 @@ def as_turns(questions: Sequence[Question]) -> tuple[Turn, ...]:
     return tuple(turns)
 
 
-def write_conversations(folder: Path, world: World, *, split: str, count: int, seed: int) -> Path:
-    """Pictures as PNG files, and questions about them as a LLaVA file of one turn each.
+def write_conversations(
+    folder: Path, world: World, *, split: str, count: int, seed: int, turns: int = 1
+) -> Path:
+    """Pictures as PNG files, and questions about them as a LLaVA file.
 
     Args:
         folder: Where they go; made if missing.
         world: Where the pictures are from.
         split: ``train`` or ``held-out``.
-        count: Questions; the kinds take turns, and the ids begin with the kind.
+        count: Conversations; the kinds of their first questions alternate, and the ids begin with the kind.
         seed: Of the questions.
+        turns: Questions about the same pictures in each.
 
     Returns:
         ``folder/conversations.json``.
@@ -108,11 +139,16 @@ def write_conversations(folder: Path, world: World, *, split: str, count: int, s
         names = [f"{number:06d}-{place}.png" for place in range(len(question.scenes))]
         for name, scene in zip(names, question.scenes, strict=True):
             write_png(folder / name, world.render(scene))
-        turns = [
-            {"from": "human", "value": f"{'<image>' * len(names)}\n{question.text}"},
-            {"from": "gpt", "value": question.answer},
+        asked = [question, *(follow_up(question, rng) for _ in range(turns - 1))]
+        said = [
+            {"from": speaker, "value": words}
+            for each in asked
+            for speaker, words in (
+                ("human", f"{'<image>' * len(each.scenes)}\n{each.text}".strip()),
+                ("gpt", each.answer),
+            )
         ]
-        records.append({"id": f"{kind}/{number:06d}", "image": names, "conversations": turns})
+        records.append({"id": f"{kind}/{number:06d}", "image": names, "conversations": said})
     path = folder / "conversations.json"
     with atomic_write(path) as stream:
         stream.write(json.dumps(records, indent=1).encode())
@@ -155,15 +191,13 @@ class Answerer(Protocol):
         ...
 
 
-def count_right(model: Answerer, prompts: Sequence[Prompt]) -> dict[str, tuple[int, int]]:
-    """Right answers and questions by kind; an answer is right if it is the expected one to the last id."""
+def judge_answers(model: Answerer, prompts: Sequence[Prompt]) -> dict[str, list[bool]]:
+    """Of each prompt, in order, whether its answer is the expected one to the last id; by kind."""
     requests = [
         Request(prompt=each.ids, sampling=Sampling(temperature=0.0), max_new_tokens=len(each.answer))
         for each in prompts
     ]
-    counts: dict[str, tuple[int, int]] = {}
+    marks: dict[str, list[bool]] = {}
     for prompt, completion in zip(prompts, model.generate(requests), strict=True):
-        right, asked = counts.get(prompt.kind, (0, 0))
-        is_right = tuple(completion.ids.tolist()) == prompt.answer
-        counts[prompt.kind] = (right + is_right, asked + 1)
-    return counts
+        marks.setdefault(prompt.kind, []).append(tuple(completion.ids.tolist()) == prompt.answer)
+    return marks

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from emu3_megatron.data import Manifest, Mixture, Plan, Source
+from emu3_megatron.data import Manifest, Mixture, Plan, Source, Template
 from emu3_megatron.data.loader import Batch, WindowLoader
 from emu3_megatron.errors import UserError
 from emu3_megatron.training.command_line import alignment_of
@@ -25,6 +25,20 @@ VALIDATION_SEED_OFFSET = 1
 
 
 @dataclass(frozen=True)
+class Reading:
+    """How the documents of a run's sources become windows."""
+
+    plan: type[Plan]
+    """Packs documents, and reads windows."""
+    template: Callable[[TrainingConfig, SourceConfig], Template]
+    """Renders the documents of a source."""
+
+
+PACKED = Reading(Plan, lambda config, source: source.template or config.data.template)
+"""That of next-token prediction."""
+
+
+@dataclass(frozen=True)
 class TrainingData:
     """What the trainer needs to know of its data."""
 
@@ -36,23 +50,25 @@ class TrainingData:
     """Order of the held-out windows."""
 
     @classmethod
-    def open(cls, config: TrainingConfig) -> TrainingData:
+    def open(cls, config: TrainingConfig, reading: Reading = PACKED) -> TrainingData:
         """Open every source; rank 0 makes missing ones first, if `data.prepare` says how.
+
+        Args:
+            config: The run.
+            reading: How documents become windows.
 
         Raises:
             UserError: a dataset is missing, damaged, or has another vocabulary than the rest.
         """
         data = config.data
-        prepare_missing(data, {**data.sources, **data.validation})
-        plan = open_plan(config)
+        _prepare_missing(data, {**data.sources, **data.validation})
+        plan = open_plan(config, reading)
         vocabulary = plan.mixture.vocabulary
-        held_out = (
-            _plan(config, data.validation, seed_of(config) + VALIDATION_SEED_OFFSET, vocabulary)
-            if data.validation
-            else None
-        )
-        if held_out:
-            require_equal_tokenizers(plan.mixture.tokenizers, held_out.mixture.tokenizers)
+        held_out = None
+        if data.validation:
+            seed = seed_of(config) + VALIDATION_SEED_OFFSET
+            held_out = _plan(config, reading, data.validation, seed, vocabulary)
+            _require_equal_tokenizers(plan.mixture.tokenizers, held_out.mixture.tokenizers)
         return cls(vocabulary=vocabulary, plan=plan, validation_plan=held_out)
 
     @staticmethod
@@ -92,7 +108,7 @@ class TrainingData:
         return _loader(config, self.validation_plan, start=0, size=size, num_workers=0)
 
 
-def prepare_missing(data: DataConfig, sources: Mapping[str, SourceConfig]) -> None:
+def _prepare_missing(data: DataConfig, sources: Mapping[str, SourceConfig]) -> None:
     """Let rank 0 make datasets that have no manifest, while the others wait."""
     missing = [source.path for source in sources.values() if not (Path(source.path) / MANIFEST).exists()]
     if data.prepare is not None:
@@ -104,7 +120,7 @@ def prepare_missing(data: DataConfig, sources: Mapping[str, SourceConfig]) -> No
         torch.distributed.barrier()
 
 
-def require_equal_tokenizers(training: Mapping[str, str], held_out: Mapping[str, str]) -> None:
+def _require_equal_tokenizers(training: Mapping[str, str], held_out: Mapping[str, str]) -> None:
     """Refuse held-out data of other tokenizers (fingerprints by kind): its loss would say nothing."""
     for kind in training.keys() & held_out.keys():
         if training[kind] != held_out[kind]:
@@ -114,13 +130,13 @@ def require_equal_tokenizers(training: Mapping[str, str], held_out: Mapping[str,
             )
 
 
-def open_plan(config: TrainingConfig) -> Plan:
+def open_plan(config: TrainingConfig, reading: Reading = PACKED) -> Plan:
     """The order of a run's training windows; its blocks are kept in the run's folder.
 
     Raises:
         UserError: a dataset is missing, damaged, or has another vocabulary than the rest.
     """
-    return _plan(config, config.data.sources, seed_of(config))
+    return _plan(config, reading, config.data.sources, seed_of(config))
 
 
 def seed_of(config: TrainingConfig) -> int:
@@ -130,6 +146,7 @@ def seed_of(config: TrainingConfig) -> int:
 
 def _plan(
     config: TrainingConfig,
+    reading: Reading,
     sources: Mapping[str, SourceConfig],
     seed: int,
     vocabulary: Vocabulary | None = None,
@@ -137,14 +154,15 @@ def _plan(
     data = config.data
     mixture = Mixture(
         [
-            Source(name=name, path=source.path, weight=source.weight, template=source.template)
+            Source(
+                name=name, path=source.path, weight=source.weight, template=reading.template(config, source)
+            )
             for name, source in sources.items()
         ],
-        template=data.template,
         vocabulary=vocabulary,
         takedown=data.takedown,
     )
-    return Plan(
+    return reading.plan(
         mixture,
         seed=seed,
         context_length=data.context_length,

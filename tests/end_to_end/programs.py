@@ -48,11 +48,11 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "EMU3_TRACEBACK": ""}
 
 
-def start(*arguments: object, timeout: float = 400) -> Ended:
-    """Run ``python ARGUMENTS`` in a new process, in the repository."""
+def start(*arguments: object, timeout: float = 400, folder: Path = ROOT) -> Ended:
+    """Run ``python ARGUMENTS`` in a new process, in the repository or another folder."""
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(
-        command, env=environment(), cwd=ROOT, capture_output=True, text=True, timeout=timeout, check=False
+        command, env=environment(), cwd=folder, capture_output=True, text=True, timeout=timeout, check=False
     )
     return Ended(done.returncode, done.stdout, done.stderr)
 

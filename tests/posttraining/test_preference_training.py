@@ -14,6 +14,8 @@ from tests.training import layouts, runs
 
 TWO = {"dp2": True, "tp2-sp": False, "pp2": True, "cp2": False}
 """Layouts of two processes, and whether the optimizer is distributed."""
+FOUR = {"tp2-pp2-sp": True, "tp2-cp2-sp": False, "pp2-dp2": True, "pp2-cp2": True}
+"""The same of four."""
 
 STEPS = ["--trainer.steps", "8"]
 
@@ -64,12 +66,17 @@ def single(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
 def trained(tmp_path_factory: pytest.TempPathFactory, pairs_file: Path) -> Path:
     """Every layout with a cache that it filled itself, and one that asks at every step."""
     folder = tmp_path_factory.mktemp("layouts")
-    arguments = {
-        name: layouts.options(layouts.TWO[name], distributed_optimizer=distributed)
-        for name, distributed in TWO.items()
-    }
-    arguments["online"] = [*arguments["pp2"], "--dpo.reference_mode", "online"]
-    runs.launch_layouts(folder, pairs_file, arguments, processes=2, save=False, program=runs.PREFERENCES)
+    for processes, names in ((2, TWO), (4, FOUR)):
+        known = layouts.TWO | layouts.FOUR
+        arguments = {
+            name: layouts.options(known[name], distributed_optimizer=distributed)
+            for name, distributed in names.items()
+        }
+        if processes == 2:
+            arguments["online"] = [*arguments["pp2"], "--dpo.reference_mode", "online"]
+        runs.launch_layouts(
+            folder, pairs_file, arguments, processes=processes, save=False, program=runs.PREFERENCES
+        )
     return folder
 
 
@@ -77,7 +84,7 @@ KEYS = ("loss", "loss_dpo", "loss_chosen", "grad_norm", "reward_chosen", "reward
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [*TWO, "online"])
+@pytest.mark.parametrize("name", [*TWO, *FOUR, "online"])
 def test_a_layout_equals_one_process(trained: Path, single: Path, name: str) -> None:
     lines, expected = runs.metrics(trained / name), runs.metrics(single)
     assert [line["step"] for line in lines] == list(range(1, 9))

@@ -12,8 +12,11 @@ from emu3_megatron.training import command_line
 from tests.training import layouts, runs
 
 STEPS = 8
-LAYOUTS = {"tp2-sp": True, "cp2": True, "dp2": False, "pp2": True}
-"""Layouts of two processes, and whether the optimizer is distributed."""
+LAYOUTS = {
+    2: {"tp2-sp": True, "cp2": True, "dp2": False, "pp2": True},
+    4: {"tp2-pp2-sp": True, "tp2-cp2-sp": False, "pp2-dp2": True, "pp2-cp2": True},
+}
+"""Layouts by number of processes, and whether the optimizer is distributed."""
 
 TALK = {
     "vision_weight": 0.0,
@@ -91,15 +94,19 @@ def test_a_resume_gives_the_same_run(tmp_path: Path, reference: Path, config_fil
 
 
 @pytest.mark.slow
-def test_layouts_equal_one_process(tmp_path: Path, reference: Path, config_file: Path) -> None:
+@pytest.mark.parametrize("processes", LAYOUTS)
+def test_layouts_equal_one_process(
+    tmp_path: Path, reference: Path, config_file: Path, processes: int
+) -> None:
+    known = layouts.TWO | layouts.FOUR
     arguments = {
-        name: layouts.options(layouts.TWO[name], distributed_optimizer=distributed)
-        for name, distributed in LAYOUTS.items()
+        name: layouts.options(known[name], distributed_optimizer=distributed)
+        for name, distributed in LAYOUTS[processes].items()
     }
-    runs.launch_layouts(tmp_path, config_file, arguments, processes=2, save=False, timeout=1200)
+    runs.launch_layouts(tmp_path, config_file, arguments, processes=processes, save=False, timeout=1200)
     expected = runs.metrics(reference)
     keys = ("loss", "grad_norm", "loss_talks_text", "loss_talks_end", "loss_stills_vision")
-    for name in LAYOUTS:
+    for name in arguments:
         lines = runs.metrics(tmp_path / name)
         first, every = (
             max(runs.largest_difference(part, expected, key) for key in keys) for part in (lines[:1], lines)

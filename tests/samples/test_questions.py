@@ -18,12 +18,13 @@ from emu3_megatron.samples.definitions import COLOURS, SHAPES
 from emu3_megatron.samples.questions import (
     KINDS,
     as_turns,
-    count_right,
+    follow_up,
+    judge_answers,
     pose,
     read_prompts,
     write_conversations,
 )
-from emu3_megatron.samples.world import World, WorldConfig
+from emu3_megatron.samples.world import Scene, World, WorldConfig
 from emu3_megatron.vocabulary import Vocabulary
 
 WORLD = World(WorldConfig.preset("quickstart"))
@@ -42,22 +43,38 @@ def test_one_answer_is_as_likely_as_another(kind: str, answers: tuple[str, ...])
     assert all(abs(count - expected) < 5 * np.sqrt(expected) for count in counts.values())
 
 
+def truth(text: str, scenes: Sequence[Scene]) -> str:
+    """The answer to a question, from its words and what is to be seen."""
+    first, *_, last = text.rstrip("?").split()
+    if first == "How":
+        return str(sum(each.shape == last for each in scenes))
+    (scene,) = scenes
+    if first == "Is":
+        return "yes" if last == scene.colour else "no"
+    return scene.colour if first == "What" else scene.shape
+
+
 def test_answers_are_true_of_pictures_that_training_never_shows() -> None:
     rng = np.random.default_rng(2)
     held_out = set(WORLD.combinations("image", "held-out"))
     for kind in KINDS:
         for _ in range(50):
             question = pose(kind, WORLD, "held-out", rng)
-            scene = question.scenes[0]
             assert {each.combination for each in question.scenes} <= held_out
-            words = question.text.rstrip("?").split()
-            truth = {
-                "colour": scene.colour,
-                "shape": scene.shape,
-                "yes or no": "yes" if words[-1] == scene.colour else "no",
-                "count": str(sum(each.shape == words[-1] for each in question.scenes)),
-            }
-            assert question.answer == truth[kind]
+            assert question.answer == truth(question.text, question.scenes)
+
+
+def test_more_questions_are_about_the_same_pictures() -> None:
+    rng = np.random.default_rng(4)
+    answers: Counter[str] = Counter()
+    for number in range(ASKED):
+        question = pose(KINDS[number % len(KINDS)], WORLD, "train", rng)
+        more = follow_up(question, rng)
+        assert not more.scenes
+        assert more.text.startswith("How many") == (len(question.scenes) > 1)
+        assert more.answer == truth(more.text, question.scenes)
+        answers[more.answer] += 1
+    assert set(answers) == {*COLOURS, *SHAPES, "yes", "no", *"0123"}
 
 
 def test_another_kind_is_refused() -> None:
@@ -74,13 +91,21 @@ def test_turns_number_their_pictures_on() -> None:
     )
 
 
+def test_every_turn_but_the_first_shows_nothing(tmp_path: Path) -> None:
+    path = write_conversations(tmp_path, WORLD, split="train", count=8, seed=0, turns=3)
+    for record in json.loads(path.read_text()):
+        said = [each["value"] for each in record["conversations"] if each["from"] == "human"]
+        assert [words.count("<image>") for words in said] == [len(record["image"]), 0, 0]
+
+
 def test_files_are_conversations(tmp_path: Path) -> None:
     path = write_conversations(tmp_path / "talk", WORLD, split="train", count=8, seed=0)
     again = write_conversations(tmp_path / "again", WORLD, split="train", count=8, seed=0)
     assert path.read_bytes() == again.read_bytes()
     entries = list(ConversationInputs([path], None).entries(0, 8))
     assert all(isinstance(entry, Conversation) for entry in entries)
-    assert [record["id"].partition("/")[0] for record in json.loads(path.read_text())] == [*KINDS, *KINDS]
+    records = json.loads(path.read_text())
+    assert [record["id"].partition("/")[0] for record in records] == [*KINDS, *KINDS]
     for entry in entries:
         assert isinstance(entry, Conversation)
         assert all(Path(str(each.media)).is_file() for each in entry.media)
@@ -105,4 +130,4 @@ def test_stored_conversations_become_prompts_and_are_judged(tmp_path: Path) -> N
     prompts = read_prompts(MultimodalDataset.open(tmp_path / "talk"))
     assert [prompt.ids.tolist() for prompt in prompts] == [[vocabulary.bos, 1, 2, n] for n in range(3)]
     assert [prompt.answer for prompt in prompts] == [(*a, vocabulary.eos) for a in ([7], [8, 9], [7])]
-    assert count_right(Parrot(prompts[0].answer), prompts) == {"colour": (1, 1), "count": (1, 2)}
+    assert judge_answers(Parrot(prompts[0].answer), prompts) == {"colour": [True], "count": [False, True]}

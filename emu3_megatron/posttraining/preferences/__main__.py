@@ -16,7 +16,7 @@ import torch
 from emu3_megatron.errors import run_main
 from emu3_megatron.parallel.platform import Platform
 from emu3_megatron.posttraining.preferences.config import PreferenceTrainingConfig
-from emu3_megatron.posttraining.preferences.windows import open_pairs
+from emu3_megatron.posttraining.preferences.windows import PAIRS
 from emu3_megatron.training.__main__ import launch
 from emu3_megatron.training.config import SourceConfig
 from emu3_megatron.training.data import TrainingData
@@ -33,7 +33,7 @@ def open_data(config: PreferenceTrainingConfig, machine: Platform) -> TrainingDa
     """The pairs, and the reference's answers about them where they are kept."""
     from emu3_megatron.posttraining.preferences.references import fill_caches
 
-    data = open_pairs(config)
+    data = TrainingData.open(config, PAIRS)
     if config.dpo.reference_mode == "cached":
         fill_caches(config, machine)
     return data

@@ -3,6 +3,34 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+
+def mean_interval(
+    values: Sequence[float] | npt.NDArray[np.float64], z: float = 1.959964
+) -> tuple[float, float, float]:
+    """Mean of independent values with its interval by the normal approximation, at 95% by default.
+
+    For the difference of two measurements of the same things, give the differences.
+
+    Args:
+        values: at least two.
+        z: standard normal quantile.
+
+    Returns:
+        Mean, lower and upper end.
+
+    Raises:
+        ValueError: fewer than two values.
+    """
+    if len(values) < 2:
+        raise ValueError(f"{len(values)} values have no deviation: give at least 2")
+    mean = float(np.mean(values))
+    half = z * float(np.std(values, ddof=1)) / math.sqrt(len(values))
+    return mean, mean - half, mean + half
 
 
 def wilson_interval(right: int, total: int, z: float = 1.959964) -> tuple[float, float]:
