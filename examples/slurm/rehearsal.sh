@@ -23,10 +23,30 @@ source "$EMU3_SETTINGS"
 "$PYTHON" -m emu3_megatron.samples.rehearsal prepare "$EMU3_REHEARSAL" "$@"
 "$EMU3_ROOT/examples/slurm/chain.sh" curate vision tokenize plan stage1 stage2 quality understanding1 understanding2 \
   candidates score pairs dpo generate convert | tee "$EMU3_REHEARSAL/jobs.txt"
-numbers=$(awk '{print $2}' "$EMU3_REHEARSAL/jobs.txt" | paste -sd ,)
-# Jobs that SLURM has forgotten have ended.
-while [[ -n $(squeue --noheader --jobs="$numbers" 2>/dev/null) ]]; do sleep 2; done
-while read -r name number; do
-  scontrol --oneliner show job "$number" 2>/dev/null | sed -nE "s/.* JobState=([^ ]+).* RunTime=([^ ]+).*/$name \1 \2/p"
-done <"$EMU3_REHEARSAL/jobs.txt"
+
+# Wait for the end of all, and keep what became of each: SLURM forgets jobs after minutes.
+declare -A names=() ends=()
+while read -r name number; do names[$number]=$name; done <"$EMU3_REHEARSAL/jobs.txt"
+numbers=$(printf '%s,' "${!names[@]}")
+misses=0
+while ((misses < 20)); do
+  going=0
+  if listed=$(squeue --states=all --noheader --jobs="${numbers%,}" --format='%i %T %M' 2>/dev/null); then
+    misses=0
+  else
+    misses=$((misses + 1))
+  fi
+  while read -r number state elapsed; do
+    case $state in
+      COMPLETED | FAILED | CANCELLED | TIMEOUT | NODE_FAIL | OUT_OF_MEMORY | BOOT_FAIL | DEADLINE | PREEMPTED)
+        ends[$number]="$state $elapsed" ;;
+      ?*) going=1 ;;
+    esac
+  done <<<"$listed"
+  ((going || misses)) || break
+  sleep 3
+done
+for number in $(printf '%s\n' "${!ends[@]}" | sort --version-sort); do
+  echo "${names[${number%%_*}]} $number ${ends[$number]}"
+done
 "$PYTHON" -m emu3_megatron.samples.rehearsal judge "$EMU3_REHEARSAL"

@@ -166,7 +166,7 @@ def test_an_array_of_workers_writes_the_bytes_of_one(workplace: Workplace, token
     manifest = workplace.folder / "manifest.jsonl"
     manifest.write_text("".join(json.dumps(entry) + "\n" for entry in entries))
     workplace.add(
-        "TOKENIZE_WORKERS=4\n"
+        "TOKENIZE_WORKERS=2\n"
         "tokenize_options() {\n"
         f"  OPTIONS=(--manifest {manifest} --output data/$1 --name mixed --num-shards 4 --image-area 1024\n"
         f"    --text-tokenizer {tokenizers['text_tokenizer']}\n"

@@ -22,12 +22,10 @@ def test_every_job_of_the_chain_does_its_part(cluster: Cluster, tmp_path: Path) 
         SCRIPTS / "rehearsal.sh", tmp_path / "work", EMU3_PYTHON=sys.executable, OMP_NUM_THREADS="1"
     )
     lines = out.splitlines()
-    ended = [words for line in lines if len(words := line.split()) == 3 and ":" in words[2]]
-    assert {state for _, state, _ in ended} == {"COMPLETED"}, out
+    ended = [words for line in lines if len(words := line.split()) == 4 and ":" in words[3]]
+    assert {state for _, _, state, _ in ended} == {"COMPLETED"}, out
     # Tokenization has a job for each dataset.
-    assert {name.partition("-")[0] for name, _, _ in ended} == {
-        path.stem for path in SCRIPTS.glob("*.sbatch")
-    }
+    assert {name.partition("-")[0] for name, *_ in ended} == {path.stem for path in SCRIPTS.glob("*.sbatch")}
     verdict = [line for line in lines if line.startswith(("pass ", "FAIL "))]
     assert len(verdict) >= 14
     assert not [line for line in verdict if line.startswith("FAIL")], out
