@@ -89,6 +89,9 @@ class Proof:
 
     def train(self, name: str, *, module: str = "emu3_megatron.training", **changes: dict[str, Any]) -> Path:
         """A run of the quickstart's training with changed sections; one that exists is resumed."""
+        steps = changes["trainer"]["steps"]
+        if (self.folder / name / f"checkpoints/step-{steps:08d}/COMMIT").exists():
+            return self.folder / name
         values = yaml.safe_load(TRAINING.read_text())
         values |= {"run": str(self.folder / name), "seed": self.seed}
         values["data"]["template"] = {}
