@@ -21,6 +21,7 @@ from emu3_megatron.inference.engine import Completion, Request
 from emu3_megatron.inference.sampling import Sampling
 from emu3_megatron.media import write_png
 from emu3_megatron.posttraining.conversations import Part, Turn
+from emu3_megatron.samples.captions import caption
 from emu3_megatron.samples.definitions import COLOURS, SHAPES
 from emu3_megatron.samples.world import Scene, World
 
@@ -29,6 +30,9 @@ KINDS = ("colour", "shape", "yes or no", "count")
 
 PICTURES_COUNTED = 3
 """Pictures of a question that asks how many."""
+
+FURTHER_COUNTS = 2
+"""Questions of `follow_ups` that ask how many."""
 
 
 @dataclass(frozen=True)
@@ -68,22 +72,31 @@ def pose(kind: str, world: World, split: str, rng: np.random.Generator) -> Quest
     return Question(tuple(scenes), *_how_many(shape, scenes))
 
 
-def follow_up(question: Question, rng: np.random.Generator) -> Question:
-    """Another question about the same pictures, which are not shown again.
+def follow_ups(question: Question, rng: np.random.Generator) -> list[Question]:
+    """What else training asks about the same pictures, which are not shown again.
+
+    What was said before gives no answer away, so that all are learnt from the pictures: of one its
+    description, of several the counts of two other shapes, then all shapes in their order.
 
     Args:
-        question: What was asked before.
+        question: What was asked first.
         rng: Decides everything.
     """
-    if len(question.scenes) == 1:
-        kinds = [kind for kind in KINDS if kind != "count"]
-        return Question((), *_ask(kinds[int(rng.integers(len(kinds)))], question.scenes[0], rng))
-    by_count: dict[int, list[str]] = {}
-    for shape in SHAPES:
-        by_count.setdefault(sum(each.shape == shape for each in question.scenes), []).append(shape)
-    counts = sorted(by_count)  # first an answer, then a shape: most shapes are in none of the pictures
-    shapes = by_count[counts[int(rng.integers(len(counts)))]]
-    return Question((), *_how_many(shapes[int(rng.integers(len(shapes)))], question.scenes))
+    scenes = question.scenes
+    if len(scenes) == 1:
+        return [Question((), "Describe the picture.", caption(scenes[0]))]
+    asked, more = {question.text}, []
+    for _ in range(FURTHER_COUNTS):
+        by_count: dict[int, list[tuple[str, str]]] = {}
+        for text, answer in (_how_many(shape, scenes) for shape in SHAPES):
+            if text not in asked:
+                by_count.setdefault(int(answer), []).append((text, answer))
+        counts = sorted(by_count)  # first an answer, then a shape: most shapes are in none of the pictures
+        choices = by_count[counts[int(rng.integers(len(counts)))]]
+        more.append(Question((), *choices[int(rng.integers(len(choices)))]))
+        asked.add(more[-1].text)
+    names = ", ".join(scene.shape for scene in scenes)
+    return [*more, Question((), "Which shapes do the pictures show?", names)]
 
 
 def _ask(kind: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
@@ -115,7 +128,7 @@ def as_turns(questions: Sequence[Question]) -> tuple[Turn, ...]:
 
 
 def write_conversations(
-    folder: Path, world: World, *, split: str, count: int, seed: int, turns: int = 1
+    folder: Path, world: World, *, split: str, count: int, seed: int, further: bool = False
 ) -> Path:
     """Pictures as PNG files, and questions about them as a LLaVA file.
 
@@ -125,7 +138,7 @@ def write_conversations(
         split: ``train`` or ``held-out``.
         count: Conversations; the kinds of their first questions alternate, and the ids begin with the kind.
         seed: Of the questions.
-        turns: Questions about the same pictures in each.
+        further: Whether `follow_ups` come after each question.
 
     Returns:
         ``folder/conversations.json``.
@@ -139,7 +152,7 @@ def write_conversations(
         names = [f"{number:06d}-{place}.png" for place in range(len(question.scenes))]
         for name, scene in zip(names, question.scenes, strict=True):
             write_png(folder / name, world.render(scene))
-        asked = [question, *(follow_up(question, rng) for _ in range(turns - 1))]
+        asked = [question, *(follow_ups(question, rng) if further else [])]
         said = [
             {"from": speaker, "value": words}
             for each in asked

@@ -48,7 +48,7 @@ LOSS_OF_OLD = 0.10
 LOSS_OF_ANSWERS = 0.05
 """Share of right answers that preferences may cost."""
 
-CONVERSATIONS, TURNS, HELD_OUT_QUESTIONS = 5000, 4, 800
+CONVERSATIONS, HELD_OUT_QUESTIONS = 5000, 800
 POOL = 4000
 """Pictures that are scored for quality fine-tuning; about half show what their captions say."""
 HELD_OUT_PICTURES = 192
@@ -89,6 +89,9 @@ class Proof:
 
     def train(self, name: str, *, module: str = "emu3_megatron.training", **changes: dict[str, Any]) -> Path:
         """A run of the quickstart's training with changed sections; one that exists is resumed."""
+        steps = changes["trainer"]["steps"]
+        if (self.folder / name / f"checkpoints/step-{steps:08d}/COMMIT").exists():
+            return self.folder / name
         values = yaml.safe_load(TRAINING.read_text())
         values |= {"run": str(self.folder / name), "seed": self.seed}
         values["data"]["template"] = {}
@@ -238,12 +241,16 @@ def quality(proof: Proof) -> list[str]:
 # ---- understanding
 
 
-def talks(proof: Proof, split: str, count: int, turns: int) -> Path:
-    """The dataset of a split's conversations, made where it is missing."""
+def talks(proof: Proof, split: str) -> Path:
+    """The dataset of a split's conversations, made where it is missing; held-out ones are a question each."""
     data = proof.folder / "data" / f"talks-{split}"
     if not (data / "manifest.json").exists():
         pictures = proof.folder / "pictures" / split
-        file = write_conversations(pictures, WORLD, split=split, count=count, seed=proof.seed, turns=turns)
+        further = split == "train"
+        count = CONVERSATIONS if further else HELD_OUT_QUESTIONS
+        file = write_conversations(
+            pictures, WORLD, split=split, count=count, seed=proof.seed, further=further
+        )
         text, vision = proof.tokenizers[1], proof.tokenizers[3]
         proof.run(
             *["tools/tokenize_conversations.py", "--manifest", json.dumps([str(file)]), "--output", data],
@@ -258,7 +265,7 @@ def answered(proof: Proof, model: Path) -> dict[str, list[bool]]:
     from emu3_megatron.data import MultimodalDataset
     from emu3_megatron.samples.questions import judge_answers, read_prompts
 
-    prompts = read_prompts(MultimodalDataset.open(talks(proof, "held-out", HELD_OUT_QUESTIONS, 1)))
+    prompts = read_prompts(MultimodalDataset.open(talks(proof, "held-out")))
     return with_model(proof, model, lambda generator: judge_answers(generator.engine, prompts))
 
 
@@ -271,12 +278,12 @@ def verdict_on_answers(name: str, answers: dict[str, list[bool]]) -> list[str]:
 
 def understanding(proof: Proof) -> list[str]:
     """Stage 2, and the answers to held-out questions."""
-    sources = {"talks": {"path": str(talks(proof, "train", CONVERSATIONS, TURNS))}}
+    sources = {"talks": {"path": str(talks(proof, "train"))}}
     model = proof.train(
         "understanding",
         loss=ANSWERS,
         data={"sources": sources},
-        optimizer={"learning_rate": 2e-3},
+        optimizer={"learning_rate": 3e-3},
         trainer={"steps": 400},
     )
     return verdict_on_answers("understanding", proof.once("answers", lambda: answered(proof, model)))
@@ -286,7 +293,7 @@ def unified_model(proof: Proof) -> Path:
     """One model that draws and answers."""
     sources = {
         "talks": {
-            "path": str(talks(proof, "train", CONVERSATIONS, TURNS)),
+            "path": str(talks(proof, "train")),
             "weight": 0.5,
             "loss": ANSWERS,
         },
@@ -301,7 +308,7 @@ def unified_model(proof: Proof) -> Path:
     return proof.train(
         "unified",
         data={"sources": sources},
-        optimizer={"learning_rate": 2e-3},
+        optimizer={"learning_rate": 3e-3},
         trainer={"steps": 400},
     )
 

@@ -14,11 +14,12 @@ from emu3_megatron.data import DatasetWriter, MultimodalDataset
 from emu3_megatron.inference.engine import Completion, Request
 from emu3_megatron.posttraining.conversation_files import ConversationInputs
 from emu3_megatron.posttraining.conversations import Conversation, Turn
+from emu3_megatron.samples.captions import caption
 from emu3_megatron.samples.definitions import COLOURS, SHAPES
 from emu3_megatron.samples.questions import (
     KINDS,
     as_turns,
-    follow_up,
+    follow_ups,
     judge_answers,
     pose,
     read_prompts,
@@ -45,13 +46,16 @@ def test_one_answer_is_as_likely_as_another(kind: str, answers: tuple[str, ...])
 
 def truth(text: str, scenes: Sequence[Scene]) -> str:
     """The answer to a question, from its words and what is to be seen."""
-    first, *_, last = text.rstrip("?").split()
-    if first == "How":
-        return str(sum(each.shape == last for each in scenes))
+    words = text.rstrip("?").split()
+    if words[0] == "How":
+        return str(sum(each.shape == words[-1] for each in scenes))
+    if words[1] == "shapes":
+        return ", ".join(each.shape for each in scenes)
     (scene,) = scenes
-    if first == "Is":
-        return "yes" if last == scene.colour else "no"
-    return scene.colour if first == "What" else scene.shape
+    if words[0] == "Is":
+        return "yes" if words[-1] == scene.colour else "no"
+    known = {"Describe": caption(scene), "What": scene.colour, "Which": scene.shape}
+    return known[words[0]]
 
 
 def test_answers_are_true_of_pictures_that_training_never_shows() -> None:
@@ -64,17 +68,19 @@ def test_answers_are_true_of_pictures_that_training_never_shows() -> None:
             assert question.answer == truth(question.text, question.scenes)
 
 
-def test_more_questions_are_about_the_same_pictures() -> None:
+def test_further_answers_are_true_and_not_given_away() -> None:
     rng = np.random.default_rng(4)
-    answers: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for number in range(ASKED):
         question = pose(KINDS[number % len(KINDS)], WORLD, "train", rng)
-        more = follow_up(question, rng)
-        assert not more.scenes
-        assert more.text.startswith("How many") == (len(question.scenes) > 1)
-        assert more.answer == truth(more.text, question.scenes)
-        answers[more.answer] += 1
-    assert set(answers) == {*COLOURS, *SHAPES, "yes", "no", *"0123"}
+        more = follow_ups(question, rng)
+        assert not any(each.scenes for each in more)
+        assert len({each.text for each in (question, *more)}) == 1 + len(more)
+        for each in more:
+            assert each.answer == truth(each.text, question.scenes)
+        counts.update(each.answer for each in more[:-1])
+        assert more[-1].text.split()[0] in ("Describe", "Which"), "what says everything comes last"
+    assert set(counts) == set("0123")
 
 
 def test_another_kind_is_refused() -> None:
@@ -92,10 +98,11 @@ def test_turns_number_their_pictures_on() -> None:
 
 
 def test_every_turn_but_the_first_shows_nothing(tmp_path: Path) -> None:
-    path = write_conversations(tmp_path, WORLD, split="train", count=8, seed=0, turns=3)
+    path = write_conversations(tmp_path, WORLD, split="train", count=8, seed=0, further=True)
     for record in json.loads(path.read_text()):
         said = [each["value"] for each in record["conversations"] if each["from"] == "human"]
-        assert [words.count("<image>") for words in said] == [len(record["image"]), 0, 0]
+        assert [words.count("<image>") for words in said] == [len(record["image"])] + [0] * (len(said) - 1)
+        assert len(said) > 1
 
 
 def test_files_are_conversations(tmp_path: Path) -> None:
