@@ -31,8 +31,8 @@ from emu3_megatron.training import checkpoint_files as files  # noqa: E402
 from emu3_megatron.training.checkpoint import newest_valid  # noqa: E402
 from tests.training import forked, runs  # noqa: E402
 
-MODEL = ["--model.hidden_size", "256", "--model.ffn_hidden_size", "768"]
-"""Large enough that a save takes longer than looking at a folder."""
+MODEL = ["--model.hidden_size", "256", "--model.ffn_hidden_size", "768", "--trainer.global_batch_size", "1"]
+"""Large enough that a save takes longer than looking at a folder, with short steps."""
 
 
 def arguments_of(config: Path, run: Path, steps: int) -> list[str]:
