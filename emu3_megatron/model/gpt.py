@@ -175,5 +175,5 @@ class Emu3Model(GPTModel):
 
 def _numbers_to_dropout(layer: Any, _args: Any, kwargs: dict[str, Any]) -> None:
     """Before a layer runs, or is run again: what its dropout draws from."""
-    numbers = kwargs["packed_seq_params"].dropout
+    numbers = getattr(kwargs.get("packed_seq_params"), "dropout", None)
     layer.self_attn_bda_dropout.tokens = layer.mlp_bda_dropout.tokens = numbers.share if numbers else None

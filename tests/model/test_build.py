@@ -233,7 +233,7 @@ def test_transformer_engine_is_refused_where_it_cannot_run(single_process: Paral
 
 
 def test_eight_bit_products_are_refused_where_there_are_none(single_process: ParallelConfig) -> None:
-    with pytest.raises(ModelConfigError, match="trainer.fp8=hybrid needs Transformer Engine on a GPU"):
+    with pytest.raises(ModelConfigError, match=r"trainer\.fp8=hybrid needs Transformer Engine on a GPU"):
         build_model(
             ModelConfig.preset("tiny"),
             vocabulary_padded_size=PADDED,

@@ -49,10 +49,11 @@ class Proof:
     Args:
         folder: Where the runs are.
         minutes: Time after which no further run is started, or None.
+        only: Layouts by name, or None for all.
     """
 
-    def __init__(self, folder: Path, minutes: float | None) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, minutes: float | None, only: list[str] | None) -> None:
+        self.folder, self.only = folder, only
         self.deadline = None if minutes is None else time.monotonic() + 60 * minutes
         self.reference = folder / "reference"
         self.dropping_reference = folder / "reference-dropout"
@@ -93,6 +94,7 @@ class Proof:
                 layout, distributed_optimizer=distributed
             )
             for name, layout in table.items()
+            if self.only is None or name in self.only
             for distributed in (False, True)
             if distributed or "gather" not in layout
         }
@@ -107,7 +109,7 @@ class Proof:
 
     def with_dropout(self, table: dict[str, dict[str, object]], processes: int) -> list[str]:
         """Lines of the verdict on runs with dropout: against one process, and twice."""
-        names = WITH_DROPOUT[processes]
+        names = [name for name in WITH_DROPOUT[processes] if self.only is None or name in self.only]
         jobs = {
             f"{name}-dropout-{number}": [
                 *layouts.options(table[name], distributed_optimizer=True),
@@ -131,9 +133,9 @@ def finished(run: Path) -> bool:
     return (run / "metrics.jsonl").exists() and len(runs.metrics(run)) == runs.STEPS
 
 
-def verdict(folder: Path, minutes: float | None) -> list[str]:
+def verdict(folder: Path, minutes: float | None, only: list[str] | None) -> list[str]:
     """Run everything in `folder`; lines of the verdict, which are printed as they come."""
-    proof = Proof(folder, minutes)
+    proof = Proof(folder, minutes, only)
     proof.prepare()
     lines: list[str] = []
     for processes, table in ((2, layouts.TWO), (4, layouts.FOUR)):
@@ -149,12 +151,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, help="keep the runs here")
     parser.add_argument("--minutes", type=float, help="start no run after as many, to go on later")
+    parser.add_argument("--only", nargs="+", choices=[*layouts.TWO, *layouts.FOUR], help="these layouts")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         try:
-            lines = verdict(folder, arguments.minutes)
+            lines = verdict(folder, arguments.minutes, arguments.only)
         except Unfinished:
             print("runs are left; start this again with the same folder")
             return 3

@@ -4,14 +4,19 @@
 again: its curve is bit-equal to the undisturbed one of that layout. Then runs whose layout changes at every
 start, over one, two and four processes: within 1e-4 (relative) of an undisturbed single process. A checkpoint
 is saved every 2 steps, so most kills lose a step that is taken again. Exit code 0 only if all hold.
+
+``ARGS="--folder FOLDER --minutes 5"`` runs it in pieces: finished runs are not run again, and while runs are
+left the exit code is 3.
 """
 
 from __future__ import annotations
 
 import argparse
 import random
+import shutil
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -24,15 +29,8 @@ platform.install("cpu")
 from tests.training import forked, layouts, runs  # noqa: E402
 
 SAVE = ["--checkpoint.interval", "2"]
-SAME: dict[str, tuple[int, dict[str, object]]] = {
-    "one process": (1, {}),
-    "dp2": (2, layouts.TWO["dp2"]),
-    "tp2-sp": (2, layouts.TWO["tp2-sp"]),
-    "pp2-interleaved": (2, layouts.TWO["pp2-interleaved"]),
-    "cp2": (2, layouts.TWO["cp2"]),
-    "tp2-dp2-sp": (4, layouts.FOUR["tp2-dp2-sp"]),
-}
-"""Layouts that are kept over the kills, with their processes."""
+SAME = ("one process", "dp2", "tp2-sp", "pp2-interleaved", "cp2", "tp2-dp2-sp")
+"""Layouts that are kept over the kills."""
 CHANGING: list[list[tuple[str, bool]]] = [
     [("dp2", True), ("tp2-sp", True), ("pp2", False), ("cp2", True), ("one process", True), ("tp2", False)],
     [
@@ -54,8 +52,14 @@ def options(name: str, distributed: bool = True) -> tuple[list[str], int]:
     return layouts.options(layout, distributed_optimizer=distributed), processes
 
 
-def disturbed(config: Path, run: Path, starts: list[tuple[str, bool]], rng: random.Random) -> list[int]:
+def disturbed(config: Path, run: Path, starts: list[tuple[str, bool]], seed: int) -> list[int]:
     """Train in `run`, killed at as many random steps as there are starts but one.
+
+    Args:
+        config: The run's configuration.
+        run: Its folder; where it holds a finished run, nothing is done.
+        starts: Layouts of the starts.
+        seed: Of the steps, with the name of the run.
 
     Returns:
         The steps.
@@ -63,7 +67,10 @@ def disturbed(config: Path, run: Path, starts: list[tuple[str, bool]], rng: rand
     Raises:
         RuntimeError: the run ended before a kill, or failed.
     """
-    steps = sorted(rng.sample(range(2, runs.STEPS), len(starts) - 1))
+    steps = sorted(random.Random(f"{seed}/{run.name}").sample(range(2, runs.STEPS), len(starts) - 1))
+    if finished(run):
+        return steps
+    shutil.rmtree(run, ignore_errors=True)
     for number, start in enumerate(starts):
         arguments, processes = options(*start)
         ranks = forked.start(
@@ -79,6 +86,11 @@ def disturbed(config: Path, run: Path, starts: list[tuple[str, bool]], rng: rand
     return steps
 
 
+def finished(run: Path) -> bool:
+    """Whether a run came to its end."""
+    return (run / "metrics.jsonl").exists() and len(runs.metrics(run)) == runs.STEPS
+
+
 def verdict(run: Path, reference: Path, tolerance: float) -> tuple[bool, float]:
     """Whether a run has every step once and agrees with another, and their largest difference."""
     lines, expected = runs.metrics(run), runs.metrics(reference)
@@ -88,52 +100,85 @@ def verdict(run: Path, reference: Path, tolerance: float) -> tuple[bool, float]:
     return whole and windows and worst <= tolerance, worst
 
 
-def same_layout(config: Path, folder: Path, kills: int, rng: random.Random) -> list[bool]:
-    """Every layout of `SAME`, killed and compared with itself."""
-    good = []
-    for name, (processes, _) in SAME.items():
-        reference, run = folder / f"{name}-undisturbed", folder / name
-        arguments, _ = options(name)
-        begun = forked.start(["--config", str(config), "--run", str(reference), *arguments], processes)
-        if not forked.finish(begun):
-            raise RuntimeError(f"the undisturbed run of {name} failed")
-        steps = disturbed(config, run, [(name, True)] * (kills + 1), rng)
-        holds, worst = verdict(run, reference, 0.0)
-        good.append(holds)
-        mark = "pass" if holds else "FAIL"
-        print(f"{mark} {name}, killed at steps {steps}: largest difference {worst:.1e}", flush=True)
-    return good
+class Proof:
+    """All runs, in one folder.
 
+    Args:
+        folder: Where they are.
+        kills: Of each run that keeps its layout.
+        seed: Of the steps.
+        minutes: Time after which no further run is begun, or None.
+    """
 
-def other_layouts(config: Path, folder: Path, rng: random.Random) -> list[bool]:
-    """Runs whose layout changes at every start."""
-    good = []
-    for number, starts in enumerate(CHANGING):
-        run = folder / f"changing-{number}"
-        steps = disturbed(config, run, starts, rng)
-        holds, worst = verdict(run, folder / "one process-undisturbed", layouts.ALL_STEPS)
-        good.append(holds)
-        names = " > ".join(name for name, _ in starts)
+    def __init__(self, folder: Path, kills: int, seed: int, minutes: float | None) -> None:
+        self._folder, self._kills, self._seed = folder, kills, seed
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self._config = folder / "config.yaml"
+
+    def prepare(self) -> None:
+        """Write the data."""
+        from emu3_megatron.samples.tiny import PARTS, prepare
+
+        for name in PARTS:
+            if not (self._folder / "data" / name / "manifest.json").exists():
+                prepare(self._folder / "data" / name)
+        runs.write_configuration(self._folder, self._folder / "data")
+
+    def same_layout(self, name: str) -> bool:
+        """A layout, killed and compared with itself."""
+        reference, run = self._folder / f"{name}-undisturbed", self._folder / name
+        arguments, processes = options(name)
+        if not finished(reference):
+            self._check_time()
+            shutil.rmtree(reference, ignore_errors=True)
+            given = ["--config", str(self._config), "--run", str(reference), *arguments]
+            if not forked.finish(forked.start(given, processes)):
+                raise RuntimeError(f"the undisturbed run of {name} failed")
+        return self._disturb(run, [(name, True)] * (self._kills + 1), reference, 0.0)
+
+    def other_layouts(self, starts: list[tuple[str, bool]], number: int) -> bool:
+        """A run whose layout changes at every start, compared with a single process."""
+        run, reference = self._folder / f"changing-{number}", self._folder / "one process-undisturbed"
+        return self._disturb(run, starts, reference, layouts.ALL_STEPS)
+
+    def _disturb(self, run: Path, starts: list[tuple[str, bool]], reference: Path, tolerance: float) -> bool:
+        if not finished(run):
+            self._check_time()
+        steps = disturbed(self._config, run, starts, self._seed)
+        holds, worst = verdict(run, reference, tolerance)
+        names = " > ".join(dict.fromkeys(name for name, _ in starts))
         mark = "pass" if holds else "FAIL"
         print(f"{mark} {names}, killed at steps {steps}: largest difference {worst:.1e}", flush=True)
-    return good
+        return holds
+
+    def _check_time(self) -> None:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise Unfinished
+
+
+class Unfinished(Exception):
+    """The time is up."""
 
 
 def main() -> int:
     """Run the drill and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=5, help="of each run that keeps its layout")
     parser.add_argument("--seed", type=int, default=0, help="of the steps")
+    parser.add_argument("--folder", type=Path, help="keep everything here, to go on later")
+    parser.add_argument("--minutes", type=float, help="begin no run after as many")
     arguments = parser.parse_args()
-    rng = random.Random(arguments.seed)
-    from emu3_megatron.samples.tiny import PARTS, prepare
-
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        for name in PARTS:
-            prepare(folder / "data" / name)
-        config = runs.write_configuration(folder, folder / "data")
-        good = same_layout(config, folder, arguments.kills, rng) + other_layouts(config, folder, rng)
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        proof = Proof(folder, arguments.kills, arguments.seed, arguments.minutes)
+        proof.prepare()
+        try:
+            good = [proof.same_layout(name) for name in SAME]
+            good += [proof.other_layouts(starts, number) for number, starts in enumerate(CHANGING)]
+        except Unfinished:
+            print("runs are left; start this again with the same folder")
+            return 3
     print(f"{sum(good)} of {len(good)} hold")
     return int(not all(good))
 

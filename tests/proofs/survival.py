@@ -4,16 +4,21 @@
 a save, and started again. After every kill all committed checkpoints are sound and `latest` names one; the
 curve in the end is bit-equal to that of an undisturbed run. Then one byte is flipped in each file of the
 newest checkpoint in turn: it is refused by name, and the one before it is used. Exit code 0 only if all hold.
+
+``ARGS="--folder FOLDER --minutes 5"`` runs it in pieces; while kills are left the exit code is 3.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
+import shutil
 import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -26,8 +31,8 @@ from emu3_megatron.training import checkpoint_files as files  # noqa: E402
 from emu3_megatron.training.checkpoint import newest_valid  # noqa: E402
 from tests.training import forked, runs  # noqa: E402
 
-MODEL = ["--model.hidden_size", "256", "--model.ffn_hidden_size", "768"]
-"""Large enough that a save takes longer than looking at a folder."""
+MODEL = ["--model.hidden_size", "256", "--model.ffn_hidden_size", "768", "--trainer.global_batch_size", "1"]
+"""Large enough that a save takes longer than looking at a folder, with short steps."""
 
 
 def arguments_of(config: Path, run: Path, steps: int) -> list[str]:
@@ -112,46 +117,109 @@ def refused_by_name(checkpoints: Path, rng: random.Random) -> list[str]:
     return missed
 
 
-def drill(folder: Path, kills: int, rng: random.Random) -> list[str]:
-    """Run everything in `folder`; lines about what does not hold."""
-    from emu3_megatron.samples.tiny import PARTS, prepare
+class Unfinished(Exception):
+    """The time is up."""
 
-    for name in PARTS:
-        prepare(folder / "data" / name)
-    config = runs.write_configuration(folder, folder / "data")
-    run, reference, steps = folder / "run", folder / "reference", 3 * kills + 5
-    forked.finish(forked.start(arguments_of(config, reference, steps)))
-    wrong: list[str] = []
-    inside = step = 0
-    for number in range(1, kills + 1):
-        moment = rng.random()
-        if not kill_in_a_save(config, run, steps, moment):
-            return [f"the run ended before kill {number}: too few steps"]
-        cut = uncommitted(run / "checkpoints")
-        inside += cut
-        wrong += faults(run / "checkpoints", step)
-        step = step_of(run / "checkpoints")
-        where = "in a save" if cut else "between saves"
-        print(f"kill {number}: at {moment:.0%} of a save, {where}; newest is step {step}", flush=True)
-    forked.finish(forked.start(arguments_of(config, run, steps)))
-    lines, expected = runs.metrics(run), runs.metrics(reference)
-    if [line["step"] for line in lines] != list(range(1, steps + 1)):
-        wrong.append("the curve has holes or repeats")
-    for key in ("loss", "grad_norm", "windows"):
-        if worst := runs.largest_difference(lines, expected, key):
-            wrong.append(f"{key} differs from the undisturbed run by {worst:.1e}")
-    print(f"{kills} kills, {inside} of them in a save; {steps} steps compared with an undisturbed run")
-    return wrong + refused_by_name(run / "checkpoints", rng)
+
+class Drill:
+    """The kills of one run, in a folder that remembers them.
+
+    Args:
+        folder: Where everything lies.
+        kills: How many there are to be.
+        seed: Of the moments.
+        minutes: Time after which no further kill is begun, or None.
+    """
+
+    def __init__(self, folder: Path, kills: int, seed: int, minutes: float | None) -> None:
+        self.run, self.reference = folder / "run", folder / "reference"
+        self._data, self._journal = folder / "data", folder / "kills.jsonl"
+        self._kills, self._seed, self.steps = kills, seed, 3 * kills + 5
+        self._deadline = None if minutes is None else time.monotonic() + 60 * minutes
+        self.config = folder / "config.yaml"
+
+    def prepare(self) -> None:
+        """Write the data, and train the run that nobody disturbs."""
+        from emu3_megatron.samples.tiny import PARTS, prepare
+
+        for name in PARTS:
+            if not (self._data / name / "manifest.json").exists():
+                prepare(self._data / name)
+        runs.write_configuration(self._data.parent, self._data)
+        if (self.reference / "checkpoints" / "latest").exists():
+            return
+        shutil.rmtree(self.reference, ignore_errors=True)
+        arguments = [*arguments_of(self.config, self.reference, self.steps), "--checkpoint.interval", "1000"]
+        if not forked.finish(forked.start(arguments)):
+            raise RuntimeError("the undisturbed run failed")
+
+    def disturb(self) -> list[str]:
+        """All kills that are left; lines about what does not hold.
+
+        Raises:
+            Unfinished: the time is up.
+        """
+        wrong: list[str] = []
+        journal = self.journal()
+        for number in range(len(journal) + 1, self._kills + 1):
+            if self._deadline is not None and time.monotonic() > self._deadline:
+                raise Unfinished
+            moment = random.Random(f"{self._seed}/{number}").random()
+            before = step_of(self.run / "checkpoints")
+            if not kill_in_a_save(self.config, self.run, self.steps, moment):
+                return [f"the run ended before kill {number}: too few steps"]
+            inside = uncommitted(self.run / "checkpoints")
+            found = faults(self.run / "checkpoints", before)
+            wrong += found
+            entry = {"inside": inside, "step": step_of(self.run / "checkpoints"), "wrong": found}
+            with open(self._journal, "a") as stream:
+                stream.write(json.dumps(entry) + "\n")
+            where = "in a save" if inside else "between saves"
+            print(
+                f"kill {number}: at {moment:.0%} of a save, {where}; newest is step {entry['step']}",
+                flush=True,
+            )
+        return [line for entry in journal for line in entry["wrong"]] + wrong
+
+    def journal(self) -> list[dict[str, Any]]:
+        """Entries of the kills so far."""
+        if not self._journal.exists():
+            return []
+        return [json.loads(line) for line in self._journal.read_text().splitlines()]
+
+    def compare(self) -> list[str]:
+        """Let the run come to its end; lines about what differs from the undisturbed one."""
+        forked.finish(forked.start(arguments_of(self.config, self.run, self.steps)))
+        lines, expected, wrong = runs.metrics(self.run), runs.metrics(self.reference), []
+        if [line["step"] for line in lines] != list(range(1, self.steps + 1)):
+            wrong.append("the curve has holes or repeats")
+        for key in ("loss", "grad_norm", "windows"):
+            if worst := runs.largest_difference(lines, expected, key):
+                wrong.append(f"{key} differs from the undisturbed run by {worst:.1e}")
+        inside = sum(entry["inside"] for entry in self.journal())
+        print(f"{self._kills} kills, {inside} of them in a save; {self.steps} steps compared", flush=True)
+        return wrong
 
 
 def main() -> int:
     """Run the drill and return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, help="keep everything here, to go on later")
+    parser.add_argument("--minutes", type=float, help="begin no kill after as many")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
-        wrong = drill(Path(temporary), arguments.kills, random.Random(arguments.seed))
+        folder = arguments.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        drill = Drill(folder, arguments.kills, arguments.seed, arguments.minutes)
+        drill.prepare()
+        try:
+            wrong = drill.disturb() or drill.compare()
+        except Unfinished:
+            print("kills are left; start this again with the same folder")
+            return 3
+        wrong += refused_by_name(drill.run / "checkpoints", random.Random(arguments.seed))
     print("\n".join(f"FAIL {line}" for line in wrong) or "pass: nothing lost, nothing damaged trusted")
     return int(bool(wrong))
 

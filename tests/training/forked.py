@@ -13,6 +13,13 @@ import time
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+# What the trainer imports when it is made: in every fork again, if not here.
+import megatron.core.dist_checkpointing
+import megatron.core.distributed
+import megatron.core.optimizer
+import megatron.core.pipeline_parallel  # noqa: F401
+
+import emu3_megatron.model.build  # noqa: F401
 from emu3_megatron.parallel import platform
 from emu3_megatron.training import command_line, trainer
 
