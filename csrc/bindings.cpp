@@ -5,11 +5,13 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "index.hpp"
 #include "packer.hpp"
@@ -29,13 +31,6 @@ py::array_t<T> to_array(emu3::Buffer<T>&& values) {
     if (size == 0) return py::array_t<T>(0);
     T* data = values.release();
     return py::array_t<T>(size, data, py::capsule(data, [](void* pointer) { std::free(pointer); }));
-}
-
-template <class T>
-py::array_t<T> to_array(std::vector<T>&& values) {
-    auto* owned = new std::vector<T>(std::move(values));
-    const py::capsule owner(owned, [](void* pointer) { delete static_cast<std::vector<T>*>(pointer); });
-    return py::array_t<T>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
 }
 
 template <class T>
@@ -68,14 +63,48 @@ py::tuple pack(const InputArray<int32_t>& lengths, const std::optional<InputArra
 
 py::array_t<int64_t> permute(const InputArray<int64_t>& positions, int64_t size, uint64_t key) {
     check_one_dimension(positions, "positions");
-    std::vector<int64_t> values;
-    {
-        const int64_t* data = positions.data();
-        const int64_t count = positions.size();
-        const py::gil_scoped_release released;
-        values = emu3::permute(data, count, size, key);
+    py::array_t<int64_t> values(positions.size());
+    int64_t* data = values.mutable_data();
+    std::copy(positions.data(), positions.data() + positions.size(), data);
+    const int64_t count = positions.size();
+    const py::gil_scoped_release released;
+    emu3::permute(data, count, size, key);
+    return values;
+}
+
+py::array_t<double> uniform(const InputArray<int64_t>& positions, uint64_t key) {
+    check_one_dimension(positions, "positions");
+    py::array_t<double> values(positions.size());
+    emu3::uniform(positions.data(), positions.size(), key, values.mutable_data());
+    return values;
+}
+
+// Windows of a packing in another order: (window_offsets, document, start, length).
+py::tuple take_windows(const InputArray<int64_t>& windows, const InputArray<int64_t>& offsets,
+                       const InputArray<int32_t>& document, const InputArray<int32_t>& start,
+                       const InputArray<int32_t>& length) {
+    const int64_t* from = offsets.data();
+    const int64_t count = windows.size(), known = offsets.size() - 1;
+    py::array_t<int64_t> taken(count + 1);
+    int64_t* to = taken.mutable_data();
+    to[0] = 0;
+    for (int64_t place = 0; place < count; ++place) {
+        const int64_t window = windows.data()[place];
+        if (window < 0 || window >= known)
+            throw std::invalid_argument("window " + std::to_string(window) + " must lie in [0, " +
+                                        std::to_string(known) + ")");
+        to[place + 1] = to[place] + (from[window + 1] - from[window]);
     }
-    return to_array(std::move(values));
+    const auto column = [&](const InputArray<int32_t>& values) {
+        py::array_t<int32_t> result(to[count]);
+        for (int64_t place = 0; place < count; ++place) {
+            const int64_t window = windows.data()[place];
+            std::copy(values.data() + from[window], values.data() + from[window + 1],
+                      result.mutable_data() + to[place]);
+        }
+        return result;
+    };
+    return py::make_tuple(taken, column(document), column(start), column(length));
 }
 
 // Maps a file without keeping it open: Python's own mmap holds a descriptor for as long as it lives, so that a
@@ -101,25 +130,55 @@ py::array_t<uint8_t> map_file(int descriptor, size_t size) {
     return array;
 }
 
-// Documents of a shard by its index: tokens, tokens of a pair's caption, kind (0 text, 1 pair, 2 other).
-py::tuple describe(const InputArray<uint8_t>& index, const InputArray<int64_t>& documents, int64_t num_sequences,
-                   int64_t num_documents) {
-    check_one_dimension(documents, "documents");
-    const int64_t needed = emu3::ShardIndex::kHeader + 13 * num_sequences + 8 * (num_documents + 1);
-    if (num_sequences < 0 || num_documents < 0 || index.size() != needed)
-        throw std::invalid_argument("an index of " + std::to_string(index.size()) + " bytes, not the " +
-                                    std::to_string(needed) + " that its counts ask for");
-    const py::ssize_t count = documents.size();
-    py::array_t<int64_t> length(count), caption(count), kind(count);
-    const emu3::ShardIndex shard(index.data(), num_sequences, num_documents);
-    const int64_t* numbers = documents.data();
-    emu3::Description out{length.mutable_data(), caption.mutable_data(), kind.mutable_data()};
-    {
-        const py::gil_scoped_release released;
-        shard.describe(numbers, count, out);
+// The indices of a dataset's shards; keeps the arrays that they are read from.
+class ShardIndices {
+   public:
+    explicit ShardIndices(const InputArray<int64_t>& starts) : table_(checked(starts)), kept_(table_.num_shards()) {}
+
+    // A shard's index, which may come late, and a byte for each of its pages that says whether it was verified.
+    void set(size_t shard, const InputArray<uint8_t>& index, const py::array_t<bool, py::array::c_style>& verified,
+             int64_t num_sequences, int64_t page_bytes) {
+        if (shard >= table_.num_shards()) throw std::invalid_argument("no shard " + std::to_string(shard));
+        const int64_t documents = table_.num_documents(shard);
+        const int64_t needed = emu3::ShardIndex::bytes(num_sequences, documents);
+        if (num_sequences < 0 || index.size() != needed)
+            throw std::invalid_argument("an index of " + std::to_string(index.size()) + " bytes, not the " +
+                                        std::to_string(needed) + " that its counts ask for");
+        if (page_bytes < 1 || verified.size() != (needed + page_bytes - 1) / page_bytes)
+            throw std::invalid_argument("verified has " + std::to_string(verified.size()) + " pages");
+        const auto* flags = reinterpret_cast<const uint8_t*>(verified.data());
+        kept_[shard] = py::make_tuple(index, verified);
+        table_.set(shard, {index.data(), num_sequences, documents, flags, page_bytes});
     }
-    return py::make_tuple(length, caption, kind);
-}
+
+    // Tokens, tokens of a pair's caption, kind (0 text, 1 pair, 2 other), and what is missing to say so.
+    py::tuple describe(const InputArray<int64_t>& documents) const {
+        check_one_dimension(documents, "documents");
+        const py::ssize_t count = documents.size();
+        py::array_t<int64_t> length(count), caption(count), kind(count);
+        const int64_t* numbers = documents.data();
+        const emu3::Description out{length.mutable_data(), caption.mutable_data(), kind.mutable_data()};
+        std::vector<emu3::Missing> missing;
+        emu3::ShardIndices table = table_;  // while the lock is released another thread may add a shard
+        {
+            const py::gil_scoped_release released;
+            missing = table.describe(numbers, count, out);
+        }
+        return py::make_tuple(length, caption, kind, missing);
+    }
+
+   private:
+    static std::vector<int64_t> checked(const InputArray<int64_t>& starts) {
+        check_one_dimension(starts, "starts");
+        std::vector<int64_t> values(starts.data(), starts.data() + starts.size());
+        if (values.empty() || values[0] != 0 || !std::is_sorted(values.begin(), values.end()))
+            throw std::invalid_argument("starts must ascend from 0");
+        return values;
+    }
+
+    emu3::ShardIndices table_;
+    std::vector<py::object> kept_;
+};
 
 }  // namespace
 
@@ -132,7 +191,15 @@ PYBIND11_MODULE(_kernels, module) {
                "Image of each position under the keyed permutation of range(size).");
     module.def("map_file", &map_file, py::arg("descriptor"), py::arg("size"),
                "A file's bytes as a read-only array, mapped; the descriptor may be closed at once.");
-    module.def("describe", &describe, py::arg("index"), py::arg("documents"), py::kw_only(),
-               py::arg("num_sequences"), py::arg("num_documents"),
-               "Sizes of a shard's documents: (length, caption, kind).");
+    module.def("uniform", &uniform, py::arg("positions"), py::arg("key"),
+               "A number in [0, 1) for each position, float64, the same for the same key and position.");
+    module.def("take_windows", &take_windows, py::arg("windows"), py::arg("offsets"), py::arg("document"),
+               py::arg("start"), py::arg("length"),
+               "Windows of a packing in another order: (window_offsets, document, start, length).");
+    py::class_<ShardIndices>(module, "ShardIndices", "The indices of a dataset's shards, in memory.")
+        .def(py::init<const InputArray<int64_t>&>(), py::arg("starts"))
+        .def("set", &ShardIndices::set, py::arg("shard"), py::arg("index"), py::arg("verified"), py::kw_only(),
+             py::arg("num_sequences"), py::arg("page_bytes"), "Give a shard's index.")
+        .def("describe", &ShardIndices::describe, py::arg("documents"),
+             "(length, caption, kind, missing): sizes of documents, or the (shard, page) to verify first.");
 }

@@ -26,11 +26,39 @@ def permute(positions: npt.NDArray[np.int64], size: int, key: int) -> npt.NDArra
 def map_file(descriptor: int, size: int) -> npt.NDArray[np.uint8]:
     """Read-only uint8 array over the first `size` bytes of an open file, which may be closed after."""
 
-def describe(
-    index: npt.NDArray[np.uint8],
-    documents: npt.NDArray[np.int64],
-    *,
-    num_sequences: int,
-    num_documents: int,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(length, caption, kind) of each document from the bytes of its shard's index."""
+def uniform(positions: npt.NDArray[np.int64], key: int) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each position, the same for the same key and position."""
+
+def take_windows(
+    windows: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.int64],
+    document: npt.NDArray[np.int32],
+    start: npt.NDArray[np.int32],
+    length: npt.NDArray[np.int32],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Windows of a packing in another order: (window_offsets, document, start, length)."""
+
+class ShardIndices:
+    """The indices of a dataset's shards: ``starts`` holds the first document of each, then their number."""
+
+    def __init__(self, starts: npt.NDArray[np.int64]) -> None: ...
+    def set(
+        self,
+        shard: int,
+        index: npt.NDArray[np.uint8],
+        verified: npt.NDArray[np.bool_],
+        *,
+        num_sequences: int,
+        page_bytes: int,
+    ) -> None:
+        """Give a shard's index, and one flag for each of its pages that may be read."""
+
+    def describe(
+        self, documents: npt.NDArray[np.int64]
+    ) -> tuple[
+        npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], list[tuple[int, int]]
+    ]:
+        """(length, caption, kind, missing); where anything is missing, (shard, page), nothing else counts.
+
+        Page -1 says that the shard has no index yet.
+        """

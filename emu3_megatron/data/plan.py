@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from emu3_megatron import _kernels
 from emu3_megatron.data.balance import attention_costs
 from emu3_megatron.data.block import Block, BlockCache, BlockStore
 from emu3_megatron.data.manifest import canonical_sha256
@@ -225,10 +226,14 @@ class Plan:
 
     def draws(self, number: int) -> tuple[npt.NDArray[np.int16], Drawn]:
         """What block `number` is packed from, in its order: source of each draw ``[N]``, and the draws."""
+        source, order, drawn = self._ordered_draws(number)
+        return source[order], drawn.take(order)
+
+    def _ordered_draws(self, number: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64], Drawn]:
+        """Source of each draw, source by source, the order in which they are packed, and the draws."""
         drawn = self._draw(number)
         source = np.repeat(np.arange(len(drawn), dtype=np.int16), [len(each.document) for each in drawn])
-        order = self._shuffled(len(source), "draws", number)
-        return source[order], Drawn.concatenate(drawn).take(order)
+        return source, self._shuffled(len(source), "draws", number), Drawn.concatenate(drawn)
 
     def _draw(self, number: int) -> list[Drawn]:
         """The same by source: the next positions of its stream."""
@@ -240,12 +245,17 @@ class Plan:
             drawn.append(source.draw(first, last, seed=self.seed, capacity=self.context_length))
         return drawn
 
-    def pack(self, drawn: Drawn) -> PackedWindows:
-        """Pack draws in their order, as the plan does with those of a block."""
+    def pack(self, lengths: npt.NDArray[np.int64], kinds: npt.NDArray[np.int64]) -> PackedWindows:
+        """Pack documents in their order, as the plan does with those of a block.
+
+        Args:
+            lengths: Tokens of each, ``[N]``.
+            kinds: `Kind` of each, ``[N]``.
+        """
         return pack(
-            drawn.decided.length,
+            lengths,
             self.context_length,
-            splittable=drawn.kind == Kind.TEXT,
+            splittable=kinds == Kind.TEXT,
             align=self.alignment,
             policy=self.policy,
             open_windows=self.open_windows,
@@ -255,25 +265,24 @@ class Plan:
 
     def _build(self, number: int) -> Block:
         """Make block `number`: a pure function of the plan and the number."""
-        source, drawn = self.draws(number)
-        packed = self.pack(drawn)
+        source, order, drawn = self._ordered_draws(number)
+        packed = self.pack(drawn.decided.length[order], drawn.kind[order])
         windows = self._shuffled(packed.num_windows, "windows", number)
-        counts = np.diff(packed.window_offsets)[windows]
-        offsets = np.zeros(len(windows) + 1, dtype=np.int64)
-        np.cumsum(counts, out=offsets[1:])
-        pieces = np.repeat(packed.window_offsets[windows] - offsets[:-1], counts) + np.arange(offsets[-1])
-        owner = packed.document[pieces]
+        offsets, place, start, length = _kernels.take_windows(
+            windows, packed.window_offsets, packed.document, packed.start, packed.length
+        )
+        owner, dropped = order[place], order[packed.dropped]
         return Block(
             window_offsets=offsets,
             source=source[owner],
             document=drawn.document[owner],
             caption_after=drawn.decided.caption_after[owner],
             caption_tokens=drawn.decided.caption_tokens[owner].astype(np.int32),
-            start=packed.start[pieces],
-            length=packed.length[pieces],
-            dropped_source=source[packed.dropped],
-            dropped_document=drawn.document[packed.dropped],
-            dropped_length=drawn.decided.length[packed.dropped],
+            start=start,
+            length=length,
+            dropped_source=source[dropped],
+            dropped_document=drawn.document[dropped],
+            dropped_length=drawn.decided.length[dropped],
         )
 
     def _shuffled(self, size: int, purpose: str, number: int) -> npt.NDArray[np.int64]:

@@ -20,17 +20,11 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from emu3_megatron import _kernels
 from emu3_megatron.data.format import (
-    CRC_HEADER,
-    CRC_MAGIC,
-    INDEX_HEADER,
-    INDEX_PAGE_BYTES,
     TOKEN_DTYPE,
-    IndexLayout,
     crc32c,
-    parse_index_header,
 )
+from emu3_megatron.data.index import Described, IndexTable, ShardIndex
 from emu3_megatron.data.manifest import Manifest, ShardRecord
 from emu3_megatron.errors import UserError
 from emu3_megatron.vocabulary import Vocabulary
@@ -140,16 +134,12 @@ class Shard:
         return self._stem.with_name(self._stem.name + suffix)
 
     @cached_property
-    def _index(self) -> _Index:
-        return _Index(self.path(".idx"), self.path(".crc"), self.record)
+    def _index(self) -> ShardIndex:
+        return ShardIndex(self.path(".idx"), self.path(".crc"), self.record)
 
-    def describe(self, documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
-        """Sizes of documents, without their tokens: ``(length, caption, kind)``, int64 ``[N]`` each.
-
-        `length` counts the tokens of all segments; `caption` those of the caption of a pair, else 0; `kind`
-        is a `Kind`.
-        """
-        return self._index.describe(documents)
+    def index(self) -> ShardIndex:
+        """The shard's index, opened when first asked for."""
+        return self._index
 
     def document(self, number: int) -> list[tuple[npt.NDArray[np.int32], int]]:
         """The segments of a document: ``(ids int32 [N], mode)`` in order.
@@ -201,117 +191,6 @@ class Shard:
         return self._names[number]
 
 
-class _Index:
-    """A shard's ``.idx``, mapped, verified page by page on first touch."""
-
-    def __init__(self, path: Path, crc_path: Path, record: ShardRecord) -> None:
-        self._path = path
-        with open(path, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            layout = parse_index_header(stream.read(INDEX_HEADER.size), path, size)
-            self._map: npt.NDArray[np.uint8] = _kernels.map_file(stream.fileno(), size)
-        self._layout = layout
-        if (layout.num_sequences, layout.num_documents) != (record.sequences, record.documents):
-            raise UserError(
-                f"{path}: {layout.num_documents} documents of {layout.num_sequences} sequences, but the "
-                f"manifest says {record.documents} of {record.sequences}; it is another dataset's: restore it"
-            )
-        self._page_checksums = self._read_page_checksums(crc_path, layout, size)
-        self.checksums_offset = CRC_HEADER.size + self._page_checksums.nbytes
-        self._verified = np.zeros(len(self._page_checksums), dtype=bool)
-        self._unverified = len(self._page_checksums)
-        self._arrays = {
-            "lengths": (layout.lengths, self._array(np.int32, layout.num_sequences, layout.lengths)),
-            "pointers": (layout.pointers, self._array(np.int64, layout.num_sequences, layout.pointers)),
-            "borders": (layout.borders, self._array(np.int64, layout.num_documents + 1, layout.borders)),
-            "modes": (layout.modes, self._array(np.int8, layout.num_sequences, layout.modes)),
-        }
-        self._verify(np.zeros(1, dtype=np.int64))
-
-    def _array(self, dtype: Any, count: int, offset: int) -> npt.NDArray[Any]:
-        return np.frombuffer(self._map, dtype=np.dtype(dtype).newbyteorder("<"), count=count, offset=offset)
-
-    @staticmethod
-    def _read_page_checksums(path: Path, layout: IndexLayout, index_size: int) -> npt.NDArray[np.uint32]:
-        pages = -(-index_size // INDEX_PAGE_BYTES)
-        expected = (CRC_MAGIC, INDEX_PAGE_BYTES, pages, layout.num_sequences)
-        with open(path, "rb") as stream:
-            header = stream.read(CRC_HEADER.size)
-            checksums = stream.read(4 * pages)
-        if (
-            len(header) < CRC_HEADER.size
-            or CRC_HEADER.unpack(header) != expected
-            or len(checksums) < 4 * pages
-        ):
-            raise UserError(f"{path}: does not belong to the index beside it, or is damaged: restore it")
-        return np.frombuffer(checksums, dtype="<u4")
-
-    def lengths(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Tokens of each sequence."""
-        return self._take("lengths", sequences)
-
-    def pointers(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Byte offset of each sequence in the ``.bin``."""
-        return self._take("pointers", sequences)
-
-    def borders(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """First sequence of each document."""
-        return self._take("borders", documents)
-
-    def modes(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Mode of each sequence."""
-        return self._take("modes", sequences)
-
-    def describe(self, documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
-        """As `Shard.describe`; every page that is looked at has been verified."""
-        if self._unverified:
-            first = self.borders(documents)
-            last = self.borders(documents + 1) - 1
-            self.pointers(first), self.pointers(last), self.lengths(first), self.lengths(last)
-            self.modes(first), self.modes(last)
-            # Modes between the ends may reach into further pages.
-            for place in np.flatnonzero(last - first > INDEX_PAGE_BYTES):
-                self.modes(np.arange(first[place], last[place], INDEX_PAGE_BYTES))
-        described: tuple[npt.NDArray[np.int64], ...] = _kernels.describe(
-            self._map,
-            documents,
-            num_sequences=self._layout.num_sequences,
-            num_documents=self._layout.num_documents,
-        )
-        return described
-
-    def document(self, number: int) -> tuple[int, int, list[int], list[int]]:
-        """A document's first sequence, its byte in the ``.bin``, and its sequences' lengths and modes."""
-        first, last = self.borders(np.array([number, number + 1])).tolist()
-        if self._unverified:
-            sequences = np.arange(first, last)
-            self.lengths(sequences), self.modes(sequences), self.pointers(sequences[:1])
-        lengths, pointers, modes = (self._arrays[name][1] for name in ("lengths", "pointers", "modes"))
-        return first, int(pointers[first]), lengths[first:last].tolist(), modes[first:last].tolist()
-
-    def _take(self, name: str, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        offset, array = self._arrays[name]
-        first = offset + numbers * array.itemsize
-        self._verify(first)
-        if array.itemsize > 1:  # an entry may reach into the next page
-            self._verify(first + (array.itemsize - 1))
-        return array[numbers].astype(np.int64)
-
-    def _verify(self, offsets: npt.NDArray[np.int64]) -> None:
-        if not self._unverified:
-            return
-        pages = offsets // INDEX_PAGE_BYTES
-        for page in np.unique(pages[~self._verified[pages]]):
-            data = self._map[int(page) * INDEX_PAGE_BYTES : (int(page) + 1) * INDEX_PAGE_BYTES]
-            if crc32c(data.data) != self._page_checksums[page]:
-                raise UserError(
-                    f"{self._path}: page {page} (from byte {int(page) * INDEX_PAGE_BYTES}) does not match "
-                    "its checksum in the .crc file; one of them is damaged: restore it"
-                )
-            self._verified[page] = True
-            self._unverified = int(np.count_nonzero(~self._verified))
-
-
 class DocumentShard(Protocol):
     """What a dataset is made of: `Shard`, or text in another format."""
 
@@ -323,10 +202,6 @@ class DocumentShard(Protocol):
 
     def path(self, suffix: str) -> Path:
         """One of the shard's files."""
-        ...
-
-    def describe(self, documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
-        """``(length, caption, kind)`` of documents."""
         ...
 
     def document(self, number: int) -> list[tuple[npt.NDArray[np.int32], int]]:
@@ -359,11 +234,12 @@ class MultimodalDataset:
         self.folder = folder
         self.manifest = manifest
         self._files = FileCache(open_files)
-        self.shards: Sequence[DocumentShard] = (
+        self._indexed = (
             [Shard(folder / record.shard, record, self._files) for record in manifest.shards]
             if shards is None
-            else shards
+            else []
         )
+        self.shards: Sequence[DocumentShard] = self._indexed if shards is None else shards
         self._starts = np.zeros(len(self.shards) + 1, dtype=np.int64)
         np.cumsum([record.documents for record in manifest.shards], out=self._starts[1:])
 
@@ -437,23 +313,21 @@ class MultimodalDataset:
         """Tokens of each segment of document `number`."""
         return [len(ids) for ids, _ in self.document(number)]
 
-    def describe(self, documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
-        """``(length, caption, kind)`` of each document, as `Shard.describe`, from the indices alone."""
-        documents = np.asarray(documents, dtype=np.int64)
-        if documents.size and not 0 <= int(documents.min()) <= int(documents.max()) < len(self):
-            raise IndexError(f"documents must lie in [0, {len(self)})")
-        results = tuple(np.empty(documents.shape, dtype=np.int64) for _ in range(3))
-        owners = np.searchsorted(self._starts, documents, side="right") - 1
-        # numpy sorts 16-bit numbers by radix, ten times as fast.
-        narrow = owners.astype(np.uint16) if len(self.shards) < 1 << 16 else owners
-        order = np.argsort(narrow, kind="stable")
-        borders = np.searchsorted(owners[order], np.arange(len(self.shards) + 1))
-        for number in np.flatnonzero(np.diff(borders)).tolist():
-            places = order[borders[number] : borders[number + 1]]
-            described = self.shards[number].describe(documents[places] - self._starts[number])
-            for result, values in zip(results, described, strict=True):
-                result[places] = values
-        return results
+    def describe(self, documents: npt.NDArray[np.int64]) -> Described:
+        """``(length, caption, kind)`` of each document, from the indices alone.
+
+        Raises:
+            UserError: a damaged page of an index; names the file.
+            IndexError: no such document.
+        """
+        return self._table.describe(np.asarray(documents, dtype=np.int64))
+
+    @cached_property
+    def _table(self) -> IndexTable:
+        return IndexTable(self._starts, [shard.index for shard in self._indexed])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_table"}
 
     def _locate(self, number: int) -> tuple[DocumentShard, int]:
         if not 0 <= number < len(self):
