@@ -55,9 +55,7 @@ class ShardIndices:
 
     def describe(
         self, documents: npt.NDArray[np.int64]
-    ) -> tuple[
-        npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], list[tuple[int, int]]
-    ]:
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], list[tuple[int, int]]]:
         """(length, caption, kind, missing); where anything is missing, (shard, page), nothing else counts.
 
         Page -1 says that the shard has no index yet.

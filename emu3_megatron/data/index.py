@@ -120,8 +120,8 @@ class ShardIndex:
         start = page * INDEX_PAGE_BYTES
         if crc32c(self._map[start : start + INDEX_PAGE_BYTES].data) != self._page_checksums[page]:
             raise UserError(
-                f"{self._path}: page {page} (from byte {start}) does not match its checksum in the .crc file; "
-                "one of them is damaged: restore it"
+                f"{self._path}: page {page} (from byte {start}) does not match its checksum in the .crc "
+                "file; one of them is damaged: restore it"
             )
         self._unverified -= int(not self._verified[page])
         self._verified[page] = True
