@@ -16,6 +16,7 @@
 #include "index.hpp"
 #include "packer.hpp"
 #include "permutation.hpp"
+#include "window.hpp"
 
 namespace py = pybind11;
 
@@ -23,6 +24,10 @@ namespace {
 
 template <class T>
 using InputArray = py::array_t<T, py::array::c_style>;
+
+// No conversion: what is written must reach the caller's array.
+template <class T>
+using OutputArray = py::array_t<T, py::array::c_style>;
 
 // Hands an array over to numpy without a copy.
 template <class T>
@@ -136,8 +141,9 @@ class ShardIndices {
     explicit ShardIndices(const InputArray<int64_t>& starts) : table_(checked(starts)), kept_(table_.num_shards()) {}
 
     // A shard's index, which may come late, and a byte for each of its pages that says whether it was verified.
-    void set(size_t shard, const InputArray<uint8_t>& index, const py::array_t<bool, py::array::c_style>& verified,
-             int64_t num_sequences, int64_t page_bytes) {
+    // Each sequence's checksum lies in `checksums`, which may stand at any address.
+    void set(size_t shard, const InputArray<uint8_t>& index, const InputArray<uint8_t>& checksums,
+             const py::array_t<bool, py::array::c_style>& verified, int64_t num_sequences, int64_t page_bytes) {
         if (shard >= table_.num_shards()) throw std::invalid_argument("no shard " + std::to_string(shard));
         const int64_t documents = table_.num_documents(shard);
         const int64_t needed = emu3::ShardIndex::bytes(num_sequences, documents);
@@ -146,9 +152,11 @@ class ShardIndices {
                                         std::to_string(needed) + " that its counts ask for");
         if (page_bytes < 1 || verified.size() != (needed + page_bytes - 1) / page_bytes)
             throw std::invalid_argument("verified has " + std::to_string(verified.size()) + " pages");
+        if (checksums.size() != 4 * num_sequences)
+            throw std::invalid_argument("checksums of " + std::to_string(checksums.size()) + " bytes");
         const auto* flags = reinterpret_cast<const uint8_t*>(verified.data());
-        kept_[shard] = py::make_tuple(index, verified);
-        table_.set(shard, {index.data(), num_sequences, documents, flags, page_bytes});
+        kept_[shard] = py::make_tuple(index, checksums, verified);
+        table_.set(shard, {index.data(), checksums.data(), num_sequences, documents, flags, page_bytes});
     }
 
     // Tokens, tokens of a pair's caption, kind (0 text, 1 pair, 2 other), and what is missing to say so.
@@ -167,7 +175,21 @@ class ShardIndices {
         return py::make_tuple(length, caption, kind, missing);
     }
 
+    // (shard, sequence, byte, segments, lengths, modes, checksums, missing), see emu3::Location.
+    py::tuple locate(const InputArray<int64_t>& documents) {
+        check_one_dimension(documents, "documents");
+        emu3::Location found;
+        const auto missing = table_.locate(documents.data(), documents.size(), found);
+        return py::make_tuple(copied(found.shard), copied(found.sequence), copied(found.byte), copied(found.segments),
+                              copied(found.lengths), copied(found.modes), copied(found.checksums), missing);
+    }
+
    private:
+    template <class T>
+    static py::array_t<T> copied(const std::vector<T>& values) {
+        return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+    }
+
     static std::vector<int64_t> checked(const InputArray<int64_t>& starts) {
         check_one_dimension(starts, "starts");
         std::vector<int64_t> values(starts.data(), starts.data() + starts.size());
@@ -178,6 +200,67 @@ class ShardIndices {
 
     emu3::ShardIndices table_;
     std::vector<py::object> kept_;
+};
+
+// A window's arrays, to be filled piece by piece: see emu3::WindowWriter.
+class WindowWriter {
+   public:
+    WindowWriter(const OutputArray<int64_t>& tokens, const OutputArray<int64_t>& labels,
+                 const OutputArray<uint8_t>& modality, const InputArray<uint8_t>& classes, int32_t vocabulary_size,
+                 int32_t bos_id, int32_t eos_id)
+        : kept_{tokens, labels, modality, classes} {
+        if (labels.size() != tokens.size() || modality.size() != tokens.size())
+            throw std::invalid_argument("tokens, labels and modality differ in size");
+        canvas_ = {const_cast<int64_t*>(tokens.data()), const_cast<int64_t*>(labels.data()),
+                   const_cast<uint8_t*>(modality.data()), tokens.size()};
+        rules_ = {true,  true, bos_id, eos_id, classes.data(), static_cast<int32_t>(classes.size()),
+                  vocabulary_size};
+    }
+
+    // Adds pieces of documents of one source; (piece, kind, where) of the first that is damaged, kind 0 for none.
+    py::tuple add(const InputArray<int32_t>& files, const InputArray<int64_t>& bytes,
+                  const InputArray<int64_t>& segments, const InputArray<int32_t>& lengths,
+                  const InputArray<int8_t>& modes, const InputArray<uint32_t>& checksums,
+                  const InputArray<bool>& caption_after, const InputArray<int32_t>& caption_tokens,
+                  const InputArray<int32_t>& start, const InputArray<int32_t>& length, const InputArray<int64_t>& at,
+                  bool bos, bool eos) {
+        const py::ssize_t count = files.size();
+        if (bytes.size() != count || segments.size() != count + 1 || caption_after.size() != count ||
+            caption_tokens.size() != count || start.size() != count || length.size() != count || at.size() != count)
+            throw std::invalid_argument("columns of pieces differ in size");
+        emu3::Rules rules = rules_;
+        rules.bos = bos;
+        rules.eos = eos;
+        const int64_t* borders = segments.data();
+        if (borders[0] != 0 || borders[count] != lengths.size() || modes.size() != lengths.size() ||
+            checksums.size() != lengths.size())
+            throw std::invalid_argument("columns of segments differ in size");
+        for (py::ssize_t piece = 0; piece < count; ++piece)
+            if (start.data()[piece] < 0 || length.data()[piece] < 1 || at.data()[piece] < 0 ||
+                at.data()[piece] + length.data()[piece] > canvas_.size)
+                throw std::invalid_argument("piece " + std::to_string(piece) + " stands outside the window");
+        const py::gil_scoped_release released;
+        emu3::WindowWriter writer(canvas_, rules);
+        for (py::ssize_t piece = 0; piece < count; ++piece) {
+            const int64_t first = borders[piece];
+            const emu3::Stored stored{files.data()[piece], bytes.data()[piece], borders[piece + 1] - first,
+                                      lengths.data() + first, modes.data() + first, checksums.data() + first};
+            const emu3::Placement placement{caption_after.data()[piece], caption_tokens.data()[piece],
+                                            start.data()[piece], length.data()[piece], at.data()[piece]};
+            const emu3::Damage damage = writer.add(stored, placement);
+            if (damage.kind != emu3::Damage::kNone) {
+                const py::gil_scoped_acquire held;
+                return py::make_tuple(piece, static_cast<int>(damage.kind), damage.where);
+            }
+        }
+        const py::gil_scoped_acquire held;
+        return py::make_tuple(0, 0, 0);
+    }
+
+   private:
+    std::vector<py::object> kept_;
+    emu3::Canvas canvas_{};
+    emu3::Rules rules_{};
 };
 
 }  // namespace
@@ -198,8 +281,20 @@ PYBIND11_MODULE(_kernels, module) {
                "Windows of a packing in another order: (window_offsets, document, start, length).");
     py::class_<ShardIndices>(module, "ShardIndices", "The indices of a dataset's shards, in memory.")
         .def(py::init<const InputArray<int64_t>&>(), py::arg("starts"))
-        .def("set", &ShardIndices::set, py::arg("shard"), py::arg("index"), py::arg("verified"), py::kw_only(),
+        .def("set", &ShardIndices::set, py::arg("shard"), py::arg("index"), py::arg("checksums"),
+             py::arg("verified"), py::kw_only(),
              py::arg("num_sequences"), py::arg("page_bytes"), "Give a shard's index.")
         .def("describe", &ShardIndices::describe, py::arg("documents"),
-             "(length, caption, kind, missing): sizes of documents, or the (shard, page) to verify first.");
+             "(length, caption, kind, missing): sizes of documents, or the (shard, page) to verify first.")
+        .def("locate", &ShardIndices::locate, py::arg("documents"),
+             "(shard, sequence, byte, segments, lengths, modes, checksums, missing): where documents lie.");
+    py::class_<WindowWriter>(module, "WindowWriter", "Reads documents into a window's arrays.")
+        .def(py::init<const OutputArray<int64_t>&, const OutputArray<int64_t>&, const OutputArray<uint8_t>&,
+                      const InputArray<uint8_t>&, int32_t, int32_t, int32_t>(),
+             py::arg("tokens").noconvert(), py::arg("labels").noconvert(), py::arg("modality").noconvert(),
+             py::arg("classes"), py::kw_only(), py::arg("vocabulary_size"), py::arg("bos_id"), py::arg("eos_id"))
+        .def("add", &WindowWriter::add, py::kw_only(), py::arg("files"), py::arg("bytes"), py::arg("segments"),
+             py::arg("lengths"), py::arg("modes"), py::arg("checksums"), py::arg("caption_after"),
+             py::arg("caption_tokens"), py::arg("start"), py::arg("length"), py::arg("at"), py::arg("bos"),
+             py::arg("eos"), "Add pieces; (piece, kind of damage, where), kind 0 for none.");
 }

@@ -17,6 +17,15 @@ struct Description {
     int64_t *length, *caption, *kind;
 };
 
+// Where documents lie: their shard, first sequence and first byte, and the lengths, modes and checksums of their
+// segments, those of document d from segments[d] on.
+struct Location {
+    std::vector<int64_t> shard, sequence, byte, segments{0};
+    std::vector<int32_t> lengths;
+    std::vector<int8_t> modes;
+    std::vector<uint32_t> checksums;
+};
+
 // A page of a shard's index that must be verified first; page -1: the index is not there yet.
 using Missing = std::pair<int64_t, int64_t>;
 
@@ -26,9 +35,9 @@ class ShardIndex {
     enum Kind : int64_t { kText = 0, kPair = 1, kOther = 2 };
 
     ShardIndex() = default;
-    ShardIndex(const uint8_t* data, int64_t num_sequences, int64_t num_documents, const uint8_t* verified,
-               int64_t page_bytes)
-        : data_(data), verified_(verified), page_bytes_(page_bytes), num_sequences_(num_sequences),
+    ShardIndex(const uint8_t* data, const uint8_t* checksums, int64_t num_sequences, int64_t num_documents,
+               const uint8_t* verified, int64_t page_bytes)
+        : data_(data), checksums_(checksums), verified_(verified), page_bytes_(page_bytes), num_sequences_(num_sequences),
           num_documents_(num_documents), lengths_(kHeader), pointers_(lengths_ + 4 * num_sequences),
           borders_(pointers_ + 8 * num_sequences), modes_(borders_ + 8 * (num_documents + 1)) {}
 
@@ -60,36 +69,69 @@ class ShardIndex {
     // Describes a document into entry `place`; notes pages that are missing, and reads none of them.
     void describe(int64_t document, int64_t place, const Description& out, int64_t shard,
                   std::vector<Missing>& missing) const {
-        const auto lacks = [&](int64_t offset, int64_t size) {
-            bool any = false;
-            for (int64_t page = offset / page_bytes_; page <= (offset + size - 1) / page_bytes_; ++page) {
-                if (verified_[page]) continue;
-                missing.emplace_back(shard, page);
-                any = true;
-            }
-            return any;
-        };
-        if (!complete_ && lacks(borders_ + 8 * document, 16)) return;
-        const int64_t first = at<int64_t>(borders_, document), end = at<int64_t>(borders_, document + 1);
-        if (first < 0 || end <= first || end > num_sequences_)
-            throw std::invalid_argument("border " + std::to_string(first) + " must lie in [0, " +
-                                        std::to_string(num_sequences_) + ")");
-        const int64_t last = end - 1;
+        int64_t first, last;
+        if (!find(document, first, last, shard, missing)) return;
         // One | for all: every page that lacks is to be noted.
-        if (!complete_ &&
-            (lacks(pointers_ + 8 * first, 8) | lacks(pointers_ + 8 * last, 8) | lacks(lengths_ + 4 * first, 4) |
-             lacks(lengths_ + 4 * last, 4) | lacks(modes_ + first, end - first)))
+        if (!complete_ && (lacks(pointers_ + 8 * first, 8, shard, missing) |
+                           lacks(pointers_ + 8 * last, 8, shard, missing) |
+                           lacks(lengths_ + 4 * first, 4, shard, missing) |
+                           lacks(lengths_ + 4 * last, 4, shard, missing) |
+                           lacks(modes_ + first, last + 1 - first, shard, missing)))
             return;
         out.length[place] = (at<int64_t>(pointers_, last) - at<int64_t>(pointers_, first)) / kTokenBytes +
                             at<int32_t>(lengths_, last);
         bool spans = false;
-        for (int64_t sequence = first; sequence < end; ++sequence) spans |= data_[modes_ + sequence] != 0;
-        const bool pair = end - first == 2 && data_[modes_ + first] == 0 && data_[modes_ + last] != 0;
+        for (int64_t sequence = first; sequence <= last; ++sequence) spans |= data_[modes_ + sequence] != 0;
+        const bool pair = last - first == 1 && data_[modes_ + first] == 0 && data_[modes_ + last] != 0;
         out.caption[place] = pair ? at<int32_t>(lengths_, first) : 0;
         out.kind[place] = pair ? kPair : spans ? kOther : kText;
     }
 
+    // Adds where a document lies to `out`; as `describe` where pages are missing.
+    void locate(int64_t document, Location& out, int64_t shard, std::vector<Missing>& missing) const {
+        int64_t first, last;
+        if (!find(document, first, last, shard, missing)) return;
+        const int64_t count = last + 1 - first;
+        if (!complete_ && (lacks(pointers_ + 8 * first, 8, shard, missing) |
+                           lacks(lengths_ + 4 * first, 4 * count, shard, missing) |
+                           lacks(modes_ + first, count, shard, missing)))
+            return;
+        out.shard.push_back(shard);
+        out.sequence.push_back(first);
+        out.byte.push_back(at<int64_t>(pointers_, first));
+        out.segments.push_back(out.segments.back() + count);
+        for (int64_t sequence = first; sequence <= last; ++sequence) {
+            out.lengths.push_back(at<int32_t>(lengths_, sequence));
+            out.modes.push_back(static_cast<int8_t>(data_[modes_ + sequence]));
+            uint32_t checksum;
+            std::memcpy(&checksum, checksums_ + 4 * sequence, 4);
+            out.checksums.push_back(checksum);
+        }
+    }
+
    private:
+    // First and last sequence of a document; false where their page is missing.
+    bool find(int64_t document, int64_t& first, int64_t& last, int64_t shard, std::vector<Missing>& missing) const {
+        if (!complete_ && lacks(borders_ + 8 * document, 16, shard, missing)) return false;
+        first = at<int64_t>(borders_, document);
+        last = at<int64_t>(borders_, document + 1) - 1;
+        if (first < 0 || last < first || last >= num_sequences_)
+            throw std::invalid_argument("border " + std::to_string(first) + " must lie in [0, " +
+                                        std::to_string(num_sequences_) + ")");
+        return true;
+    }
+
+    // Whether a page of these bytes has not been verified; such pages are noted.
+    bool lacks(int64_t offset, int64_t size, int64_t shard, std::vector<Missing>& missing) const {
+        bool any = false;
+        for (int64_t page = offset / page_bytes_; page <= (offset + size - 1) / page_bytes_; ++page) {
+            if (verified_[page]) continue;
+            missing.emplace_back(shard, page);
+            any = true;
+        }
+        return any;
+    }
+
     template <class T>
     T at(int64_t array, int64_t number) const {
         T value;
@@ -97,7 +139,7 @@ class ShardIndex {
         return value;
     }
 
-    const uint8_t *data_ = nullptr, *verified_ = nullptr;
+    const uint8_t *data_ = nullptr, *checksums_ = nullptr, *verified_ = nullptr;
     int64_t page_bytes_ = 1, num_sequences_ = 0, num_documents_ = 0;
     int64_t lengths_ = 0, pointers_ = 0, borders_ = 0, modes_ = 0;
     bool complete_ = false;
@@ -127,12 +169,8 @@ class ShardIndices {
         for (int64_t from = 0; from < count; from += kBatch) {
             const int64_t to = std::min(count, from + kBatch);
             for (int64_t place = from; place < to; ++place) {
-                const int64_t document = documents[place];
-                if (document < 0 || document >= starts_.back())
-                    throw std::out_of_range("document " + std::to_string(document) + " must lie in [0, " +
-                                            std::to_string(starts_.back()) + ")");
-                const size_t shard = owner[place - from] = shard_of(document);
-                shards_[shard].prefetch_border(document - starts_[shard]);
+                const size_t shard = owner[place - from] = shard_of(documents[place]);
+                shards_[shard].prefetch_border(documents[place] - starts_[shard]);
             }
             for (int64_t place = from; place < to; ++place) {
                 const size_t shard = owner[place - from];
@@ -148,14 +186,35 @@ class ShardIndices {
                 }
             }
         }
-        std::sort(missing.begin(), missing.end());
-        missing.erase(std::unique(missing.begin(), missing.end()), missing.end());
-        return missing;
+        return once(std::move(missing));
+    }
+
+    // Where every document lies; as `describe` where anything is missing.
+    std::vector<Missing> locate(const int64_t* documents, int64_t count, Location& out) {
+        std::vector<Missing> missing;
+        for (int64_t place = 0; place < count; ++place) {
+            const size_t shard = shard_of(documents[place]);
+            if (shards_[shard].is_there()) {
+                shards_[shard].locate(documents[place] - starts_[shard], out, static_cast<int64_t>(shard), missing);
+            } else {
+                missing.emplace_back(static_cast<int64_t>(shard), -1);
+            }
+        }
+        return once(std::move(missing));
     }
 
    private:
+    static std::vector<Missing> once(std::vector<Missing>&& missing) {
+        std::sort(missing.begin(), missing.end());
+        missing.erase(std::unique(missing.begin(), missing.end()), missing.end());
+        return std::move(missing);
+    }
+
     // The search is narrowed by the document's bucket, mostly to one or two shards.
     size_t shard_of(int64_t document) const {
+        if (document < 0 || document >= starts_.back())
+            throw std::out_of_range("document " + std::to_string(document) + " must lie in [0, " +
+                                    std::to_string(starts_.back()) + ")");
         const auto bucket = static_cast<size_t>(document >> shift_);
         const auto first = starts_.begin() + after_[bucket], last = starts_.begin() + after_[bucket + 1];
         return static_cast<size_t>(std::upper_bound(first, last, document) - starts_.begin()) - 1;

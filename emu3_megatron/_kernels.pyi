@@ -46,12 +46,13 @@ class ShardIndices:
         self,
         shard: int,
         index: npt.NDArray[np.uint8],
+        checksums: npt.NDArray[np.uint8],
         verified: npt.NDArray[np.bool_],
         *,
         num_sequences: int,
         page_bytes: int,
     ) -> None:
-        """Give a shard's index, and one flag for each of its pages that may be read."""
+        """Give a shard's index, its sequences' checksums, and a flag for each page that may be read."""
 
     def describe(
         self, documents: npt.NDArray[np.int64]
@@ -60,3 +61,50 @@ class ShardIndices:
 
         Page -1 says that the shard has no index yet.
         """
+
+    def locate(
+        self, documents: npt.NDArray[np.int64]
+    ) -> tuple[
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int32],
+        npt.NDArray[np.int8],
+        npt.NDArray[np.uint32],
+        list[tuple[int, int]],
+    ]:
+        """(shard, sequence, byte, segments, lengths, modes, checksums, missing): where documents lie."""
+
+class WindowWriter:
+    """Reads documents into a window's arrays, which it keeps and writes in place."""
+
+    def __init__(
+        self,
+        tokens: npt.NDArray[np.int64],
+        labels: npt.NDArray[np.int64],
+        modality: npt.NDArray[np.uint8],
+        classes: npt.NDArray[np.uint8],
+        *,
+        vocabulary_size: int,
+        bos_id: int,
+        eos_id: int,
+    ) -> None: ...
+    def add(
+        self,
+        *,
+        files: npt.NDArray[np.int32],
+        bytes: npt.NDArray[np.int64],
+        segments: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int32],
+        modes: npt.NDArray[np.int8],
+        checksums: npt.NDArray[np.uint32],
+        caption_after: npt.NDArray[np.bool_],
+        caption_tokens: npt.NDArray[np.int32],
+        start: npt.NDArray[np.int32],
+        length: npt.NDArray[np.int32],
+        at: npt.NDArray[np.int64],
+        bos: bool,
+        eos: bool,
+    ) -> tuple[int, int, int]:
+        """Add pieces; (piece, kind of damage, where) of the first that is damaged, kind 0 for none."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +26,25 @@ from emu3_megatron.errors import UserError
 Described = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
 """``(length, caption, kind)``, ``[N]`` each: tokens of all segments of a document; those of the caption of a
 pair, else 0; a `Kind`."""
+
+
+class Located(NamedTuple):
+    """Where N documents lie; segments ``segments[d]`` to ``segments[d + 1] - 1`` are those of document d."""
+
+    shard: npt.NDArray[np.int64]
+    """``[N]``."""
+    sequence: npt.NDArray[np.int64]
+    """``[N]``: the document's first sequence in its shard."""
+    byte: npt.NDArray[np.int64]
+    """``[N]``: its first byte in the ``.bin``."""
+    segments: npt.NDArray[np.int64]
+    """``[N + 1]``."""
+    lengths: npt.NDArray[np.int32]
+    """``[S]``: tokens."""
+    modes: npt.NDArray[np.int8]
+    """``[S]``."""
+    checksums: npt.NDArray[np.uint32]
+    """``[S]``: CRC-32C of the tokens' bytes."""
 
 
 class ShardIndex:
@@ -52,8 +71,7 @@ class ShardIndex:
                 f"{path}: {layout.num_documents} documents of {layout.num_sequences} sequences, but the "
                 f"manifest says {record.documents} of {record.sequences}; it is another dataset's: restore it"
             )
-        self._page_checksums = self._read_page_checksums(crc_path, layout, size)
-        self.checksums_offset = CRC_HEADER.size + self._page_checksums.nbytes
+        self._page_checksums, self._checksums = self._read_checksums(crc_path, layout, size)
         self._verified = np.zeros(len(self._page_checksums), dtype=bool)
         self._unverified = len(self._page_checksums)
         self._arrays = {
@@ -68,19 +86,23 @@ class ShardIndex:
         return np.frombuffer(self._map, dtype=np.dtype(dtype).newbyteorder("<"), count=count, offset=offset)
 
     @staticmethod
-    def _read_page_checksums(path: Path, layout: IndexLayout, index_size: int) -> npt.NDArray[np.uint32]:
+    def _read_checksums(
+        path: Path, layout: IndexLayout, index_size: int
+    ) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.uint8]]:
+        """Checksums of the index's pages, and, mapped, the bytes of those of the sequences."""
         pages = -(-index_size // INDEX_PAGE_BYTES)
-        expected = (CRC_MAGIC, INDEX_PAGE_BYTES, pages, layout.num_sequences)
+        expected = CRC_HEADER.pack(CRC_MAGIC, INDEX_PAGE_BYTES, pages, layout.num_sequences)
         with open(path, "rb") as stream:
-            header = stream.read(CRC_HEADER.size)
-            checksums = stream.read(4 * pages)
-        if (
-            len(header) < CRC_HEADER.size
-            or CRC_HEADER.unpack(header) != expected
-            or len(checksums) < 4 * pages
-        ):
+            size = os.fstat(stream.fileno()).st_size
+            data = _kernels.map_file(stream.fileno(), size)
+        sequences = CRC_HEADER.size + 4 * pages
+        if size != sequences + 4 * layout.num_sequences or bytes(data[: CRC_HEADER.size]) != expected:
             raise UserError(f"{path}: does not belong to the index beside it, or is damaged: restore it")
-        return np.frombuffer(checksums, dtype="<u4")
+        return np.frombuffer(data, dtype="<u4", count=pages, offset=CRC_HEADER.size), data[sequences:]
+
+    def checksums(self, first: int, count: int) -> npt.NDArray[np.uint32]:
+        """Checksums of sequences."""
+        return np.frombuffer(self._checksums, dtype="<u4", count=count, offset=4 * first)
 
     def lengths(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
         """Tokens of each sequence."""
@@ -131,6 +153,7 @@ class ShardIndex:
         table.set(
             shard,
             self._map,
+            self._checksums,
             self._verified,
             num_sequences=self._layout.num_sequences,
             page_bytes=INDEX_PAGE_BYTES,
@@ -169,8 +192,19 @@ class IndexTable:
             length, caption, kind, missing = self._table.describe(documents)
             if not missing:
                 return length, caption, kind
-            for shard, page in missing:
-                if page < 0:
-                    self._indices[shard]().add_to(self._table, shard)
-                else:
-                    self._indices[shard]().verify_page(page)
+            self._supply(missing)
+
+    def locate(self, documents: npt.NDArray[np.int64]) -> Located:
+        """Where documents lie; raises as `describe`."""
+        while True:
+            *columns, missing = self._table.locate(documents)
+            if not missing:
+                return Located(*columns)
+            self._supply(missing)
+
+    def _supply(self, missing: list[tuple[int, int]]) -> None:
+        for shard, page in missing:
+            if page < 0:
+                self._indices[shard]().add_to(self._table, shard)
+            else:
+                self._indices[shard]().verify_page(page)

@@ -23,7 +23,7 @@ from emu3_megatron.data.packing import MIN_PIECE, OPEN_WINDOWS, POLICIES, Packed
 from emu3_megatron.data.permutation import derive_key, permute
 from emu3_megatron.data.reader import Kind
 from emu3_megatron.data.statistics import PlanStatistics, count_windows
-from emu3_megatron.data.window import Window, WindowBuilder
+from emu3_megatron.data.window import Canvas, Pieces, Window, finish_window
 from emu3_megatron.errors import UserError
 
 PLAN_VERSION = 1
@@ -157,28 +157,25 @@ class Plan:
         if index < 0:
             raise IndexError(f"window {index}: windows count from 0")
         block, local = self._locate(index)
-        builder = WindowBuilder(
-            index, self.context_length, alignment=self.alignment, pad=self.mixture.vocabulary.pad
+        here = slice(int(block.window_offsets[local]), int(block.window_offsets[local + 1]))
+        source, document = block.source[here], block.document[here]
+        start, length = block.start[here], block.length[here]
+        borders = np.zeros(len(length) + 1, dtype=np.int64)
+        np.cumsum(-(-length // self.alignment) * self.alignment, out=borders[1:])
+        canvas = Canvas(self.context_length, self.mixture.vocabulary.pad)
+        pieces = Pieces(
+            document=document,
+            caption_after=block.caption_after[here],
+            caption_tokens=block.caption_tokens[here],
+            start=start,
+            length=length,
+            at=borders[:-1],
         )
-        for piece in range(int(block.window_offsets[local]), int(block.window_offsets[local + 1])):
-            number = int(block.source[piece])
-            source = self.mixture.sources[number]
-            document = int(block.document[piece])
-            ids, modality = source.template.assemble(
-                source.dataset.document(document),
-                self.mixture.vocabulary,
-                caption_after=bool(block.caption_after[piece]),
-                caption_tokens=int(block.caption_tokens[piece]),
-            )
-            builder.add(
-                ids,
-                modality,
-                source=number,
-                document=document,
-                start=int(block.start[piece]),
-                length=int(block.length[piece]),
-            )
-        return builder.finish()
+        for number in sorted(set(source.tolist())):
+            self.mixture.sources[number].write(canvas, pieces.take(source == number), self.mixture.vocabulary)
+        return finish_window(
+            index, canvas, borders, source=source, document=document, start=start, length=length
+        )
 
     def block(self, number: int) -> Block:
         """Block `number`, from memory, the cache folder, or built now."""

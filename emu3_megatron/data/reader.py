@@ -11,6 +11,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -20,17 +21,22 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from emu3_megatron import _kernels
 from emu3_megatron.data.format import (
     TOKEN_DTYPE,
     crc32c,
 )
-from emu3_megatron.data.index import Described, IndexTable, ShardIndex
+from emu3_megatron.data.index import Described, IndexTable, Located, ShardIndex
 from emu3_megatron.data.manifest import Manifest, ShardRecord
+from emu3_megatron.data.window import Pieces
 from emu3_megatron.errors import UserError
 from emu3_megatron.vocabulary import Vocabulary
 
 OPEN_FILES = 128
 """Default bound on the files that one dataset keeps open."""
+
+SHORT_READ, BAD_CHECKSUM = 1, 2
+"""Kinds of damage that `_kernels.WindowWriter` reports; a third is an id outside the vocabulary."""
 
 
 class Kind(IntEnum):
@@ -52,7 +58,7 @@ class FileCache:
     """
 
     def __init__(self, limit: int = OPEN_FILES) -> None:
-        self._limit = limit
+        self.limit = limit
         self._open: OrderedDict[str, int] = OrderedDict()
         self._lock = Lock()
         if limit < 1:
@@ -72,18 +78,21 @@ class FileCache:
             while rest > 0:
                 part = os.pread(descriptor, rest, offset + size - rest)
                 if not part:
-                    raise UserError(
-                        f"{path}: has no byte {offset + size - rest}, {rest} bytes short of a read; the "
-                        "file was truncated after it was opened: restore it"
-                    )
+                    raise truncated(path, offset + size - rest)
                 parts.append(part)
                 rest -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    @contextmanager
+    def opened(self, paths: Sequence[str]) -> Iterator[list[int]]:
+        """Descriptors of files, at most `limit` different ones, that stay open within the block."""
+        with self._lock:
+            yield [self._descriptor(path) for path in paths]
+
     def _descriptor(self, path: str) -> int:
         descriptor = self._open.pop(path, None)
         if descriptor is None:
-            while len(self._open) >= self._limit:
+            while len(self._open) >= self.limit:
                 os.close(self._open.popitem(last=False)[1])
             try:
                 descriptor = os.open(path, os.O_RDONLY)
@@ -105,7 +114,12 @@ class FileCache:
         self.close()
 
     def __reduce__(self) -> tuple[type[FileCache], tuple[int]]:
-        return FileCache, (self._limit,)
+        return FileCache, (self.limit,)
+
+
+def truncated(path: str, byte: int) -> UserError:
+    """The error of a file that ends before what is to be read."""
+    return UserError(f"{path}: has no byte {byte}; the file was truncated after it was opened: restore it")
 
 
 class Shard:
@@ -121,7 +135,9 @@ class Shard:
         self.record = record
         self._stem = stem
         self._files = files
-        self._bin, self._crc = str(self.path(".bin")), str(self.path(".crc"))
+        self._crc = str(self.path(".crc"))
+        self.bin_path = str(self.path(".bin"))
+        """The shard's tokens."""
 
     def __len__(self) -> int:
         return self.record.documents
@@ -150,20 +166,24 @@ class Shard:
         index = self._index
         first, start, lengths, modes = index.document(number)
         sizes = [length * TOKEN_DTYPE.itemsize for length in lengths]
-        data = self._files.read(self._bin, sum(sizes), start)
-        stored = self._files.read(self._crc, 4 * len(sizes), index.checksums_offset + 4 * first)
+        data = self._files.read(self.bin_path, sum(sizes), start)
+        stored = index.checksums(first, len(sizes))
         segments = []
         offset = 0
         for place, size in enumerate(sizes):
             part = data[offset : offset + size]
-            if crc32c(part) != int.from_bytes(stored[4 * place : 4 * place + 4], "little"):
-                raise UserError(
-                    f"{self._bin}: sequence {first + place} (document {number}, byte {start + offset}) does "
-                    f"not match its checksum in {self._crc}; one of them is damaged: restore it"
-                )
+            if crc32c(part) != stored[place]:
+                raise self.damaged(first + place, start + offset)
             segments.append((np.frombuffer(part, dtype=TOKEN_DTYPE), modes[place]))
             offset += size
         return segments
+
+    def damaged(self, sequence: int, byte: int) -> UserError:
+        """The error of a sequence that does not match its checksum."""
+        return UserError(
+            f"{self.bin_path}: sequence {sequence} (from byte {byte}) does not match its checksum in "
+            f"{self._crc}; one of them is damaged: restore it"
+        )
 
     @cached_property
     def _names(self) -> list[dict[str, Any]]:
@@ -321,6 +341,57 @@ class MultimodalDataset:
             IndexError: no such document.
         """
         return self._table.describe(np.asarray(documents, dtype=np.int64))
+
+    def write_pieces(self, writer: _kernels.WindowWriter, pieces: Pieces, *, bos: bool, eos: bool) -> None:
+        """Read documents, verify their checksums, and write pieces of them into a window.
+
+        Args:
+            writer: Of the window.
+            pieces: Which tokens of which documents, and the template's decisions.
+            bos: Documents begin with BOS.
+            eos: Documents end with EOS.
+
+        Raises:
+            UserError: damaged or truncated data; names the file.
+        """
+        found = self._table.locate(pieces.document)
+        paths = [self._indexed[shard].bin_path for shard in found.shard.tolist()]
+        for first in range(0, len(paths), self._files.limit):
+            here = slice(first, first + self._files.limit)
+            segments = found.segments[first : first + self._files.limit + 1]
+            inside = slice(int(segments[0]), int(segments[-1]))
+            with self._files.opened(paths[here]) as files:
+                place, damage, where = writer.add(
+                    files=np.array(files, dtype=np.int32),
+                    bytes=found.byte[here],
+                    segments=segments - segments[0],
+                    lengths=found.lengths[inside],
+                    modes=found.modes[inside],
+                    checksums=found.checksums[inside],
+                    caption_after=pieces.caption_after[here],
+                    caption_tokens=pieces.caption_tokens[here],
+                    start=pieces.start[here],
+                    length=pieces.length[here],
+                    at=pieces.at[here],
+                    bos=bos,
+                    eos=eos,
+                )
+            if damage:
+                raise self._damage(found, first + place, damage, where)
+
+    def _damage(self, found: Located, place: int, damage: int, where: int) -> UserError:
+        """What a `_kernels.WindowWriter` met in a document."""
+        shard = self._indexed[int(found.shard[place])]
+        if damage == SHORT_READ:
+            return truncated(shard.bin_path, where)
+        if damage == BAD_CHECKSUM:
+            segment = int(found.segments[place])
+            byte = int(found.byte[place]) + 4 * int(found.lengths[segment : segment + where].sum())
+            return shard.damaged(int(found.sequence[place]) + where, byte)
+        return UserError(
+            f"{shard.bin_path}: a span from byte {int(found.byte[place])} on has id {where}, which "
+            f"vocabulary {self.vocabulary.name!r} of {self.vocabulary.size} ids lacks: tokenize it again"
+        )
 
     @cached_property
     def _table(self) -> IndexTable:
