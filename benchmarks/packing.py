@@ -5,30 +5,45 @@ video (log-uniform, 4k to 60k). Images and videos longer than the window are lef
 every packer gets the same documents; ours cuts longer texts, for the others they are cut beforehand. Every
 case runs in a process of its own. Printed: CPU seconds (median of the repeats, which take turns over the
 cases) from an int32 array of lengths to the arrays of the plan, and from the same call the fill, the bound it
-stands against (Martello-Toth), and the peak of memory over that of the input. Public packers run where they
-are installed (``pip install lightbinpack trl pyarrow``). Figures and where they were measured are in
-docs/packing.md.
+stands against (Martello-Toth), and the peak of memory over that of the input.
+
+Public packers run where they are installed (``pip install lightbinpack trl pyarrow axolotl``, a folder of
+``--peers`` is searched too); the missing ones are named. Those whose time grows with the square of the
+documents get fewer, which flatters their speed. Figures and where they were measured are in docs/packing.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import multiprocessing
 import statistics
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from emu3_megatron.data.bounds import least_windows, least_windows_with_cuts
 from emu3_megatron.data.packing import pack
 
-Case = tuple[str, Callable[[np.ndarray, np.ndarray, int], int], bool]
-"""Name; from lengths, which may be split, and the window to a number of windows; whether to cut first."""
+Pack = Callable[[np.ndarray, np.ndarray, int], int]
+"""From lengths, which may be split, and the window to a number of windows."""
+
+
+class Case(NamedTuple):
+    """One packer."""
+
+    name: str
+    run: Pack
+    needs: str = ""
+    """Module that a public packer is in."""
+    limit: int = 2**31
+    """It gets the first so many documents."""
+    warm: bool = False
+    """Whether a small call comes first, to compile."""
 
 
 def draw(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -70,6 +85,13 @@ def trl(lengths: np.ndarray, _: np.ndarray, capacity: int) -> int:
     return len(_pack_bfd(pyarrow.table({"input_ids": column}), capacity))
 
 
+def axolotl(lengths: np.ndarray, _: np.ndarray, capacity: int) -> int:
+    from axolotl.utils.samplers.multipack import pack_group
+
+    count = len(lengths)
+    return len(pack_group(lengths.astype(np.int64), 0, capacity, count, count, False))
+
+
 def greedy_knapsack(lengths: np.ndarray, _: np.ndarray, capacity: int) -> int:
     """Window by window, the longest document that still fits: the loop of many training programs."""
     from bisect import bisect_right
@@ -84,20 +106,17 @@ def greedy_knapsack(lengths: np.ndarray, _: np.ndarray, capacity: int) -> int:
     return windows
 
 
-def cases(documents: int) -> Iterator[Case]:
-    yield "ours, online, 64 open", ours(policy="online", open_windows=64), False
-    yield "ours, online, 1,024 open", ours(policy="online"), False
-    yield "ours, online, fill", ours(policy="online", fill=True), False
-    yield "ours, offline", ours(policy="offline"), False
-    yield "ours, offline, fill", ours(policy="offline", fill=True), False
-    for module, case in (
-        ("lightbinpack", ("lightbinpack, obfd", lightbinpack, True)),
-        ("trl", ("TRL, bfd", trl, True)),
-    ):
-        if importlib.util.find_spec(module) is not None:
-            yield case
-    if documents <= 100_000:  # quadratic in the number of documents
-        yield "greedy knapsack", greedy_knapsack, True
+CASES = (
+    Case("ours, online, 64 open", ours(policy="online", open_windows=64)),
+    Case("ours, online, 1,024 open", ours(policy="online")),
+    Case("ours, online, fill", ours(policy="online", fill=True)),
+    Case("ours, offline", ours(policy="offline")),
+    Case("ours, offline, fill", ours(policy="offline", fill=True)),
+    Case("lightbinpack, obfd", lightbinpack, "lightbinpack", 1_000_000),
+    Case("TRL, bfd", trl, "trl", 10_000),
+    Case("axolotl, multipack", axolotl, "axolotl", 30_000, True),
+    Case("greedy knapsack", greedy_knapsack, "bisect", 30_000),
+)
 
 
 def resident(field: str) -> int:
@@ -108,26 +127,69 @@ def resident(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def measure(queue: Any, name: str, documents: int, folder: str, capacity: int) -> None:
-    """In a process of its own: CPU seconds, windows, bytes of memory taken above the input."""
-    _, run, cuts = next(case for case in cases(documents) if case[0] == name)
-    lengths = np.load(Path(folder) / ("pieces.npy" if cuts else "lengths.npy"))
+def measure(queue: Any, case: int, peers: list[str], folder: str, capacity: int) -> None:
+    """In a process of its own: CPU seconds, windows, fill, documents, bytes of memory above the input."""
+    sys.path.extend(peers)
+    name, run, needs, limit, warm = CASES[case]
+    lengths = np.load(Path(folder) / ("pieces.npy" if needs else "lengths.npy"))[:limit]
     splittable = np.load(Path(folder) / "splittable.npy")
+    try:
+        run(lengths[:10], splittable[:10], capacity)
+        if warm:
+            run(lengths[:1000], splittable[:1000], capacity)
+    except Exception as error:
+        queue.put(f"{name}: {type(error).__name__}: {error}")
+        return
     Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
     before = resident("VmRSS")
     start = time.process_time()
     windows = run(lengths, splittable, capacity)
     seconds = time.process_time() - start
-    queue.put((seconds, windows, resident("VmHWM") - before))
+    fill = int(lengths.sum(dtype=np.int64)) / windows / capacity
+    queue.put((seconds, windows, fill, len(lengths), resident("VmHWM") - before))
+
+
+def compare(arguments: argparse.Namespace, folder: str, capacity: int) -> None:
+    """Print the table for one window."""
+    context = multiprocessing.get_context("spawn")  # a fresh heap: freed memory would hide what is taken
+    results: dict[str, list[tuple[float, int, float, int, float]]] = {}
+    missing: set[str] = set()
+    for _ in range(arguments.repeats):
+        for number, case in enumerate(CASES):
+            if arguments.only and not any(word in case.name for word in arguments.only):
+                continue
+            queue = context.Queue()
+            child = context.Process(target=measure, args=(queue, number, arguments.peers, folder, capacity))
+            child.start()
+            answer = queue.get()
+            child.join()
+            if isinstance(answer, str):
+                missing.add(answer)
+            else:
+                results.setdefault(case.name, []).append(answer)
+    print(
+        f"{'packer':26}{'documents':>12}{'CPU s':>9}{'M doc/s':>9}{'fill':>9}{'windows':>11}{'bytes/doc':>11}"
+    )
+    for name, runs in results.items():
+        seconds = statistics.median(run[0] for run in runs)
+        _, windows, fill, count, _ = runs[0]
+        memory = statistics.median(run[4] for run in runs) / count
+        print(
+            f"{name:26}{count:12,}{seconds:9.4f}{count / seconds / 1e6:9.3f}{fill:9.5f}{windows:11,}"
+            f"{memory:11.1f}"
+        )
+    for text in sorted(missing):
+        print(f"not run: {text}")
 
 
 def main() -> None:
-    """Measure and print a table."""
+    """Measure and print a table for each window."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--documents", type=int, default=1_000_000, help="documents drawn")
     parser.add_argument("--repeats", type=int, default=5, help="calls per case; medians are printed")
+    parser.add_argument("--only", nargs="+", default=[], help="words of the names of the packers to run")
+    parser.add_argument("--peers", nargs="+", default=[], help="folders with public packers")
     arguments = parser.parse_args()
-    context = multiprocessing.get_context("spawn")  # a fresh heap: freed memory would hide what is taken
     for capacity in (5120, 131_072):
         lengths, splittable = draw(arguments.documents)
         kept = (lengths <= capacity) | splittable
@@ -142,27 +204,10 @@ def main() -> None:
             f"window {capacity:,}: {len(lengths):,} documents; fill at most {tokens / whole / capacity:.5f} "
             f"whole, {tokens / cuts / capacity:.5f} with cuts"
         )
-        print(f"{'packer':28}{'CPU s':>10}{'M doc/s':>9}{'fill':>9}{'windows':>11}{'bytes/doc':>11}")
-        results: dict[str, list[tuple[float, int, float]]] = {}
         with tempfile.TemporaryDirectory() as folder:
             for name, array in (("lengths", lengths), ("splittable", splittable), ("pieces", pieces)):
                 np.save(Path(folder) / f"{name}.npy", array)
-            for _ in range(arguments.repeats):
-                for name, *_ in cases(arguments.documents):
-                    queue = context.Queue()
-                    child = context.Process(
-                        target=measure, args=(queue, name, arguments.documents, folder, capacity)
-                    )
-                    child.start()
-                    results.setdefault(name, []).append(queue.get())
-                    child.join()
-        for name, runs in results.items():
-            seconds = statistics.median(run[0] for run in runs)
-            windows, memory = runs[0][1], statistics.median(run[2] for run in runs)
-            print(
-                f"{name:28}{seconds:10.4f}{len(lengths) / seconds / 1e6:9.1f}"
-                f"{tokens / windows / capacity:9.5f}{windows:11,}{memory / len(lengths):11.1f}"
-            )
+            compare(arguments, folder, capacity)
 
 
 if __name__ == "__main__":

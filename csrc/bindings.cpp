@@ -5,15 +5,18 @@
 
 #include <sys/mman.h>
 
+#include <algorithm>
 #include <cstdlib>
 #include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "index.hpp"
 #include "packer.hpp"
 #include "permutation.hpp"
+#include "window.hpp"
 
 namespace py = pybind11;
 
@@ -22,6 +25,10 @@ namespace {
 template <class T>
 using InputArray = py::array_t<T, py::array::c_style>;
 
+// No conversion: what is written must reach the caller's array.
+template <class T>
+using OutputArray = py::array_t<T, py::array::c_style>;
+
 // Hands an array over to numpy without a copy.
 template <class T>
 py::array_t<T> to_array(emu3::Buffer<T>&& values) {
@@ -29,13 +36,6 @@ py::array_t<T> to_array(emu3::Buffer<T>&& values) {
     if (size == 0) return py::array_t<T>(0);
     T* data = values.release();
     return py::array_t<T>(size, data, py::capsule(data, [](void* pointer) { std::free(pointer); }));
-}
-
-template <class T>
-py::array_t<T> to_array(std::vector<T>&& values) {
-    auto* owned = new std::vector<T>(std::move(values));
-    const py::capsule owner(owned, [](void* pointer) { delete static_cast<std::vector<T>*>(pointer); });
-    return py::array_t<T>(static_cast<py::ssize_t>(owned->size()), owned->data(), owner);
 }
 
 template <class T>
@@ -68,14 +68,48 @@ py::tuple pack(const InputArray<int32_t>& lengths, const std::optional<InputArra
 
 py::array_t<int64_t> permute(const InputArray<int64_t>& positions, int64_t size, uint64_t key) {
     check_one_dimension(positions, "positions");
-    std::vector<int64_t> values;
-    {
-        const int64_t* data = positions.data();
-        const int64_t count = positions.size();
-        const py::gil_scoped_release released;
-        values = emu3::permute(data, count, size, key);
+    py::array_t<int64_t> values(positions.size());
+    int64_t* data = values.mutable_data();
+    std::copy(positions.data(), positions.data() + positions.size(), data);
+    const int64_t count = positions.size();
+    const py::gil_scoped_release released;
+    emu3::permute(data, count, size, key);
+    return values;
+}
+
+py::array_t<double> uniform(const InputArray<int64_t>& positions, uint64_t key) {
+    check_one_dimension(positions, "positions");
+    py::array_t<double> values(positions.size());
+    emu3::uniform(positions.data(), positions.size(), key, values.mutable_data());
+    return values;
+}
+
+// Windows of a packing in another order: (window_offsets, document, start, length).
+py::tuple take_windows(const InputArray<int64_t>& windows, const InputArray<int64_t>& offsets,
+                       const InputArray<int32_t>& document, const InputArray<int32_t>& start,
+                       const InputArray<int32_t>& length) {
+    const int64_t* from = offsets.data();
+    const int64_t count = windows.size(), known = offsets.size() - 1;
+    py::array_t<int64_t> taken(count + 1);
+    int64_t* to = taken.mutable_data();
+    to[0] = 0;
+    for (int64_t place = 0; place < count; ++place) {
+        const int64_t window = windows.data()[place];
+        if (window < 0 || window >= known)
+            throw std::invalid_argument("window " + std::to_string(window) + " must lie in [0, " +
+                                        std::to_string(known) + ")");
+        to[place + 1] = to[place] + (from[window + 1] - from[window]);
     }
-    return to_array(std::move(values));
+    const auto column = [&](const InputArray<int32_t>& values) {
+        py::array_t<int32_t> result(to[count]);
+        for (int64_t place = 0; place < count; ++place) {
+            const int64_t window = windows.data()[place];
+            std::copy(values.data() + from[window], values.data() + from[window + 1],
+                      result.mutable_data() + to[place]);
+        }
+        return result;
+    };
+    return py::make_tuple(taken, column(document), column(start), column(length));
 }
 
 // Maps a file without keeping it open: Python's own mmap holds a descriptor for as long as it lives, so that a
@@ -101,25 +135,133 @@ py::array_t<uint8_t> map_file(int descriptor, size_t size) {
     return array;
 }
 
-// Documents of a shard by its index: tokens, tokens of a pair's caption, kind (0 text, 1 pair, 2 other).
-py::tuple describe(const InputArray<uint8_t>& index, const InputArray<int64_t>& documents, int64_t num_sequences,
-                   int64_t num_documents) {
-    check_one_dimension(documents, "documents");
-    const int64_t needed = emu3::ShardIndex::kHeader + 13 * num_sequences + 8 * (num_documents + 1);
-    if (num_sequences < 0 || num_documents < 0 || index.size() != needed)
-        throw std::invalid_argument("an index of " + std::to_string(index.size()) + " bytes, not the " +
-                                    std::to_string(needed) + " that its counts ask for");
-    const py::ssize_t count = documents.size();
-    py::array_t<int64_t> length(count), caption(count), kind(count);
-    const emu3::ShardIndex shard(index.data(), num_sequences, num_documents);
-    const int64_t* numbers = documents.data();
-    emu3::Description out{length.mutable_data(), caption.mutable_data(), kind.mutable_data()};
-    {
-        const py::gil_scoped_release released;
-        shard.describe(numbers, count, out);
+// The indices of a dataset's shards; keeps the arrays that they are read from.
+class ShardIndices {
+   public:
+    explicit ShardIndices(const InputArray<int64_t>& starts) : table_(checked(starts)), kept_(table_.num_shards()) {}
+
+    // A shard's index, which may come late, and a byte for each of its pages that says whether it was verified.
+    // Each sequence's checksum lies in `checksums`, which may stand at any address.
+    void set(size_t shard, const InputArray<uint8_t>& index, const InputArray<uint8_t>& checksums,
+             const py::array_t<bool, py::array::c_style>& verified, int64_t num_sequences, int64_t page_bytes) {
+        if (shard >= table_.num_shards()) throw std::invalid_argument("no shard " + std::to_string(shard));
+        const int64_t documents = table_.num_documents(shard);
+        const int64_t needed = emu3::ShardIndex::bytes(num_sequences, documents);
+        if (num_sequences < 0 || index.size() != needed)
+            throw std::invalid_argument("an index of " + std::to_string(index.size()) + " bytes, not the " +
+                                        std::to_string(needed) + " that its counts ask for");
+        if (page_bytes < 1 || verified.size() != (needed + page_bytes - 1) / page_bytes)
+            throw std::invalid_argument("verified has " + std::to_string(verified.size()) + " pages");
+        if (checksums.size() != 4 * num_sequences)
+            throw std::invalid_argument("checksums of " + std::to_string(checksums.size()) + " bytes");
+        const auto* flags = reinterpret_cast<const uint8_t*>(verified.data());
+        kept_[shard] = py::make_tuple(index, checksums, verified);
+        table_.set(shard, {index.data(), checksums.data(), num_sequences, documents, flags, page_bytes});
     }
-    return py::make_tuple(length, caption, kind);
-}
+
+    // Tokens, tokens of a pair's caption, kind (0 text, 1 pair, 2 other), and what is missing to say so.
+    py::tuple describe(const InputArray<int64_t>& documents) const {
+        check_one_dimension(documents, "documents");
+        const py::ssize_t count = documents.size();
+        py::array_t<int64_t> length(count), caption(count), kind(count);
+        const int64_t* numbers = documents.data();
+        const emu3::Description out{length.mutable_data(), caption.mutable_data(), kind.mutable_data()};
+        std::vector<emu3::Missing> missing;
+        emu3::ShardIndices table = table_;  // while the lock is released another thread may add a shard
+        {
+            const py::gil_scoped_release released;
+            missing = table.describe(numbers, count, out);
+        }
+        return py::make_tuple(length, caption, kind, missing);
+    }
+
+    // (shard, sequence, byte, segments, lengths, modes, checksums, missing), see emu3::Location.
+    py::tuple locate(const InputArray<int64_t>& documents) {
+        check_one_dimension(documents, "documents");
+        emu3::Location found;
+        const auto missing = table_.locate(documents.data(), documents.size(), found);
+        return py::make_tuple(copied(found.shard), copied(found.sequence), copied(found.byte), copied(found.segments),
+                              copied(found.lengths), copied(found.modes), copied(found.checksums), missing);
+    }
+
+   private:
+    template <class T>
+    static py::array_t<T> copied(const std::vector<T>& values) {
+        return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
+    }
+
+    static std::vector<int64_t> checked(const InputArray<int64_t>& starts) {
+        check_one_dimension(starts, "starts");
+        std::vector<int64_t> values(starts.data(), starts.data() + starts.size());
+        if (values.empty() || values[0] != 0 || !std::is_sorted(values.begin(), values.end()))
+            throw std::invalid_argument("starts must ascend from 0");
+        return values;
+    }
+
+    emu3::ShardIndices table_;
+    std::vector<py::object> kept_;
+};
+
+// A window's arrays, to be filled piece by piece: see emu3::WindowWriter.
+class WindowWriter {
+   public:
+    WindowWriter(const OutputArray<int64_t>& tokens, const OutputArray<int64_t>& labels,
+                 const OutputArray<uint8_t>& modality, const InputArray<uint8_t>& classes, int32_t vocabulary_size,
+                 int32_t bos_id, int32_t eos_id)
+        : kept_{tokens, labels, modality, classes} {
+        if (labels.size() != tokens.size() || modality.size() != tokens.size())
+            throw std::invalid_argument("tokens, labels and modality differ in size");
+        canvas_ = {const_cast<int64_t*>(tokens.data()), const_cast<int64_t*>(labels.data()),
+                   const_cast<uint8_t*>(modality.data()), tokens.size()};
+        rules_ = {true,  true, bos_id, eos_id, classes.data(), static_cast<int32_t>(classes.size()),
+                  vocabulary_size};
+    }
+
+    // Adds pieces of documents of one source; (piece, kind, where) of the first that is damaged, kind 0 for none.
+    py::tuple add(const InputArray<int32_t>& files, const InputArray<int64_t>& bytes,
+                  const InputArray<int64_t>& segments, const InputArray<int32_t>& lengths,
+                  const InputArray<int8_t>& modes, const InputArray<uint32_t>& checksums,
+                  const InputArray<bool>& caption_after, const InputArray<int32_t>& caption_tokens,
+                  const InputArray<int32_t>& start, const InputArray<int32_t>& length, const InputArray<int64_t>& at,
+                  bool bos, bool eos) {
+        const py::ssize_t count = files.size();
+        if (bytes.size() != count || segments.size() != count + 1 || caption_after.size() != count ||
+            caption_tokens.size() != count || start.size() != count || length.size() != count || at.size() != count)
+            throw std::invalid_argument("columns of pieces differ in size");
+        emu3::Rules rules = rules_;
+        rules.bos = bos;
+        rules.eos = eos;
+        const int64_t* borders = segments.data();
+        if (borders[0] != 0 || borders[count] != lengths.size() || modes.size() != lengths.size() ||
+            checksums.size() != lengths.size())
+            throw std::invalid_argument("columns of segments differ in size");
+        for (py::ssize_t piece = 0; piece < count; ++piece)
+            if (start.data()[piece] < 0 || length.data()[piece] < 1 || at.data()[piece] < 0 ||
+                at.data()[piece] + length.data()[piece] > canvas_.size)
+                throw std::invalid_argument("piece " + std::to_string(piece) + " stands outside the window");
+        const py::gil_scoped_release released;
+        emu3::WindowWriter writer(canvas_, rules);
+        for (py::ssize_t piece = 0; piece < count; ++piece) {
+            const int64_t first = borders[piece];
+            const emu3::Stored stored{files.data()[piece], bytes.data()[piece], borders[piece + 1] - first,
+                                      lengths.data() + first, modes.data() + first, checksums.data() + first};
+            const emu3::Placement placement{caption_after.data()[piece], caption_tokens.data()[piece],
+                                            start.data()[piece], length.data()[piece], at.data()[piece]};
+            const emu3::Damage damage = writer.add(stored, placement);
+            if (damage.kind != emu3::Damage::kNone) {
+                const py::gil_scoped_acquire held;
+                return py::make_tuple(piece, static_cast<int>(damage.kind), damage.where);
+            }
+        }
+        const py::gil_scoped_acquire held;
+        return py::make_tuple(0, 0, 0);
+    }
+
+   private:
+    std::vector<py::object> kept_;
+    emu3::Canvas canvas_{};
+    emu3::Rules rules_{};
+};
 
 }  // namespace
 
@@ -132,7 +274,27 @@ PYBIND11_MODULE(_kernels, module) {
                "Image of each position under the keyed permutation of range(size).");
     module.def("map_file", &map_file, py::arg("descriptor"), py::arg("size"),
                "A file's bytes as a read-only array, mapped; the descriptor may be closed at once.");
-    module.def("describe", &describe, py::arg("index"), py::arg("documents"), py::kw_only(),
-               py::arg("num_sequences"), py::arg("num_documents"),
-               "Sizes of a shard's documents: (length, caption, kind).");
+    module.def("uniform", &uniform, py::arg("positions"), py::arg("key"),
+               "A number in [0, 1) for each position, float64, the same for the same key and position.");
+    module.def("take_windows", &take_windows, py::arg("windows"), py::arg("offsets"), py::arg("document"),
+               py::arg("start"), py::arg("length"),
+               "Windows of a packing in another order: (window_offsets, document, start, length).");
+    py::class_<ShardIndices>(module, "ShardIndices", "The indices of a dataset's shards, in memory.")
+        .def(py::init<const InputArray<int64_t>&>(), py::arg("starts"))
+        .def("set", &ShardIndices::set, py::arg("shard"), py::arg("index"), py::arg("checksums"),
+             py::arg("verified"), py::kw_only(),
+             py::arg("num_sequences"), py::arg("page_bytes"), "Give a shard's index.")
+        .def("describe", &ShardIndices::describe, py::arg("documents"),
+             "(length, caption, kind, missing): sizes of documents, or the (shard, page) to verify first.")
+        .def("locate", &ShardIndices::locate, py::arg("documents"),
+             "(shard, sequence, byte, segments, lengths, modes, checksums, missing): where documents lie.");
+    py::class_<WindowWriter>(module, "WindowWriter", "Reads documents into a window's arrays.")
+        .def(py::init<const OutputArray<int64_t>&, const OutputArray<int64_t>&, const OutputArray<uint8_t>&,
+                      const InputArray<uint8_t>&, int32_t, int32_t, int32_t>(),
+             py::arg("tokens").noconvert(), py::arg("labels").noconvert(), py::arg("modality").noconvert(),
+             py::arg("classes"), py::kw_only(), py::arg("vocabulary_size"), py::arg("bos_id"), py::arg("eos_id"))
+        .def("add", &WindowWriter::add, py::kw_only(), py::arg("files"), py::arg("bytes"), py::arg("segments"),
+             py::arg("lengths"), py::arg("modes"), py::arg("checksums"), py::arg("caption_after"),
+             py::arg("caption_tokens"), py::arg("start"), py::arg("length"), py::arg("at"), py::arg("bos"),
+             py::arg("eos"), "Add pieces; (piece, kind of damage, where), kind 0 for none.");
 }

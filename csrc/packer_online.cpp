@@ -73,9 +73,18 @@ class OnlinePacker {
     }
 
    private:
-    struct Window {
+    // A piece that begins its document is one entry, {document, length}; any other is two: {~document, start} and
+    // {length, 0}.
+    struct Entry {
+        int32_t first, second;
+    };
+
+    // One cache line; what does not fit into it follows in more_.
+    struct alignas(64) Window {
+        static constexpr int32_t kHere = 5;
         int32_t room, older, newer;
-        std::vector<Piece> pieces;
+        int32_t entries = 0, pieces = 0;
+        Entry held[kHere];
     };
 
     int32_t open() {
@@ -86,6 +95,7 @@ class OnlinePacker {
         if (free_.empty()) {
             free_.push_back(static_cast<int32_t>(windows_.size()));
             windows_.emplace_back();
+            more_.emplace_back();
             rooms_.grow(windows_.size());
         }
         const int32_t window = free_.back();
@@ -101,7 +111,13 @@ class OnlinePacker {
 
     void put(int32_t number, const Piece& piece, int32_t size) {
         Window& window = windows_[number];
-        window.pieces.push_back(piece);
+        if (piece.start == 0) {
+            hold(number, {piece.document, piece.length});
+        } else {
+            hold(number, {~piece.document, piece.start});
+            hold(number, {piece.length, 0});
+        }
+        ++window.pieces;
         window.room -= size;
         if (window.room == 0) {
             close(number);
@@ -110,19 +126,39 @@ class OnlinePacker {
         }
     }
 
+    void hold(int32_t number, const Entry& entry) {
+        Window& window = windows_[number];
+        if (window.entries < Window::kHere) {
+            window.held[window.entries] = entry;
+        } else {
+            more_[number].push_back(entry);
+        }
+        ++window.entries;
+    }
+
     void close(int32_t number) {
         Window& window = windows_[number];
-        const size_t first = out_.document.size(), count = window.pieces.size();
+        const size_t first = out_.document.size(), count = static_cast<size_t>(window.pieces);
         int32_t* document = out_.document.extend(count);
         int32_t* length = out_.length.extend(count);
-        for (size_t index = 0; index < count; ++index) {
-            const Piece& piece = window.pieces[index];
-            document[index] = piece.document;
-            length[index] = piece.length;
-            if (piece.start != 0) later_.emplace_back(first + index, piece.start);
+        const Entry* more = more_[number].data();
+        const auto entry = [&](int32_t place) {
+            return place < Window::kHere ? window.held[place] : more[place - Window::kHere];
+        };
+        for (int32_t place = 0; place < window.entries; ++place, ++document, ++length) {
+            const Entry held = entry(place);
+            if (held.first >= 0) {
+                *document = held.first;
+                *length = held.second;
+            } else {
+                later_.emplace_back(static_cast<size_t>(document - out_.document.data()), held.second);
+                *document = ~held.first;
+                *length = entry(++place).first;
+            }
         }
         out_.offsets.push_back(static_cast<int64_t>(first + count));
-        window.pieces.clear();
+        window.entries = window.pieces = 0;
+        more_[number].clear();
         (window.older < 0 ? oldest_ : windows_[window.older].newer) = window.newer;
         (window.newer < 0 ? newest_ : windows_[window.newer].older) = window.older;
         free_.push_back(number);
@@ -133,6 +169,7 @@ class OnlinePacker {
     int64_t limit_;
     RoomIndex<true> rooms_;
     std::vector<Window> windows_;
+    std::vector<std::vector<Entry>> more_;
     std::vector<int32_t> free_;
     int64_t open_ = 0;
     int32_t oldest_ = -1, newest_ = -1;

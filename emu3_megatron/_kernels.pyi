@@ -26,11 +26,85 @@ def permute(positions: npt.NDArray[np.int64], size: int, key: int) -> npt.NDArra
 def map_file(descriptor: int, size: int) -> npt.NDArray[np.uint8]:
     """Read-only uint8 array over the first `size` bytes of an open file, which may be closed after."""
 
-def describe(
-    index: npt.NDArray[np.uint8],
-    documents: npt.NDArray[np.int64],
-    *,
-    num_sequences: int,
-    num_documents: int,
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """(length, caption, kind) of each document from the bytes of its shard's index."""
+def uniform(positions: npt.NDArray[np.int64], key: int) -> npt.NDArray[np.float64]:
+    """A number in [0, 1) for each position, the same for the same key and position."""
+
+def take_windows(
+    windows: npt.NDArray[np.int64],
+    offsets: npt.NDArray[np.int64],
+    document: npt.NDArray[np.int32],
+    start: npt.NDArray[np.int32],
+    length: npt.NDArray[np.int32],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int32]]:
+    """Windows of a packing in another order: (window_offsets, document, start, length)."""
+
+class ShardIndices:
+    """The indices of a dataset's shards: ``starts`` holds the first document of each, then their number."""
+
+    def __init__(self, starts: npt.NDArray[np.int64]) -> None: ...
+    def set(
+        self,
+        shard: int,
+        index: npt.NDArray[np.uint8],
+        checksums: npt.NDArray[np.uint8],
+        verified: npt.NDArray[np.bool_],
+        *,
+        num_sequences: int,
+        page_bytes: int,
+    ) -> None:
+        """Give a shard's index, its sequences' checksums, and a flag for each page that may be read."""
+
+    def describe(
+        self, documents: npt.NDArray[np.int64]
+    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], list[tuple[int, int]]]:
+        """(length, caption, kind, missing); where anything is missing, (shard, page), nothing else counts.
+
+        Page -1 says that the shard has no index yet.
+        """
+
+    def locate(
+        self, documents: npt.NDArray[np.int64]
+    ) -> tuple[
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int32],
+        npt.NDArray[np.int8],
+        npt.NDArray[np.uint32],
+        list[tuple[int, int]],
+    ]:
+        """(shard, sequence, byte, segments, lengths, modes, checksums, missing): where documents lie."""
+
+class WindowWriter:
+    """Reads documents into a window's arrays, which it keeps and writes in place."""
+
+    def __init__(
+        self,
+        tokens: npt.NDArray[np.int64],
+        labels: npt.NDArray[np.int64],
+        modality: npt.NDArray[np.uint8],
+        classes: npt.NDArray[np.uint8],
+        *,
+        vocabulary_size: int,
+        bos_id: int,
+        eos_id: int,
+    ) -> None: ...
+    def add(
+        self,
+        *,
+        files: npt.NDArray[np.int32],
+        bytes: npt.NDArray[np.int64],
+        segments: npt.NDArray[np.int64],
+        lengths: npt.NDArray[np.int32],
+        modes: npt.NDArray[np.int8],
+        checksums: npt.NDArray[np.uint32],
+        caption_after: npt.NDArray[np.bool_],
+        caption_tokens: npt.NDArray[np.int32],
+        start: npt.NDArray[np.int32],
+        length: npt.NDArray[np.int32],
+        at: npt.NDArray[np.int64],
+        bos: bool,
+        eos: bool,
+    ) -> tuple[int, int, int]:
+        """Add pieces; (piece, kind of damage, where) of the first that is damaged, kind 0 for none."""

@@ -46,11 +46,16 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 @contextmanager
-def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str], *, durable: bool = True) -> Iterator[BinaryIO]:
     """Open a binary file that appears at `path`, whole, when the block ends without an exception.
 
     On an exception the temporary file is removed, what stood at `path` stays, and the exception passes on.
     Parent folders are made. Two processes may write the same path: the last one to finish wins.
+
+    Args:
+        path: The file.
+        durable: Flush it to the disk before it appears. Without, a power cut (not the end of the process) may
+            leave a damaged file: only for a cache whose readers check what they read.
     """
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -58,9 +63,13 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     try:
         with open(temporary, "wb") as stream:
             yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        publish(temporary, target)
+            if durable:
+                stream.flush()
+                os.fsync(stream.fileno())
+        if durable:
+            publish(temporary, target)
+        else:
+            os.replace(temporary, target)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise

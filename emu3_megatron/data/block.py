@@ -14,6 +14,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
+from io import BytesIO
 from pathlib import Path
 from threading import RLock, Thread
 from typing import Any
@@ -97,8 +98,11 @@ class BlockCache:
 
     def store(self, number: int, block: Block) -> None:
         """Publish a block."""
-        with atomic_write(self._path(number, block.num_windows)) as stream:
-            np.savez(stream, allow_pickle=False, **block.arrays())
+        contents = BytesIO()
+        np.savez(contents, allow_pickle=False, **block.arrays())
+        # The format holds checksums, so a file that a power cut damaged is built again.
+        with atomic_write(self._path(number, block.num_windows), durable=False) as stream:
+            stream.write(contents.getbuffer())
 
     def _path(self, number: int, num_windows: int) -> Path:
         return self.folder / f"block-{number:08d}-windows-{num_windows:08d}.npz"

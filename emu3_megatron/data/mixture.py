@@ -16,8 +16,9 @@ import numpy.typing as npt
 from emu3_megatron.data.manifest import Manifest, canonical_sha256
 from emu3_megatron.data.permutation import Integers, derive_key, permute
 from emu3_megatron.data.reader import MultimodalDataset
-from emu3_megatron.data.stock import is_stock, open_stock
+from emu3_megatron.data.stock import StockDataset, is_stock, open_stock
 from emu3_megatron.data.template import Decisions, Template
+from emu3_megatron.data.window import Canvas, Pieces
 from emu3_megatron.errors import UserError
 from emu3_megatron.files import write_json_atomic
 from emu3_megatron.vocabulary import Vocabulary
@@ -110,6 +111,27 @@ class OpenSource:
             parts.append(Drawn(document=here, kind=described[2], decided=decided))
             position += count
         return Drawn.concatenate(parts)
+
+    def write(self, canvas: Canvas, pieces: Pieces, vocabulary: Vocabulary) -> None:
+        """Read documents and write pieces of them into a window.
+
+        Args:
+            canvas: The window.
+            pieces: Which tokens of which of its documents, with the template's decisions.
+            vocabulary: Gives BOS, EOS and the classes of ids.
+
+        Raises:
+            UserError: damaged data; names the file.
+        """
+        template = self.template
+        if not isinstance(self.dataset, StockDataset):
+            writer = canvas.writer(vocabulary)
+            self.dataset.write_pieces(writer, pieces, bos=template.bos, eos=template.eos)
+            return
+        for place, document in enumerate(pieces.document.tolist()):
+            ids, modality = template.assemble(self.dataset.document(document), vocabulary)
+            start, length, at = (int(column[place]) for column in (pieces.start, pieces.length, pieces.at))
+            canvas.write(ids, modality, start=start, length=length, at=at)
 
     def mean_tokens(self, *, capacity: int, cache: str | os.PathLike[str] | None = None) -> float:
         """Mean tokens that a draw adds to the windows, over an epoch; what cannot fit counts as none.

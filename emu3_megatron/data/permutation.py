@@ -31,7 +31,12 @@ def mix(values: Words) -> Words:
 
 
 def uniform(key: int, positions: Integers) -> npt.NDArray[np.float64]:
-    """A number in [0, 1) for each position, the same for the same key and position."""
+    """A number in [0, 1) for each position, the same for the same key and position; in C++."""
+    return _kernels.uniform(np.ascontiguousarray(positions, dtype=np.int64), key)
+
+
+def uniform_reference(key: int, positions: Integers) -> npt.NDArray[np.float64]:
+    """`uniform` in numpy, to test it against."""
     with np.errstate(over="ignore"):
         words = mix(positions.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(key))
     return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53

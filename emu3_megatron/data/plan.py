@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from emu3_megatron import _kernels
 from emu3_megatron.data.balance import attention_costs
 from emu3_megatron.data.block import Block, BlockCache, BlockStore
 from emu3_megatron.data.manifest import canonical_sha256
@@ -22,7 +23,7 @@ from emu3_megatron.data.packing import MIN_PIECE, OPEN_WINDOWS, POLICIES, Packed
 from emu3_megatron.data.permutation import derive_key, permute
 from emu3_megatron.data.reader import Kind
 from emu3_megatron.data.statistics import PlanStatistics, count_windows
-from emu3_megatron.data.window import Window, WindowBuilder
+from emu3_megatron.data.window import Canvas, Pieces, Window, finish_window
 from emu3_megatron.errors import UserError
 
 PLAN_VERSION = 1
@@ -156,28 +157,25 @@ class Plan:
         if index < 0:
             raise IndexError(f"window {index}: windows count from 0")
         block, local = self._locate(index)
-        builder = WindowBuilder(
-            index, self.context_length, alignment=self.alignment, pad=self.mixture.vocabulary.pad
+        here = slice(int(block.window_offsets[local]), int(block.window_offsets[local + 1]))
+        source, document = block.source[here], block.document[here]
+        start, length = block.start[here], block.length[here]
+        borders = np.zeros(len(length) + 1, dtype=np.int64)
+        np.cumsum(-(-length // self.alignment) * self.alignment, out=borders[1:])
+        canvas = Canvas(self.context_length, self.mixture.vocabulary.pad)
+        pieces = Pieces(
+            document=document,
+            caption_after=block.caption_after[here],
+            caption_tokens=block.caption_tokens[here],
+            start=start,
+            length=length,
+            at=borders[:-1],
         )
-        for piece in range(int(block.window_offsets[local]), int(block.window_offsets[local + 1])):
-            number = int(block.source[piece])
-            source = self.mixture.sources[number]
-            document = int(block.document[piece])
-            ids, modality = source.template.assemble(
-                source.dataset.document(document),
-                self.mixture.vocabulary,
-                caption_after=bool(block.caption_after[piece]),
-                caption_tokens=int(block.caption_tokens[piece]),
-            )
-            builder.add(
-                ids,
-                modality,
-                source=number,
-                document=document,
-                start=int(block.start[piece]),
-                length=int(block.length[piece]),
-            )
-        return builder.finish()
+        for number in sorted(set(source.tolist())):
+            self.mixture.sources[number].write(canvas, pieces.take(source == number), self.mixture.vocabulary)
+        return finish_window(
+            index, canvas, borders, source=source, document=document, start=start, length=length
+        )
 
     def block(self, number: int) -> Block:
         """Block `number`, from memory, the cache folder, or built now."""
@@ -225,10 +223,14 @@ class Plan:
 
     def draws(self, number: int) -> tuple[npt.NDArray[np.int16], Drawn]:
         """What block `number` is packed from, in its order: source of each draw ``[N]``, and the draws."""
+        source, order, drawn = self._ordered_draws(number)
+        return source[order], drawn.take(order)
+
+    def _ordered_draws(self, number: int) -> tuple[npt.NDArray[np.int16], npt.NDArray[np.int64], Drawn]:
+        """Source of each draw, source by source, the order in which they are packed, and the draws."""
         drawn = self._draw(number)
         source = np.repeat(np.arange(len(drawn), dtype=np.int16), [len(each.document) for each in drawn])
-        order = self._shuffled(len(source), "draws", number)
-        return source[order], Drawn.concatenate(drawn).take(order)
+        return source, self._shuffled(len(source), "draws", number), Drawn.concatenate(drawn)
 
     def _draw(self, number: int) -> list[Drawn]:
         """The same by source: the next positions of its stream."""
@@ -240,12 +242,17 @@ class Plan:
             drawn.append(source.draw(first, last, seed=self.seed, capacity=self.context_length))
         return drawn
 
-    def pack(self, drawn: Drawn) -> PackedWindows:
-        """Pack draws in their order, as the plan does with those of a block."""
+    def pack(self, lengths: npt.NDArray[np.int64], kinds: npt.NDArray[np.int64]) -> PackedWindows:
+        """Pack documents in their order, as the plan does with those of a block.
+
+        Args:
+            lengths: Tokens of each, ``[N]``.
+            kinds: `Kind` of each, ``[N]``.
+        """
         return pack(
-            drawn.decided.length,
+            lengths,
             self.context_length,
-            splittable=drawn.kind == Kind.TEXT,
+            splittable=kinds == Kind.TEXT,
             align=self.alignment,
             policy=self.policy,
             open_windows=self.open_windows,
@@ -255,25 +262,24 @@ class Plan:
 
     def _build(self, number: int) -> Block:
         """Make block `number`: a pure function of the plan and the number."""
-        source, drawn = self.draws(number)
-        packed = self.pack(drawn)
+        source, order, drawn = self._ordered_draws(number)
+        packed = self.pack(drawn.decided.length[order], drawn.kind[order])
         windows = self._shuffled(packed.num_windows, "windows", number)
-        counts = np.diff(packed.window_offsets)[windows]
-        offsets = np.zeros(len(windows) + 1, dtype=np.int64)
-        np.cumsum(counts, out=offsets[1:])
-        pieces = np.repeat(packed.window_offsets[windows] - offsets[:-1], counts) + np.arange(offsets[-1])
-        owner = packed.document[pieces]
+        offsets, place, start, length = _kernels.take_windows(
+            windows, packed.window_offsets, packed.document, packed.start, packed.length
+        )
+        owner, dropped = order[place], order[packed.dropped]
         return Block(
             window_offsets=offsets,
             source=source[owner],
             document=drawn.document[owner],
             caption_after=drawn.decided.caption_after[owner],
             caption_tokens=drawn.decided.caption_tokens[owner].astype(np.int32),
-            start=packed.start[pieces],
-            length=packed.length[pieces],
-            dropped_source=source[packed.dropped],
-            dropped_document=drawn.document[packed.dropped],
-            dropped_length=drawn.decided.length[packed.dropped],
+            start=start,
+            length=length,
+            dropped_source=source[dropped],
+            dropped_document=drawn.document[dropped],
+            dropped_length=drawn.decided.length[dropped],
         )
 
     def _shuffled(self, size: int, purpose: str, number: int) -> npt.NDArray[np.int64]:

@@ -11,6 +11,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from enum import IntEnum
 from functools import cached_property
 from pathlib import Path
@@ -22,21 +23,20 @@ import numpy.typing as npt
 
 from emu3_megatron import _kernels
 from emu3_megatron.data.format import (
-    CRC_HEADER,
-    CRC_MAGIC,
-    INDEX_HEADER,
-    INDEX_PAGE_BYTES,
     TOKEN_DTYPE,
-    IndexLayout,
     crc32c,
-    parse_index_header,
 )
+from emu3_megatron.data.index import Described, IndexTable, Located, ShardIndex
 from emu3_megatron.data.manifest import Manifest, ShardRecord
+from emu3_megatron.data.window import Pieces
 from emu3_megatron.errors import UserError
 from emu3_megatron.vocabulary import Vocabulary
 
 OPEN_FILES = 128
 """Default bound on the files that one dataset keeps open."""
+
+SHORT_READ, BAD_CHECKSUM = 1, 2
+"""Kinds of damage that `_kernels.WindowWriter` reports; a third is an id outside the vocabulary."""
 
 
 class Kind(IntEnum):
@@ -58,7 +58,7 @@ class FileCache:
     """
 
     def __init__(self, limit: int = OPEN_FILES) -> None:
-        self._limit = limit
+        self.limit = limit
         self._open: OrderedDict[str, int] = OrderedDict()
         self._lock = Lock()
         if limit < 1:
@@ -78,18 +78,21 @@ class FileCache:
             while rest > 0:
                 part = os.pread(descriptor, rest, offset + size - rest)
                 if not part:
-                    raise UserError(
-                        f"{path}: has no byte {offset + size - rest}, {rest} bytes short of a read; the "
-                        "file was truncated after it was opened: restore it"
-                    )
+                    raise truncated(path, offset + size - rest)
                 parts.append(part)
                 rest -= len(part)
         return parts[0] if len(parts) == 1 else b"".join(parts)
 
+    @contextmanager
+    def opened(self, paths: Sequence[str]) -> Iterator[list[int]]:
+        """Descriptors of files, at most `limit` different ones, that stay open within the block."""
+        with self._lock:
+            yield [self._descriptor(path) for path in paths]
+
     def _descriptor(self, path: str) -> int:
         descriptor = self._open.pop(path, None)
         if descriptor is None:
-            while len(self._open) >= self._limit:
+            while len(self._open) >= self.limit:
                 os.close(self._open.popitem(last=False)[1])
             try:
                 descriptor = os.open(path, os.O_RDONLY)
@@ -111,7 +114,12 @@ class FileCache:
         self.close()
 
     def __reduce__(self) -> tuple[type[FileCache], tuple[int]]:
-        return FileCache, (self._limit,)
+        return FileCache, (self.limit,)
+
+
+def truncated(path: str, byte: int) -> UserError:
+    """The error of a file that ends before what is to be read."""
+    return UserError(f"{path}: has no byte {byte}; the file was truncated after it was opened: restore it")
 
 
 class Shard:
@@ -127,7 +135,9 @@ class Shard:
         self.record = record
         self._stem = stem
         self._files = files
-        self._bin, self._crc = str(self.path(".bin")), str(self.path(".crc"))
+        self._crc = str(self.path(".crc"))
+        self.bin_path = str(self.path(".bin"))
+        """The shard's tokens."""
 
     def __len__(self) -> int:
         return self.record.documents
@@ -140,16 +150,12 @@ class Shard:
         return self._stem.with_name(self._stem.name + suffix)
 
     @cached_property
-    def _index(self) -> _Index:
-        return _Index(self.path(".idx"), self.path(".crc"), self.record)
+    def _index(self) -> ShardIndex:
+        return ShardIndex(self.path(".idx"), self.path(".crc"), self.record)
 
-    def describe(self, documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
-        """Sizes of documents, without their tokens: ``(length, caption, kind)``, int64 ``[N]`` each.
-
-        `length` counts the tokens of all segments; `caption` those of the caption of a pair, else 0; `kind`
-        is a `Kind`.
-        """
-        return self._index.describe(documents)
+    def index(self) -> ShardIndex:
+        """The shard's index, opened when first asked for."""
+        return self._index
 
     def document(self, number: int) -> list[tuple[npt.NDArray[np.int32], int]]:
         """The segments of a document: ``(ids int32 [N], mode)`` in order.
@@ -160,20 +166,24 @@ class Shard:
         index = self._index
         first, start, lengths, modes = index.document(number)
         sizes = [length * TOKEN_DTYPE.itemsize for length in lengths]
-        data = self._files.read(self._bin, sum(sizes), start)
-        stored = self._files.read(self._crc, 4 * len(sizes), index.checksums_offset + 4 * first)
+        data = self._files.read(self.bin_path, sum(sizes), start)
+        stored = index.checksums(first, len(sizes))
         segments = []
         offset = 0
         for place, size in enumerate(sizes):
             part = data[offset : offset + size]
-            if crc32c(part) != int.from_bytes(stored[4 * place : 4 * place + 4], "little"):
-                raise UserError(
-                    f"{self._bin}: sequence {first + place} (document {number}, byte {start + offset}) does "
-                    f"not match its checksum in {self._crc}; one of them is damaged: restore it"
-                )
+            if crc32c(part) != stored[place]:
+                raise self.damaged(first + place, start + offset)
             segments.append((np.frombuffer(part, dtype=TOKEN_DTYPE), modes[place]))
             offset += size
         return segments
+
+    def damaged(self, sequence: int, byte: int) -> UserError:
+        """The error of a sequence that does not match its checksum."""
+        return UserError(
+            f"{self.bin_path}: sequence {sequence} (from byte {byte}) does not match its checksum in "
+            f"{self._crc}; one of them is damaged: restore it"
+        )
 
     @cached_property
     def _names(self) -> list[dict[str, Any]]:
@@ -201,117 +211,6 @@ class Shard:
         return self._names[number]
 
 
-class _Index:
-    """A shard's ``.idx``, mapped, verified page by page on first touch."""
-
-    def __init__(self, path: Path, crc_path: Path, record: ShardRecord) -> None:
-        self._path = path
-        with open(path, "rb") as stream:
-            size = os.fstat(stream.fileno()).st_size
-            layout = parse_index_header(stream.read(INDEX_HEADER.size), path, size)
-            self._map: npt.NDArray[np.uint8] = _kernels.map_file(stream.fileno(), size)
-        self._layout = layout
-        if (layout.num_sequences, layout.num_documents) != (record.sequences, record.documents):
-            raise UserError(
-                f"{path}: {layout.num_documents} documents of {layout.num_sequences} sequences, but the "
-                f"manifest says {record.documents} of {record.sequences}; it is another dataset's: restore it"
-            )
-        self._page_checksums = self._read_page_checksums(crc_path, layout, size)
-        self.checksums_offset = CRC_HEADER.size + self._page_checksums.nbytes
-        self._verified = np.zeros(len(self._page_checksums), dtype=bool)
-        self._unverified = len(self._page_checksums)
-        self._arrays = {
-            "lengths": (layout.lengths, self._array(np.int32, layout.num_sequences, layout.lengths)),
-            "pointers": (layout.pointers, self._array(np.int64, layout.num_sequences, layout.pointers)),
-            "borders": (layout.borders, self._array(np.int64, layout.num_documents + 1, layout.borders)),
-            "modes": (layout.modes, self._array(np.int8, layout.num_sequences, layout.modes)),
-        }
-        self._verify(np.zeros(1, dtype=np.int64))
-
-    def _array(self, dtype: Any, count: int, offset: int) -> npt.NDArray[Any]:
-        return np.frombuffer(self._map, dtype=np.dtype(dtype).newbyteorder("<"), count=count, offset=offset)
-
-    @staticmethod
-    def _read_page_checksums(path: Path, layout: IndexLayout, index_size: int) -> npt.NDArray[np.uint32]:
-        pages = -(-index_size // INDEX_PAGE_BYTES)
-        expected = (CRC_MAGIC, INDEX_PAGE_BYTES, pages, layout.num_sequences)
-        with open(path, "rb") as stream:
-            header = stream.read(CRC_HEADER.size)
-            checksums = stream.read(4 * pages)
-        if (
-            len(header) < CRC_HEADER.size
-            or CRC_HEADER.unpack(header) != expected
-            or len(checksums) < 4 * pages
-        ):
-            raise UserError(f"{path}: does not belong to the index beside it, or is damaged: restore it")
-        return np.frombuffer(checksums, dtype="<u4")
-
-    def lengths(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Tokens of each sequence."""
-        return self._take("lengths", sequences)
-
-    def pointers(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Byte offset of each sequence in the ``.bin``."""
-        return self._take("pointers", sequences)
-
-    def borders(self, documents: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """First sequence of each document."""
-        return self._take("borders", documents)
-
-    def modes(self, sequences: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Mode of each sequence."""
-        return self._take("modes", sequences)
-
-    def describe(self, documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
-        """As `Shard.describe`; every page that is looked at has been verified."""
-        if self._unverified:
-            first = self.borders(documents)
-            last = self.borders(documents + 1) - 1
-            self.pointers(first), self.pointers(last), self.lengths(first), self.lengths(last)
-            self.modes(first), self.modes(last)
-            # Modes between the ends may reach into further pages.
-            for place in np.flatnonzero(last - first > INDEX_PAGE_BYTES):
-                self.modes(np.arange(first[place], last[place], INDEX_PAGE_BYTES))
-        described: tuple[npt.NDArray[np.int64], ...] = _kernels.describe(
-            self._map,
-            documents,
-            num_sequences=self._layout.num_sequences,
-            num_documents=self._layout.num_documents,
-        )
-        return described
-
-    def document(self, number: int) -> tuple[int, int, list[int], list[int]]:
-        """A document's first sequence, its byte in the ``.bin``, and its sequences' lengths and modes."""
-        first, last = self.borders(np.array([number, number + 1])).tolist()
-        if self._unverified:
-            sequences = np.arange(first, last)
-            self.lengths(sequences), self.modes(sequences), self.pointers(sequences[:1])
-        lengths, pointers, modes = (self._arrays[name][1] for name in ("lengths", "pointers", "modes"))
-        return first, int(pointers[first]), lengths[first:last].tolist(), modes[first:last].tolist()
-
-    def _take(self, name: str, numbers: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        offset, array = self._arrays[name]
-        first = offset + numbers * array.itemsize
-        self._verify(first)
-        if array.itemsize > 1:  # an entry may reach into the next page
-            self._verify(first + (array.itemsize - 1))
-        return array[numbers].astype(np.int64)
-
-    def _verify(self, offsets: npt.NDArray[np.int64]) -> None:
-        if not self._unverified:
-            return
-        pages = offsets // INDEX_PAGE_BYTES
-        for page in np.unique(pages[~self._verified[pages]]):
-            data = self._map[int(page) * INDEX_PAGE_BYTES : (int(page) + 1) * INDEX_PAGE_BYTES]
-            if crc32c(data.data) != self._page_checksums[page]:
-                raise UserError(
-                    f"{self._path}: page {page} (from byte {int(page) * INDEX_PAGE_BYTES}) does not match "
-                    "its checksum in the .crc file; one of them is damaged: restore it"
-                )
-            self._verified[page] = True
-            self._unverified = int(np.count_nonzero(~self._verified))
-
-
 class DocumentShard(Protocol):
     """What a dataset is made of: `Shard`, or text in another format."""
 
@@ -323,10 +222,6 @@ class DocumentShard(Protocol):
 
     def path(self, suffix: str) -> Path:
         """One of the shard's files."""
-        ...
-
-    def describe(self, documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
-        """``(length, caption, kind)`` of documents."""
         ...
 
     def document(self, number: int) -> list[tuple[npt.NDArray[np.int32], int]]:
@@ -359,11 +254,12 @@ class MultimodalDataset:
         self.folder = folder
         self.manifest = manifest
         self._files = FileCache(open_files)
-        self.shards: Sequence[DocumentShard] = (
+        self._indexed = (
             [Shard(folder / record.shard, record, self._files) for record in manifest.shards]
             if shards is None
-            else shards
+            else []
         )
+        self.shards: Sequence[DocumentShard] = self._indexed if shards is None else shards
         self._starts = np.zeros(len(self.shards) + 1, dtype=np.int64)
         np.cumsum([record.documents for record in manifest.shards], out=self._starts[1:])
 
@@ -437,23 +333,72 @@ class MultimodalDataset:
         """Tokens of each segment of document `number`."""
         return [len(ids) for ids, _ in self.document(number)]
 
-    def describe(self, documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
-        """``(length, caption, kind)`` of each document, as `Shard.describe`, from the indices alone."""
-        documents = np.asarray(documents, dtype=np.int64)
-        if documents.size and not 0 <= int(documents.min()) <= int(documents.max()) < len(self):
-            raise IndexError(f"documents must lie in [0, {len(self)})")
-        results = tuple(np.empty(documents.shape, dtype=np.int64) for _ in range(3))
-        owners = np.searchsorted(self._starts, documents, side="right") - 1
-        # numpy sorts 16-bit numbers by radix, ten times as fast.
-        narrow = owners.astype(np.uint16) if len(self.shards) < 1 << 16 else owners
-        order = np.argsort(narrow, kind="stable")
-        borders = np.searchsorted(owners[order], np.arange(len(self.shards) + 1))
-        for number in np.flatnonzero(np.diff(borders)).tolist():
-            places = order[borders[number] : borders[number + 1]]
-            described = self.shards[number].describe(documents[places] - self._starts[number])
-            for result, values in zip(results, described, strict=True):
-                result[places] = values
-        return results
+    def describe(self, documents: npt.NDArray[np.int64]) -> Described:
+        """``(length, caption, kind)`` of each document, from the indices alone.
+
+        Raises:
+            UserError: a damaged page of an index; names the file.
+            IndexError: no such document.
+        """
+        return self._table.describe(np.asarray(documents, dtype=np.int64))
+
+    def write_pieces(self, writer: _kernels.WindowWriter, pieces: Pieces, *, bos: bool, eos: bool) -> None:
+        """Read documents, verify their checksums, and write pieces of them into a window.
+
+        Args:
+            writer: Of the window.
+            pieces: Which tokens of which documents, and the template's decisions.
+            bos: Documents begin with BOS.
+            eos: Documents end with EOS.
+
+        Raises:
+            UserError: damaged or truncated data; names the file.
+        """
+        found = self._table.locate(pieces.document)
+        paths = [self._indexed[shard].bin_path for shard in found.shard.tolist()]
+        for first in range(0, len(paths), self._files.limit):
+            here = slice(first, first + self._files.limit)
+            segments = found.segments[first : first + self._files.limit + 1]
+            inside = slice(int(segments[0]), int(segments[-1]))
+            with self._files.opened(paths[here]) as files:
+                place, damage, where = writer.add(
+                    files=np.array(files, dtype=np.int32),
+                    bytes=found.byte[here],
+                    segments=segments - segments[0],
+                    lengths=found.lengths[inside],
+                    modes=found.modes[inside],
+                    checksums=found.checksums[inside],
+                    caption_after=pieces.caption_after[here],
+                    caption_tokens=pieces.caption_tokens[here],
+                    start=pieces.start[here],
+                    length=pieces.length[here],
+                    at=pieces.at[here],
+                    bos=bos,
+                    eos=eos,
+                )
+            if damage:
+                raise self._damage(found, first + place, damage, where)
+
+    def _damage(self, found: Located, place: int, damage: int, where: int) -> UserError:
+        """What a `_kernels.WindowWriter` met in a document."""
+        shard = self._indexed[int(found.shard[place])]
+        if damage == SHORT_READ:
+            return truncated(shard.bin_path, where)
+        if damage == BAD_CHECKSUM:
+            segment = int(found.segments[place])
+            byte = int(found.byte[place]) + 4 * int(found.lengths[segment : segment + where].sum())
+            return shard.damaged(int(found.sequence[place]) + where, byte)
+        return UserError(
+            f"{shard.bin_path}: a span from byte {int(found.byte[place])} on has id {where}, which "
+            f"vocabulary {self.vocabulary.name!r} of {self.vocabulary.size} ids lacks: tokenize it again"
+        )
+
+    @cached_property
+    def _table(self) -> IndexTable:
+        return IndexTable(self._starts, [shard.index for shard in self._indexed])
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "_table"}
 
     def _locate(self, number: int) -> tuple[DocumentShard, int]:
         if not 0 <= number < len(self):

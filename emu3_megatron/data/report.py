@@ -75,7 +75,7 @@ def advice(plan: Plan) -> Iterator[str]:
     blocks = [plan.draws(number)[1] for number in range(EXAMINED_BLOCKS)]
     separate = sum(plan.block(number).num_windows for number in range(EXAMINED_BLOCKS))
     together = Drawn.concatenate(blocks)
-    joined = plan.pack(together).num_windows
+    joined = plan.pack(together.decided.length, together.kind).num_windows
     yield (
         f"block ends   {max(0.0, 1 - joined / max(1, separate)):.4%} of the windows, for packing every "
         f"{plan.block_draws:,} draws on their own"

@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from emu3_megatron import _kernels
 from emu3_megatron.data.format import INDEX_HEADER, INDEX_MAGIC, INDEX_VERSION, TEXT_MODE
+from emu3_megatron.data.index import Described
 from emu3_megatron.data.manifest import Manifest, ShardRecord
 from emu3_megatron.data.reader import FileCache, Kind, MultimodalDataset
 from emu3_megatron.errors import UserError
@@ -55,7 +56,22 @@ def open_stock(prefix: str | Path, vocabulary: Vocabulary) -> MultimodalDataset:
         shards=(shard.record,),
         provenance={},
     )
-    return MultimodalDataset(Path(prefix).parent, manifest, shards=[shard])
+    return StockDataset(Path(prefix).parent, manifest, shard)
+
+
+class StockDataset(MultimodalDataset):
+    """A dataset of one `StockShard`, which describes its documents itself."""
+
+    def __init__(self, folder: Path, manifest: Manifest, shard: StockShard) -> None:
+        super().__init__(folder, manifest, shards=[shard])
+        self._shard = shard
+
+    def describe(self, documents: npt.NDArray[np.int64]) -> Described:
+        """As `MultimodalDataset.describe`."""
+        documents = np.asarray(documents, dtype=np.int64)
+        if documents.size and not 0 <= int(documents.min()) <= int(documents.max()) < len(self):
+            raise IndexError(f"documents must lie in [0, {len(self)})")
+        return self._shard.describe(documents)
 
 
 class StockShard:
@@ -112,8 +128,8 @@ class StockShard:
         """One of the files."""
         return self._prefix.with_name(self._prefix.name + suffix)
 
-    def describe(self, documents: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], ...]:
-        """As `Shard.describe`: all documents are text."""
+    def describe(self, documents: npt.NDArray[np.int64]) -> Described:
+        """As `MultimodalDataset.describe`: all documents are text."""
         numbers = self._documents[documents]
         first, last = self._borders[numbers], self._borders[numbers + 1] - 1
         length = (self._pointers[last] - self._pointers[first]) // self._dtype.itemsize + self._lengths[last]

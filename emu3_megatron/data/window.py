@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from emu3_megatron.grammar import Modality
+from emu3_megatron import _kernels
+from emu3_megatron.grammar import Modality, span_classes
+from emu3_megatron.vocabulary import Vocabulary
+
+_Integer = TypeVar("_Integer", bound=np.integer[Any])
 
 NO_SOURCE = -1
 """Source of the padding at a window's end."""
@@ -41,14 +46,81 @@ class Window:
     """``[D]``: tokens of the segment without padding; 0 for padding."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Pieces:
+    """Which tokens of which documents of a dataset stand where in a window, ``[P]`` each."""
+
+    document: npt.NDArray[np.int64]
+    """Number in the dataset."""
+    caption_after: npt.NDArray[np.bool_]
+    """The template's decision."""
+    caption_tokens: npt.NDArray[np.int32]
+    """The template's decision."""
+    start: npt.NDArray[np.int32]
+    """First token of the piece in the rendered document."""
+    length: npt.NDArray[np.int32]
+    """Tokens of the piece."""
+    at: npt.NDArray[np.int64]
+    """Its place in the window."""
+
+    def take(self, chosen: npt.NDArray[np.bool_]) -> Pieces:
+        """Those that are chosen, ``[P]``."""
+        return Pieces(
+            document=self.document[chosen],
+            caption_after=self.caption_after[chosen],
+            caption_tokens=self.caption_tokens[chosen],
+            start=self.start[chosen],
+            length=self.length[chosen],
+            at=self.at[chosen],
+        )
+
+
+class Canvas:
+    """The arrays of a window of `size` tokens, all padding at first."""
+
+    def __init__(self, size: int, pad: int) -> None:
+        self.tokens = np.full(size, pad, dtype=np.int64)
+        self.labels = np.zeros(size, dtype=np.int64)
+        self.modality = np.full(size, Modality.PADDING, dtype=np.uint8)
+
+    def write(
+        self,
+        ids: npt.NDArray[np.int64],
+        modality: npt.NDArray[np.uint8],
+        *,
+        start: int,
+        length: int,
+        at: int,
+    ) -> None:
+        """Put tokens ``start`` to ``start + length - 1`` of a rendered document at place `at`.
+
+        A piece whose document goes on has a label for its last token too, so that splitting a text loses no
+        target.
+        """
+        self.tokens[at : at + length] = ids[start : start + length]
+        targets = ids[start + 1 : start + length + 1]
+        self.labels[at : at + len(targets)] = targets
+        self.modality[at : at + len(targets)] = modality[start + 1 : start + length + 1]
+
+    def writer(self, vocabulary: Vocabulary) -> _kernels.WindowWriter:
+        """What does the same in C++, for documents that it reads itself."""
+        return _kernels.WindowWriter(
+            self.tokens,
+            self.labels,
+            self.modality,
+            span_classes(vocabulary),
+            vocabulary_size=vocabulary.size,
+            bos_id=vocabulary.bos,
+            eos_id=vocabulary.eos,
+        )
+
+
 class WindowBuilder:
     """Fills a window's arrays, segment by segment."""
 
     def __init__(self, index: int, size: int, *, alignment: int, pad: int) -> None:
         self._index, self._size, self._alignment = index, size, alignment
-        self._tokens = np.full(size, pad, dtype=np.int64)
-        self._labels = np.zeros(size, dtype=np.int64)
-        self._modality = np.full(size, Modality.PADDING, dtype=np.uint8)
+        self._canvas = Canvas(size, pad)
         self._borders = [0]
         self._segments: list[tuple[int, int, int, int]] = []
 
@@ -62,35 +134,65 @@ class WindowBuilder:
         start: int,
         length: int,
     ) -> None:
-        """Append tokens ``start`` to ``start + length - 1`` of a rendered document.
-
-        A piece whose document goes on has a label for its last token too, so that splitting a text loses no
-        target.
-        """
+        """Append tokens ``start`` to ``start + length - 1`` of a rendered document, see `Canvas.write`."""
         at = self._borders[-1]
-        self._tokens[at : at + length] = ids[start : start + length]
-        targets = ids[start + 1 : start + length + 1]
-        self._labels[at : at + len(targets)] = targets
-        self._modality[at : at + len(targets)] = modality[start + 1 : start + length + 1]
-        self._close(at + -(-length // self._alignment) * self._alignment, source, document, start, length)
+        self._canvas.write(ids, modality, start=start, length=length, at=at)
+        self._borders.append(at + -(-length // self._alignment) * self._alignment)
+        self._segments.append((source, document, start, length))
 
     def finish(self) -> Window:
         """The window, padded to its size."""
-        if self._borders[-1] < self._size:
-            self._close(self._size, NO_SOURCE, -1, 0, 0)
-        source, document, start, length = (list(column) for column in zip(*self._segments, strict=True))
-        return Window(
-            index=self._index,
-            tokens=self._tokens,
-            labels=self._labels,
-            modality=self._modality,
-            cu_seqlens=np.array(self._borders, dtype=np.int32),
-            source=np.array(source, dtype=np.int16),
-            document=np.array(document, dtype=np.int64),
-            start=np.array(start, dtype=np.int32),
-            length=np.array(length, dtype=np.int32),
+        source, document, start, length = (
+            np.array(column, dtype=np.int64) for column in zip(*self._segments, strict=True)
+        )
+        return finish_window(
+            self._index,
+            self._canvas,
+            np.array(self._borders),
+            source=source,
+            document=document,
+            start=start,
+            length=length,
         )
 
-    def _close(self, border: int, source: int, document: int, start: int, length: int) -> None:
-        self._borders.append(border)
-        self._segments.append((source, document, start, length))
+
+def finish_window(
+    index: int,
+    canvas: Canvas,
+    borders: npt.NDArray[np.int64],
+    *,
+    source: npt.NDArray[np.integer],
+    document: npt.NDArray[np.integer],
+    start: npt.NDArray[np.integer],
+    length: npt.NDArray[np.integer],
+) -> Window:
+    """A window of D segments, with a segment of padding at its end where there is room.
+
+    Args:
+        index: Its number in the plan.
+        canvas: Its arrays, written.
+        borders: Of the segments, ``[D + 1]``.
+        source: As in `Window`, ``[D]``; so are the others.
+        document: See `Window`.
+        start: See `Window`.
+        length: See `Window`.
+    """
+    size = len(canvas.tokens)
+    ends = borders[-1] < size
+
+    def column(values: npt.NDArray[Any], last: int, dtype: type[_Integer]) -> npt.NDArray[_Integer]:
+        result = np.full(len(values) + ends, last, dtype=dtype)
+        result[: len(values)] = values
+        return result
+
+    return Window(
+        index=index,
+        tokens=canvas.tokens,
+        labels=canvas.labels,
+        modality=canvas.modality,
+        cu_seqlens=column(borders, size, np.int32),
+        source=column(source, NO_SOURCE, np.int16),
+        document=column(document, -1, np.int64),
+        start=column(start, 0, np.int32),
+        length=column(length, 0, np.int32),
+    )

@@ -4,7 +4,7 @@ from emu3_megatron.grammar.automaton import Allowed, Automaton, Phase, State, Un
 from emu3_megatron.grammar.dialect import Dialect, Encoded
 from emu3_megatron.grammar.document import Document, Image, Modality, Segment, Text, Video
 from emu3_megatron.grammar.errors import GrammarError
-from emu3_megatron.grammar.modality import span_modality, text_modality
+from emu3_megatron.grammar.modality import span_classes, span_modality, text_modality
 from emu3_megatron.grammar.protocol import TextTokenizer
 from emu3_megatron.grammar.rules import DIALECTS, DialectRules, Field, RowBreak, SpanRule
 
@@ -29,6 +29,7 @@ __all__ = [
     "TextTokenizer",
     "Unit",
     "Video",
+    "span_classes",
     "span_modality",
     "text_modality",
 ]

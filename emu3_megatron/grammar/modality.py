@@ -14,8 +14,8 @@ Modalities = npt.NDArray[np.uint8]
 
 
 @lru_cache(maxsize=16)
-def _classes_in_span(vocabulary: Vocabulary) -> Modalities:
-    """Class of every id below the vision ids, inside a span: there, text is meta text."""
+def span_classes(vocabulary: Vocabulary) -> Modalities:
+    """Class (uint8 ``[vision_offset]``) of every id below the vision ids, in a span: text is meta text."""
     classes = np.full(vocabulary.vision_offset, Modality.CONTROL, dtype=np.uint8)
     classes[: vocabulary.text_size] = Modality.META
     classes[[vocabulary.eol, vocabulary.eof]] = Modality.BREAK
@@ -39,7 +39,7 @@ def span_modality(ids: npt.NDArray[np.integer], vocabulary: Vocabulary) -> Modal
         )
     classes = np.full(ids.shape, Modality.VISION, dtype=np.uint8)
     others = np.flatnonzero(ids < vocabulary.vision_offset)
-    classes[others] = _classes_in_span(vocabulary)[ids[others]]
+    classes[others] = span_classes(vocabulary)[ids[others]]
     return classes
 
 

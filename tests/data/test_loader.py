@@ -7,6 +7,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,42 @@ def test_kills_and_changed_layouts_change_no_step(plan: Plan) -> None:
         first += 8 * stop
     assert consumed == [list(range(start, start + 8)) for start in range(0, first, 8)]
     assert min(plan.statistics(first).epochs_per_source.values()) > 2
+
+
+def segments_of(batch: Batch) -> Iterator[tuple[int, ...]]:
+    """(window, place, source, document, length) of every segment of a batch of windows of 128 tokens."""
+    borders = batch.cu_seqlens.tolist()
+    for first, last, source, document in zip(
+        borders, borders[1:], batch.source.tolist(), batch.document.tolist(), strict=False
+    ):
+        yield batch.windows[first // 128], first % 128, source, document, last - first
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("micro", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_kills_keep_the_documents_of_every_step(plan: Plan, ranks: int, micro: int, workers: int) -> None:
+    """Documents and their ranges, by step: killed at random steps, over the border of an epoch."""
+    steps = 14
+    expected = [
+        sorted(segment for batch in step for segment in segments_of(batch)) for step in steps_of(plan, steps)
+    ]
+    rng = random.Random(ranks * 100 + micro * 10 + workers)
+    kills = sorted(rng.sample(range(1, steps), 2))
+    found: list[list[tuple[int, ...]]] = []
+    for first, last in itertools.pairwise([0, *kills, steps]):
+        loaded = [
+            steps_of(
+                plan, last - first, start=8 * first, micro_batch_size=micro, data_parallel_rank=rank,
+                data_parallel_size=ranks, num_workers=workers if rank == 0 else 0,
+            )
+            for rank in range(ranks)
+        ]  # fmt: skip
+        for step in range(last - first):
+            batches = [batch for rank in loaded for batch in rank[step]]
+            found.append(sorted(segment for batch in batches for segment in segments_of(batch)))
+    assert found == expected
+    assert max(plan.statistics(8 * steps).epochs_per_source.values()) > 1
 
 
 @pytest.mark.parametrize("workers", [0, 1])
