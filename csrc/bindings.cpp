@@ -11,6 +11,7 @@
 #include <string>
 #include <utility>
 
+#include "few_rows.hpp"
 #include "index.hpp"
 #include "packer.hpp"
 #include "permutation.hpp"
@@ -121,10 +122,22 @@ py::tuple describe(const InputArray<uint8_t>& index, const InputArray<int64_t>& 
     return py::make_tuple(length, caption, kind);
 }
 
+// y = x @ w.T of fp32 matrices; w and y are the caller's memory, so nothing is copied.
+void few_rows(const InputArray<float>& x, const InputArray<float>& w, InputArray<float>& y, int64_t threads) {
+    if (!emu3::few_rows_supported()) throw std::runtime_error("few_rows needs AVX-512; see few_rows_supported");
+    if (x.ndim() != 2 || w.ndim() != 2 || y.ndim() != 2 || x.shape(1) != w.shape(1) || y.shape(0) != x.shape(0) ||
+        y.shape(1) != w.shape(0) || x.shape(0) < 1 || threads < 1)
+        throw std::invalid_argument("few_rows takes x [R, K], w [C, K], y [R, C], one row and one thread at least");
+    const emu3::FewRows product{x.data(), w.data(), y.mutable_data(), x.shape(0), w.shape(0), x.shape(1)};
+    const py::gil_scoped_release released;
+    emu3::few_rows(product, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, module) {
-    module.doc() = "C++ kernels of emu3_megatron: the packer, the keyed permutation, the reader of indices.";
+    module.doc() = "C++ kernels of emu3_megatron: the packer, the keyed permutation, the reader of indices, products\n"
+                   "of few rows.";
     module.def("pack", &pack, py::arg("lengths"), py::arg("splittable"), py::kw_only(), py::arg("capacity"),
                py::arg("align"), py::arg("online"), py::arg("open_windows"), py::arg("fill"), py::arg("min_piece"),
                "Pack documents into windows: (window_offsets, document, start, length, dropped).");
@@ -135,4 +148,8 @@ PYBIND11_MODULE(_kernels, module) {
     module.def("describe", &describe, py::arg("index"), py::arg("documents"), py::kw_only(),
                py::arg("num_sequences"), py::arg("num_documents"),
                "Sizes of a shard's documents: (length, caption, kind).");
+    module.def("few_rows_supported", &emu3::few_rows_supported, "Whether this machine can run `few_rows`.");
+    // noconvert: a copy of y would be filled in its place
+    module.def("few_rows", &few_rows, py::arg("x").noconvert(), py::arg("w").noconvert(), py::arg("y").noconvert(),
+               py::arg("threads"), "Fill y [R, C] with the product of x [R, K] and the rows of w [C, K].");
 }

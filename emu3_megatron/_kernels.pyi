@@ -34,3 +34,14 @@ def describe(
     num_documents: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(length, caption, kind) of each document from the bytes of its shard's index."""
+
+def few_rows_supported() -> bool:
+    """Whether this machine can run `few_rows`: it needs AVX-512."""
+
+def few_rows(
+    x: npt.NDArray[np.float32], w: npt.NDArray[np.float32], y: npt.NDArray[np.float32], threads: int
+) -> None:
+    """Fill `y` ``[R, C]`` with the product of `x` ``[R, K]`` and the rows of `w` ``[C, K]``, all contiguous.
+
+    For few rows (up to some 32) of a large matrix. The sums of a row do not depend on the other rows' values.
+    """

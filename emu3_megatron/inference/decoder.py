@@ -21,6 +21,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from emu3_megatron.inference.few_rows import linear
 from emu3_megatron.inference.layers import Layer
 
 MAX_RUN = 64
@@ -135,7 +136,7 @@ class CachedDecoder:
         weight = self._output_weight()
         world = 1 if self._group is None else torch.distributed.get_world_size(self._group)
         if world == 1:
-            parts = [F.linear(hidden_BH, weight[low:high]) for low, high in ranges]
+            parts = [linear(hidden_BH, weight[low:high]) for low, high in ranges]
             return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(self._logits_dtype)
         first = torch.distributed.get_rank(self._group) * len(weight)
         total = sum(high - low for low, high in ranges)
@@ -145,7 +146,7 @@ class CachedDecoder:
             mine = range(max(low, first), min(high, first + len(weight)))
             if mine:
                 place = column + mine.start - low
-                part = F.linear(hidden_BH, weight[mine.start - first : mine.stop - first])
+                part = linear(hidden_BH, weight[mine.start - first : mine.stop - first])
                 logits[:, place : place + len(mine)] = part.to(self._logits_dtype)
             column += high - low
         torch.distributed.all_reduce(logits, group=self._group)

@@ -16,6 +16,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from emu3_megatron.inference.few_rows import linear
+
 Function = Callable[[Tensor], Tensor]
 
 
@@ -61,7 +63,7 @@ def _linear(module: Any) -> Function:
 
     if module.bias is not None or not isinstance(module, ColumnParallelLinear | RowParallelLinear):
         return partial(_called, module)
-    product = partial(F.linear, weight=module.weight)
+    product = partial(linear, weight=module.weight)
     group = module.tp_group
     if isinstance(module, ColumnParallelLinear) or torch.distributed.get_world_size(group) == 1:
         return product
