@@ -86,7 +86,7 @@ class Case:
         self.tokens = batch * length
         self.requests = [
             Request(
-                prompt=prompt(f"a red circle, number {index}"), negative_prompt=prompt(""), seed=index,
+                prompt=prompt(f"circle {index}"), negative_prompt=prompt(""), seed=index,
                 sampling=Sampling(guidance=GUIDANCE, top_k=TOP_K), max_new_tokens=length,
                 stop=frozenset([vocabulary.eoi]),
             )

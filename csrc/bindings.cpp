@@ -122,15 +122,30 @@ py::tuple describe(const InputArray<uint8_t>& index, const InputArray<int64_t>& 
     return py::make_tuple(length, caption, kind);
 }
 
-// y = x @ w.T of fp32 matrices; w and y are the caller's memory, so nothing is copied.
-void few_rows(const InputArray<float>& x, const InputArray<float>& w, InputArray<float>& y, int64_t threads) {
+// y = x @ w.T; w and y are the caller's memory, so nothing is copied.
+template <class Weight>
+void few_rows(const InputArray<float>& x, const InputArray<Weight>& w, const float* scales, InputArray<float>& y,
+              int64_t threads) {
     if (!emu3::few_rows_supported()) throw std::runtime_error("few_rows needs AVX-512; see few_rows_supported");
     if (x.ndim() != 2 || w.ndim() != 2 || y.ndim() != 2 || x.shape(1) != w.shape(1) || y.shape(0) != x.shape(0) ||
         y.shape(1) != w.shape(0) || x.shape(0) < 1 || threads < 1)
         throw std::invalid_argument("few_rows takes x [R, K], w [C, K], y [R, C], one row and one thread at least");
-    const emu3::FewRows product{x.data(), w.data(), y.mutable_data(), x.shape(0), w.shape(0), x.shape(1)};
+    const emu3::FewRows<Weight> product{x.data(),   w.data(),   scales,    y.mutable_data(),
+                                        x.shape(0), w.shape(0), x.shape(1)};
     const py::gil_scoped_release released;
     emu3::few_rows(product, threads);
+}
+
+void few_rows_of_floats(const InputArray<float>& x, const InputArray<float>& w, InputArray<float>& y,
+                        int64_t threads) {
+    few_rows<float>(x, w, nullptr, y, threads);
+}
+
+void few_rows_of_bytes(const InputArray<float>& x, const InputArray<int8_t>& w, const InputArray<float>& scales,
+                       InputArray<float>& y, int64_t threads) {
+    if (scales.ndim() != 1 || w.ndim() != 2 || scales.shape(0) != w.shape(0))
+        throw std::invalid_argument("few_rows takes a scale for every row of w");
+    few_rows<int8_t>(x, w, scales.data(), y, threads);
 }
 
 }  // namespace
@@ -150,6 +165,9 @@ PYBIND11_MODULE(_kernels, module) {
                "Sizes of a shard's documents: (length, caption, kind).");
     module.def("few_rows_supported", &emu3::few_rows_supported, "Whether this machine can run `few_rows`.");
     // noconvert: a copy of y would be filled in its place
-    module.def("few_rows", &few_rows, py::arg("x").noconvert(), py::arg("w").noconvert(), py::arg("y").noconvert(),
+    module.def("few_rows", &few_rows_of_floats, py::arg("x").noconvert(), py::arg("w").noconvert(), py::arg("y").noconvert(),
                py::arg("threads"), "Fill y [R, C] with the product of x [R, K] and the rows of w [C, K].");
+    module.def("few_rows_int8", &few_rows_of_bytes, py::arg("x").noconvert(), py::arg("w").noconvert(),
+               py::arg("scales").noconvert(), py::arg("y").noconvert(), py::arg("threads"),
+               "As few_rows, w of int8 with a scale for every row.");
 }

@@ -6,10 +6,13 @@
 
 namespace emu3 {
 
+// Weight is float, or int8_t with a scale for every column.
+template <class Weight>
 struct FewRows {
-    const float* x;  // [rows][width]
-    const float* w;  // [columns][width]
-    float* y;        // [rows][columns]
+    const float* x;       // [rows][width]
+    const Weight* w;      // [columns][width]
+    const float* scales;  // [columns] of int8_t
+    float* y;             // [rows][columns]
     int64_t rows, columns, width;
 };
 
@@ -17,6 +20,7 @@ struct FewRows {
 bool few_rows_supported();
 
 // Computes y on `threads` threads. rows > 0.
-void few_rows(const FewRows& product, int64_t threads);
+void few_rows(const FewRows<float>& product, int64_t threads);
+void few_rows(const FewRows<int8_t>& product, int64_t threads);
 
 }  // namespace emu3

@@ -45,3 +45,12 @@ def few_rows(
 
     For few rows (up to some 32) of a large matrix. The sums of a row do not depend on the other rows' values.
     """
+
+def few_rows_int8(
+    x: npt.NDArray[np.float32],
+    w: npt.NDArray[np.int8],
+    scales: npt.NDArray[np.float32],
+    y: npt.NDArray[np.float32],
+    threads: int,
+) -> None:
+    """As `few_rows`, with `w` int8 and a factor for each of its rows."""

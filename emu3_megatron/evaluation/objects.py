@@ -85,7 +85,8 @@ def check(
             if colours.count(wanted["color"]) < count:
                 reason = f"expected {wanted['color']} {name}>={count}, found {', '.join(colours)}"
         if not reason and "position" in wanted:
-            reason = _misplaced(name, own, *wanted["position"], groups)
+            relation, target = wanted["position"]
+            reason = _misplaced(name, own, relation, target, groups)
         groups.append(None if reason else own)
         if reason:
             reasons.append(reason)

@@ -27,6 +27,7 @@ from emu3_megatron.inference.dialogue import (
     chat_template,
     interleave,
 )
+from emu3_megatron.inference.quantized import FORMATS
 from emu3_megatron.inference.results import contact_sheet, extend_video, write_document
 from emu3_megatron.inference.sampling import Sampling
 from emu3_megatron.inference.tasks import (
@@ -114,6 +115,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision-tokenizer", type=Path, help="its folder; a Hugging Face folder has its own")
     parser.add_argument("--dialect", help="default: what the folder or the run's datasets state, else emu3")
     parser.add_argument("--platform", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto")
+    parser.add_argument("--weights", choices=FORMATS, help="keep the weights in one byte each")
     parser.add_argument("--plain-weights", action="store_true", help="not a run's averaged weights")
 
 
@@ -177,6 +179,7 @@ def open_generator(arguments: argparse.Namespace, *, max_rows: int) -> Generator
         vision_tokenizer=arguments.vision_tokenizer,
         dialect=arguments.dialect,
         averaged=False if arguments.plain_weights else None,
+        weights=arguments.weights,
     )
     return Generator(bundle, max_rows=max_rows)
 
