@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -85,7 +86,7 @@ class Case:
         self.tokens = batch * length
         self.requests = [
             Request(
-                prompt=prompt(f"a red circle, number {index}"), negative_prompt=prompt(""), seed=index,
+                prompt=prompt(f"circle {index}"), negative_prompt=prompt(""), seed=index,
                 sampling=Sampling(guidance=GUIDANCE, top_k=TOP_K), max_new_tokens=length,
                 stop=frozenset([vocabulary.eoi]),
             )
@@ -181,6 +182,7 @@ def main() -> None:
         for _ in range(arguments.rounds + 1):
             for name in names:
                 times[name].append(clock.seconds(getattr(case, name)))
+                print(f"batch {batch}, {name}: {times[name][-1]:.2f} s", file=sys.stderr, flush=True)
             speeds.append(clock.bandwidth())
         median = {name: statistics.median(values[1:]) for name, values in times.items()}  # the first warms up
         bound = case.tokens / (case.steps * case.bytes_per_step / statistics.median(speeds))

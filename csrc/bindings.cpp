@@ -13,6 +13,7 @@
 #include <utility>
 #include <vector>
 
+#include "few_rows.hpp"
 #include "index.hpp"
 #include "packer.hpp"
 #include "permutation.hpp"
@@ -263,10 +264,37 @@ class WindowWriter {
     emu3::Rules rules_{};
 };
 
+// y = x @ w.T; w and y are the caller's memory, so nothing is copied.
+template <class Weight>
+void few_rows(const InputArray<float>& x, const InputArray<Weight>& w, const float* scales, InputArray<float>& y,
+              int64_t threads) {
+    if (!emu3::few_rows_supported()) throw std::runtime_error("few_rows needs AVX-512; see few_rows_supported");
+    if (x.ndim() != 2 || w.ndim() != 2 || y.ndim() != 2 || x.shape(1) != w.shape(1) || y.shape(0) != x.shape(0) ||
+        y.shape(1) != w.shape(0) || x.shape(0) < 1 || threads < 1)
+        throw std::invalid_argument("few_rows takes x [R, K], w [C, K], y [R, C], one row and one thread at least");
+    const emu3::FewRows<Weight> product{x.data(),   w.data(),   scales,    y.mutable_data(),
+                                        x.shape(0), w.shape(0), x.shape(1)};
+    const py::gil_scoped_release released;
+    emu3::few_rows(product, threads);
+}
+
+void few_rows_of_floats(const InputArray<float>& x, const InputArray<float>& w, InputArray<float>& y,
+                        int64_t threads) {
+    few_rows<float>(x, w, nullptr, y, threads);
+}
+
+void few_rows_of_bytes(const InputArray<float>& x, const InputArray<int8_t>& w, const InputArray<float>& scales,
+                       InputArray<float>& y, int64_t threads) {
+    if (scales.ndim() != 1 || w.ndim() != 2 || scales.shape(0) != w.shape(0))
+        throw std::invalid_argument("few_rows takes a scale for every row of w");
+    few_rows<int8_t>(x, w, scales.data(), y, threads);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, module) {
-    module.doc() = "C++ kernels of emu3_megatron: the packer, the keyed permutation, the reader of indices.";
+    module.doc() = "C++ kernels of emu3_megatron: the packer, the keyed permutation, the reader of indices, products\n"
+                   "of few rows.";
     module.def("pack", &pack, py::arg("lengths"), py::arg("splittable"), py::kw_only(), py::arg("capacity"),
                py::arg("align"), py::arg("online"), py::arg("open_windows"), py::arg("fill"), py::arg("min_piece"),
                "Pack documents into windows: (window_offsets, document, start, length, dropped).");
@@ -297,4 +325,11 @@ PYBIND11_MODULE(_kernels, module) {
              py::arg("lengths"), py::arg("modes"), py::arg("checksums"), py::arg("caption_after"),
              py::arg("caption_tokens"), py::arg("start"), py::arg("length"), py::arg("at"), py::arg("bos"),
              py::arg("eos"), "Add pieces; (piece, kind of damage, where), kind 0 for none.");
+    module.def("few_rows_supported", &emu3::few_rows_supported, "Whether this machine can run `few_rows`.");
+    // noconvert: a copy of y would be filled in its place
+    module.def("few_rows", &few_rows_of_floats, py::arg("x").noconvert(), py::arg("w").noconvert(), py::arg("y").noconvert(),
+               py::arg("threads"), "Fill y [R, C] with the product of x [R, K] and the rows of w [C, K].");
+    module.def("few_rows_int8", &few_rows_of_bytes, py::arg("x").noconvert(), py::arg("w").noconvert(),
+               py::arg("scales").noconvert(), py::arg("y").noconvert(), py::arg("threads"),
+               "As few_rows, w of int8 with a scale for every row.");
 }

@@ -108,3 +108,23 @@ class WindowWriter:
         eos: bool,
     ) -> tuple[int, int, int]:
         """Add pieces; (piece, kind of damage, where) of the first that is damaged, kind 0 for none."""
+
+def few_rows_supported() -> bool:
+    """Whether this machine can run `few_rows`: it needs AVX-512."""
+
+def few_rows(
+    x: npt.NDArray[np.float32], w: npt.NDArray[np.float32], y: npt.NDArray[np.float32], threads: int
+) -> None:
+    """Fill `y` ``[R, C]`` with the product of `x` ``[R, K]`` and the rows of `w` ``[C, K]``, all contiguous.
+
+    For few rows (up to some 32) of a large matrix. The sums of a row do not depend on the other rows' values.
+    """
+
+def few_rows_int8(
+    x: npt.NDArray[np.float32],
+    w: npt.NDArray[np.int8],
+    scales: npt.NDArray[np.float32],
+    y: npt.NDArray[np.float32],
+    threads: int,
+) -> None:
+    """As `few_rows`, with `w` int8 and a factor for each of its rows."""

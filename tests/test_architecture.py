@@ -33,6 +33,7 @@ ORDER = (
     "conversion",
     "inference",
     "samples",
+    "evaluation",
 )
 """Every part imports only what stands before it."""
 

@@ -20,6 +20,7 @@ from emu3_megatron.conversion.hugging_face import open_hugging_face
 from emu3_megatron.data.mixture import TOKENIZERS
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Dialect
+from emu3_megatron.inference.quantized import quantize
 from emu3_megatron.model import ModelConfig
 from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.text import load_text_tokenizer
@@ -55,6 +56,7 @@ def open_bundle(
     dialect: str | None = None,
     parallel: ParallelConfig | None = None,
     averaged: bool | None = None,
+    weights: str | None = None,
 ) -> ModelBundle:
     """Open everything for generation; process groups must exist (`initialize_parallel`).
 
@@ -66,6 +68,7 @@ def open_bundle(
         dialect: its name; by default what the Hugging Face folder or the run's datasets state, else ``emu3``.
         parallel: tensor parallelism to load into; one process by default.
         averaged: take a run's averaged weights; by default they are taken where there are some.
+        weights: ``int8`` or ``fp8`` to keep projections and output layer in one byte a weight.
 
     Raises:
         UserError: something is missing, or the parts do not belong together.
@@ -105,6 +108,8 @@ def open_bundle(
                 f"{path} is not the {kind} that {folder} was trained with ({fingerprint[:12]}, not "
                 f"{trained_with[kind][:12]}); its ids mean other things: give that one"
             )
+    if weights is not None:
+        quantize(model, weights)
     return ModelBundle(model, config, language, vision.eval())
 
 

@@ -27,6 +27,7 @@ from emu3_megatron.inference.dialogue import (
     chat_template,
     interleave,
 )
+from emu3_megatron.inference.quantized import FORMATS
 from emu3_megatron.inference.results import contact_sheet, extend_video, write_document
 from emu3_megatron.inference.sampling import Sampling
 from emu3_megatron.inference.tasks import (
@@ -56,10 +57,10 @@ def build_parser() -> argparse.ArgumentParser:
     story = commands.add_parser("interleave", help="text and images as one document", allow_abbrev=False)
     for command in (image, video, caption, continued, chat, story):
         add_model(command)
-        _add_sampling(command, spans=command in (image, video, continued))
+        add_sampling(command, spans=command in (image, video, continued))
         command.add_argument("--max-rows", type=int, default=128, help="sequences at a time (default: 128)")
     for command in (image, video, caption, continued):
-        _add_size(command)
+        add_size(command)
     for command in (image, video, chat, story):
         command.add_argument("--prompt", action="append", default=[], help="may be given several times")
         command.add_argument("--prompts", type=Path, help="file with a prompt a line; - for standard input")
@@ -114,10 +115,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vision-tokenizer", type=Path, help="its folder; a Hugging Face folder has its own")
     parser.add_argument("--dialect", help="default: what the folder or the run's datasets state, else emu3")
     parser.add_argument("--platform", choices=("auto", "cuda", "cpu"), default="auto", help="default: auto")
+    parser.add_argument("--weights", choices=FORMATS, help="keep the weights in one byte each")
     parser.add_argument("--plain-weights", action="store_true", help="not a run's averaged weights")
 
 
-def _add_sampling(parser: argparse.ArgumentParser, *, spans: bool) -> None:
+def add_sampling(parser: argparse.ArgumentParser, *, spans: bool) -> None:
+    """The arguments that `read_sampling` reads; guidance only where `spans` are drawn."""
     default = IMAGE_SAMPLING
     parser.add_argument("--temperature", type=float, default=default.temperature, help="0 is greedy")
     parser.add_argument("--top-k", type=int, default=default.top_k, help="0 keeps all (default: %(default)s)")
@@ -128,7 +131,8 @@ def _add_sampling(parser: argparse.ArgumentParser, *, spans: bool) -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the first result; the next ones count up")
 
 
-def _add_size(parser: argparse.ArgumentParser) -> None:
+def add_size(parser: argparse.ArgumentParser) -> None:
+    """The arguments that `read_size` reads."""
     parser.add_argument("--height", type=int, help="pixels, with --width")
     parser.add_argument("--width", type=int, help="pixels, with --height")
     parser.add_argument("--ratio", default="1:1", help="WIDTH:HEIGHT, where no size is given (default: 1:1)")
@@ -162,7 +166,7 @@ def generate(arguments: argparse.Namespace) -> None:
     generator = open_generator(arguments, max_rows=arguments.max_rows)
     began = time.perf_counter()
     for record in task[arguments.task](generator, arguments):
-        record |= {"settings": asdict(_sampling(arguments)), "checkpoint": str(arguments.checkpoint)}
+        record |= {"settings": asdict(read_sampling(arguments)), "checkpoint": str(arguments.checkpoint)}
         record["seconds"] = round(time.perf_counter() - began, 3)
         print(json.dumps({"task": arguments.task, **record}, ensure_ascii=False), flush=True)
 
@@ -175,6 +179,7 @@ def open_generator(arguments: argparse.Namespace, *, max_rows: int) -> Generator
         vision_tokenizer=arguments.vision_tokenizer,
         dialect=arguments.dialect,
         averaged=False if arguments.plain_weights else None,
+        weights=arguments.weights,
     )
     return Generator(bundle, max_rows=max_rows)
 
@@ -183,13 +188,13 @@ def _images(generator: Generator, arguments: argparse.Namespace) -> Iterator[dic
     from emu3_megatron.media import write_png
 
     prompts = _prompts(arguments)
-    height, width = _size(generator, arguments)
+    height, width = read_size(generator, arguments)
     with _progress(len(prompts), "image") as bar:
         images = generator.text_to_image(
             prompts,
             height=height,
             width=width,
-            sampling=_sampling(arguments),
+            sampling=read_sampling(arguments),
             seeds=_seeds(arguments, len(prompts)),
             negative_prompt=arguments.negative_prompt,
             progress=bar.update,
@@ -203,7 +208,7 @@ def _images(generator: Generator, arguments: argparse.Namespace) -> Iterator[dic
 
 def _videos(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     prompts = _prompts(arguments)
-    height, width = _size(generator, arguments)
+    height, width = read_size(generator, arguments)
     with _progress(len(prompts), "video") as bar:
         videos = generator.text_to_video(
             prompts,
@@ -211,7 +216,7 @@ def _videos(generator: Generator, arguments: argparse.Namespace) -> Iterator[dic
             width=width,
             frames=_frames(generator, arguments),
             fps=arguments.fps,
-            sampling=_sampling(arguments),
+            sampling=read_sampling(arguments),
             seeds=_seeds(arguments, len(prompts)),
             negative_prompt=arguments.negative_prompt,
             progress=bar.update,
@@ -222,7 +227,7 @@ def _videos(generator: Generator, arguments: argparse.Namespace) -> Iterator[dic
 def _continuations(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from emu3_megatron.media import load_clip
 
-    size = _size(generator, arguments)
+    size = read_size(generator, arguments)
     clips = [load_clip(path, arguments.given_frames, size, fps=arguments.fps) for path in arguments.video]
     with _progress(len(clips) * arguments.rounds, "video") as bar:
         videos = extend_video(
@@ -232,7 +237,7 @@ def _continuations(generator: Generator, arguments: argparse.Namespace) -> Itera
             frames=_frames(generator, arguments),
             fps=arguments.fps,
             prompts=[arguments.prompt] * len(clips),
-            sampling=_sampling(arguments),
+            sampling=read_sampling(arguments),
             seeds=_seeds(arguments, len(clips)),
             negative_prompt=arguments.negative_prompt,
             progress=bar.update,
@@ -244,13 +249,13 @@ def _continuations(generator: Generator, arguments: argparse.Namespace) -> Itera
 def _captions(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     from emu3_megatron.media import load_stills
 
-    images = load_stills(arguments.image, _size(generator, arguments))
+    images = load_stills(arguments.image, read_size(generator, arguments))
     with _progress(len(images), "caption") as bar:
         captions = generator.image_to_text(
             images,
             prefix=arguments.prefix,
             max_new_tokens=arguments.max_new_tokens,
-            sampling=_sampling(arguments),
+            sampling=read_sampling(arguments),
             seeds=_seeds(arguments, len(images)),
             progress=bar.update,
         )
@@ -269,7 +274,7 @@ def _answers(generator: Generator, arguments: argparse.Namespace) -> Iterator[di
             generator,
             [[Message("user", prompt, tuple(media))] for prompt in prompts],
             template=template,
-            sampling=_sampling(arguments),
+            sampling=read_sampling(arguments),
             seeds=_seeds(arguments, len(prompts)),
             max_new_tokens=arguments.max_new_tokens,
             progress=bar.update,
@@ -291,7 +296,7 @@ def _stories(generator: Generator, arguments: argparse.Namespace) -> Iterator[di
         stories = interleave(
             generator,
             prompts,
-            sampling=_sampling(arguments),
+            sampling=read_sampling(arguments),
             seeds=_seeds(arguments, len(prompts)),
             max_new_tokens=arguments.max_new_tokens,
             progress=bar.update,
@@ -337,7 +342,8 @@ def _about(result: GeneratedImage | GeneratedVideo | Caption) -> dict[str, Any]:
     return {**record, "tokens": result.tokens}
 
 
-def _sampling(arguments: argparse.Namespace) -> Sampling:
+def read_sampling(arguments: argparse.Namespace) -> Sampling:
+    """What the arguments of `add_sampling` say."""
     return Sampling(
         temperature=arguments.temperature,
         top_k=arguments.top_k or None,
@@ -365,8 +371,8 @@ def _seeds(arguments: argparse.Namespace, count: int) -> list[int]:
     return [arguments.seed + index for index in range(count)]
 
 
-def _size(generator: Generator, arguments: argparse.Namespace) -> tuple[int, int]:
-    """Height and width in pixels."""
+def read_size(generator: Generator, arguments: argparse.Namespace) -> tuple[int, int]:
+    """Height and width in pixels, by the arguments of `add_size`."""
     if (arguments.height is None) != (arguments.width is None):
         raise UserError("give both --height and --width, or --ratio and --area")
     if arguments.height is not None:

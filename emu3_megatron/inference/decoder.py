@@ -21,7 +21,9 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from emu3_megatron.inference.few_rows import linear
 from emu3_megatron.inference.layers import Layer
+from emu3_megatron.inference.quantized import Quantized, weight_of
 
 MAX_RUN = 64
 """Most tokens fed to a row in one decode step; also the slack of the cache, see `CachedDecoder`."""
@@ -135,7 +137,7 @@ class CachedDecoder:
         weight = self._output_weight()
         world = 1 if self._group is None else torch.distributed.get_world_size(self._group)
         if world == 1:
-            parts = [F.linear(hidden_BH, weight[low:high]) for low, high in ranges]
+            parts = [_product(hidden_BH, weight[low:high]) for low, high in ranges]
             return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)).to(self._logits_dtype)
         first = torch.distributed.get_rank(self._group) * len(weight)
         total = sum(high - low for low, high in ranges)
@@ -145,7 +147,7 @@ class CachedDecoder:
             mine = range(max(low, first), min(high, first + len(weight)))
             if mine:
                 place = column + mine.start - low
-                part = F.linear(hidden_BH, weight[mine.start - first : mine.stop - first])
+                part = _product(hidden_BH, weight[mine.start - first : mine.stop - first])
                 logits[:, place : place + len(mine)] = part.to(self._logits_dtype)
             column += high - low
         torch.distributed.all_reduce(logits, group=self._group)
@@ -213,11 +215,11 @@ class CachedDecoder:
         tables = torch.cat([cosine, cosine], dim=1), torch.cat([-sine, sine], dim=1)
         return tables[0][:, None, None].to(self._dtype), tables[1][:, None, None].to(self._dtype)
 
-    def _output_weight(self) -> Tensor:
+    def _output_weight(self) -> Tensor | Quantized:
         """Rows of the output layer on this rank."""
         if self._model.share_embeddings_and_output_weights:
             return self._model.shared_embedding_or_output_weight()
-        return self._model.output_layer.weight
+        return weight_of(self._model.output_layer)
 
 
 def unwrap(model: torch.nn.Module) -> Any:
@@ -226,6 +228,11 @@ def unwrap(model: torch.nn.Module) -> Any:
     while hasattr(inner, "module"):
         inner = inner.module
     return inner
+
+
+def _product(x: Tensor, weight: Tensor | Quantized) -> Tensor:
+    """``x @ weight.T``."""
+    return weight.product(x) if isinstance(weight, Quantized) else linear(x, weight)
 
 
 def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:

@@ -16,6 +16,9 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor
 
+from emu3_megatron.inference.few_rows import linear
+from emu3_megatron.inference.quantized import Quantized, weight_of
+
 Function = Callable[[Tensor], Tensor]
 
 
@@ -61,7 +64,8 @@ def _linear(module: Any) -> Function:
 
     if module.bias is not None or not isinstance(module, ColumnParallelLinear | RowParallelLinear):
         return partial(_called, module)
-    product = partial(F.linear, weight=module.weight)
+    weight = weight_of(module)
+    product: Function = weight.product if isinstance(weight, Quantized) else partial(linear, weight=weight)
     group = module.tp_group
     if isinstance(module, ColumnParallelLinear) or torch.distributed.get_world_size(group) == 1:
         return product

@@ -76,7 +76,8 @@ def guide(conditional_BV: Tensor, unconditional_BV: Tensor, scale_B: Tensor) -> 
 
     Other code applies it to log-probabilities; the results differ by a constant per row, so by nothing.
     """
-    return unconditional_BV + scale_B[:, None] * (conditional_BV - unconditional_BV)
+    # in place: of a small model the passes over the logits are a good part of a step
+    return (conditional_BV - unconditional_BV).mul_(scale_B[:, None]).add_(unconditional_BV)
 
 
 def sample(logits_BV: Tensor, settings: Sequence[Sampling], uniforms: Sequence[float]) -> Tensor:

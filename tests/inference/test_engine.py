@@ -203,6 +203,14 @@ def test_generated_sequences_parse(name: str) -> None:
             assert span.codes.shape == size
 
 
+@pytest.mark.slow
+def test_sequences_of_random_models_parse() -> None:
+    """Random shapes, weights, dialects, sizes and samplers; the proof ``generated-grammar`` runs 1,000."""
+    from tests.inference.random_models import faults
+
+    assert [fault for seed in range(60) for fault in faults(seed)] == []
+
+
 def test_free_documents_parse(model) -> None:
     """Without any prompt but BOS the model may write text and spans of its own size; it stays in the
     grammar."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +14,9 @@ from typing import Any
 
 import httpx
 import websocket
+
+START_SECONDS = 300
+"""Until the browser must listen."""
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 
@@ -50,7 +53,7 @@ class Page:
         """Until an expression is true."""
         self.run(
             "new Promise(done => { const look = () => "
-            f"({condition}) ? done(true) : setTimeout(look, 20); look(); }})"
+            f"({condition}) ? done(true) : setTimeout(look, 50); look(); }})"
         )
 
     def upload(self, selector: str, path: Path) -> None:
@@ -73,14 +76,28 @@ def chromium(program: str) -> Iterator[Page]:
             program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
             "--no-first-run", "--remote-debugging-port=0", f"--user-data-dir={profile}", "about:blank",
         ]  # fmt: skip
-        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        # its messages are not read: a pipe that nobody empties would stop it
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
             try:
-                assert process.stderr is not None
-                lines = (re.search(r"ws://([^/]+)/", line) for line in process.stderr)
-                match = next((found for found in lines if found), None)
-                assert match is not None, "Chromium did not say where it listens"
-                tabs = httpx.get(f"http://{match[1]}/json/list", timeout=300, trust_env=False).json()
-                address = next(tab["webSocketDebuggerUrl"] for tab in tabs if tab["type"] == "page")
-                yield Page(address)
+                yield Page(_tab(process, Path(profile) / "DevToolsActivePort"))
             finally:
-                process.terminate()
+                process.kill()
+
+
+def _tab(process: subprocess.Popen[bytes], port_file: Path) -> str:
+    """Address of the tab, once the browser listens; a busy machine may take minutes."""
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert process.poll() is None, f"Chromium ended with exit code {process.returncode}"
+        # the file appears before its lines do
+        lines = port_file.read_text().splitlines() if port_file.exists() else []
+        if len(lines) == 2:
+            try:
+                tabs = httpx.get(f"http://127.0.0.1:{lines[0]}/json/list", timeout=60, trust_env=False).json()
+            except httpx.HTTPError:
+                tabs = []
+            for tab in tabs:
+                if tab["type"] == "page":
+                    return str(tab["webSocketDebuggerUrl"])
+        time.sleep(0.1)
+    raise AssertionError(f"Chromium did not listen within {START_SECONDS} seconds")

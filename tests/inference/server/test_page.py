@@ -59,6 +59,13 @@ def message(page: Page) -> str:
     return str(page.run("document.getElementById('message').textContent"))
 
 
+def wait_for_jobs(page: Page, count: int) -> None:
+    """Until the server works on so many requests."""
+    jobs = "(await (await fetch('/status')).json()).jobs"
+    pause = "await new Promise(done => setTimeout(done, 100))"
+    page.run(f"(async () => {{ while ({jobs} !== {count}) {{ {pause}; }} }})()")
+
+
 def test_the_page(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, generator: Generator) -> None:
     settled = "!document.getElementById('go').disabled"
     page.wait("document.getElementById('model').textContent === 'emu3'")
@@ -96,10 +103,9 @@ def test_the_page(page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, g
     page.run("document.querySelector('[data-task=image]').click()")
     fill(page, width=16, height=32)
     press(page, "go")
-    jobs = "fetch('/status').then(answer => answer.json()).then(status => status.jobs)"
-    page.run(f"(async () => {{ while (await {jobs} !== 1); }})()")
+    wait_for_jobs(page, 1)
     press(page, "cancel")
     page.wait(settled)
     assert message(page) == "Cancelled."
     gate.opened.set()
-    page.run(f"(async () => {{ while (await {jobs} !== 0); }})()")
+    wait_for_jobs(page, 0)

@@ -1,0 +1,80 @@
+"""Weights of one byte."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from emu3_megatron.errors import UserError
+from emu3_megatron.inference.quantized import FORMATS, Quantized, quantize
+from emu3_megatron.inference.sampling import Sampling
+from tests.inference import worlds
+from tests.inference.test_engine import image_request
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _world() -> Iterator[None]:
+    with worlds.one_process():
+        yield
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_entries_are_the_nearest_of_their_row(name: str) -> None:
+    """Half a step of the row's largest entry in int8, three bits of mantissa in fp8; a row of zeros stays."""
+    weight = (
+        torch.randn(50, 33, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 50)[:, None]
+    )
+    weight[7] = 0
+    found = Quantized.of(weight, name).dequantized()
+    largest = weight.abs().amax(dim=1, keepdim=True)
+    allowed = largest / 254 if name == "int8" else weight.abs() / 16 + largest * 2e-5
+    assert ((found - weight).abs() <= allowed * 1.001).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 16, 17, 32, 40])
+@pytest.mark.parametrize(("columns", "width"), [(30, 64), (101, 37), (3, 1)])
+def test_products_are_those_of_the_widened_matrix(name: str, rows: int, columns: int, width: int) -> None:
+    matrix = Quantized.of(torch.randn(columns, width), name)
+    x = torch.randn(2, rows, width) if rows < 9 else torch.randn(rows, width)
+    expected = x.double() @ matrix.dequantized().double().T
+    torch.testing.assert_close(matrix.product(x), expected.float(), atol=1e-4, rtol=1e-4)
+    some = matrix[1:3]
+    torch.testing.assert_close(some.product(x), expected[..., 1:3].float(), atol=1e-4, rtol=1e-4)
+    half = matrix.product(x.bfloat16())
+    assert half.dtype == torch.bfloat16
+    torch.testing.assert_close(half.float(), expected.float(), atol=0.3, rtol=0.05)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_model_of_quantized_weights_generates_what_the_widened_ones_do(name: str) -> None:
+    """Tokens are those of a model whose weights were rounded alike; the weights themselves are gone."""
+    from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
+
+    from emu3_megatron.inference.engine import Engine
+
+    rounded, small = worlds.tiny_model(), worlds.tiny_model()
+    for module in rounded.modules():
+        if isinstance(module, ColumnParallelLinear | RowParallelLinear):
+            module.weight.data = Quantized.of(module.weight, name).dequantized()
+    before = sum(parameter.nbytes for parameter in small.parameters())
+    quantize(small, name)
+    assert sum(parameter.nbytes for parameter in small.parameters()) < before / 2
+    requests = [
+        image_request("red", *size, sampling=Sampling(temperature=temperature, guidance=guidance), seed=3)
+        for size in ((2, 3), (4, 5))
+        for temperature in (0.0, 1.0)
+        for guidance in (1.0, 3.0)
+    ]
+    for one, other in zip(
+        *(Engine(model, worlds.dialect()).generate(requests) for model in (rounded, small)), strict=True
+    ):
+        np.testing.assert_array_equal(one.ids, other.ids)
+
+
+def test_another_format_is_refused() -> None:
+    with pytest.raises(UserError, match="int4"):
+        quantize(torch.nn.Linear(2, 2), "int4")
