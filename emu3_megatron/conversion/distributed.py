@@ -290,7 +290,7 @@ class _Stream(io.RawIOBase):
 
     def _append(self, data: NDArray[np.uint8]) -> None:
         self._checksum = google_crc32c.extend(self._checksum, data)
-        left = memoryview(data)
+        left = data.data
         while left:
             left = left[self._file.write(left) :]
         self.written += len(data)

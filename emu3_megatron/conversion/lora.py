@@ -113,7 +113,10 @@ def _renamed(name: str, rows: Tensor, sizes: Architecture, layout: Layout) -> It
 
 
 def _parts(rule: Rule, rows: Tensor, sizes: Architecture) -> Iterator[Tensor]:
-    """`sizes` has the rank for the width of a matrix, so the rules of weights split it too."""
+    """Rows of one matrix are all of ours; `sizes` of several has the rank for their width."""
+    if len(rule.theirs) == 1:
+        yield rows
+        return
     for which in range(len(rule.theirs)):
         yield whole(list(separated(rule, which, rows, sizes)))
 

@@ -18,6 +18,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import shutil
 import statistics
 import subprocess
@@ -141,9 +142,9 @@ def forget(folder: Path) -> None:
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def convert(*arguments: object) -> tuple[float, int]:
-    """Seconds of a conversion, its start included, and its peak anonymous memory in bytes."""
-    start, peak = time.monotonic(), 0
+def convert(*arguments: object) -> tuple[float, float, int]:
+    """Seconds of a conversion, its start included, those of its CPU time, and its peak anonymous bytes."""
+    start, before, peak = time.monotonic(), children(), 0
     command = [sys.executable, str(TOOL), *map(str, arguments)]
     with subprocess.Popen(command, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
         while process.poll() is None:
@@ -151,7 +152,13 @@ def convert(*arguments: object) -> tuple[float, int]:
             time.sleep(0.02)
     if process.returncode:
         raise SystemExit(f"{' '.join(command)} ended with {process.returncode}")
-    return time.monotonic() - start, peak
+    return time.monotonic() - start, children() - before, peak
+
+
+def children() -> float:
+    """CPU seconds of the processes that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def anonymous(pid: int) -> int:
@@ -210,19 +217,22 @@ def measure(name: str, read: Path, source: Path, output: Path, options: argparse
     layout = ("--layout", "emu3") if name == "export" else ()
     for _ in range(1 if options.no_rate else options.rounds):
         shutil.rmtree(output, ignore_errors=True)
-        copies.append(copy(read, output.parent / "copy"))
+        if not options.no_rate:
+            before = time.process_time()
+            copies.append(copy(read, output.parent / "copy"))
+            print(f"copy: {copies[-1]:.1f} s, {time.process_time() - before:.1f} s of CPU")
         forget(read)
-        seconds, peak = convert(name, "--source", source, "--output", output, *layout)
+        seconds, cpu, peak = convert(name, "--source", source, "--output", output, *layout)
         conversions.append(seconds)
         peaks.append(peak)
-        print(f"{name}: {seconds:.1f} s after a copy in {copies[-1]:.1f} s; peak {peak / 1e9:.2f} GB")
-    rate = statistics.median(copies) / statistics.median(conversions)
-    limit = float((output.parent / "limit").read_text())
-    print(
-        f"{name}: {rate:.0%} of a copy's rate (medians of {len(copies)}: {statistics.median(copies):.1f} s, "
-        f"{statistics.median(conversions):.1f} s); peak anonymous {max(peaks) / 1e9:.2f} GB"
-    )
-    return max(peaks) < limit and (options.no_rate or rate >= SLOWEST)
+        print(f"{name}: {seconds:.1f} s, {cpu:.1f} s of CPU, peak anonymous {peak / 1e9:.2f} GB")
+    held = max(peaks) < float((output.parent / "limit").read_text())
+    if options.no_rate:
+        return held
+    copying, converting = statistics.median(copies), statistics.median(conversions)
+    rate = copying / converting
+    print(f"{name}: {rate:.0%} of a copy's rate (medians {copying:.1f} and {converting:.1f} s)")
+    return held and rate >= SLOWEST
 
 
 def verify(first: Path, second: Path) -> None:
