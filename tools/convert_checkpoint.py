@@ -25,7 +25,7 @@ def main() -> None:
     """Parse the command line and convert."""
     arguments = _parser().parse_args()
     if arguments.command != "verify":
-        _start(arguments.platform)
+        _start()
     {"export": _export, "import": _import, "extend": _extend, "verify": _verify}[arguments.command](arguments)
 
 
@@ -33,7 +33,6 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--platform", choices=("auto", "cuda", "cpu"), default="cpu", help="default: cpu")
     commands = parser.add_subparsers(dest="command", required=True)
     export = commands.add_parser("export", help="training checkpoint to Hugging Face", allow_abbrev=False)
     export.add_argument(
@@ -94,12 +93,10 @@ def _add_import(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace an existing folder")
 
 
-def _start(name: str) -> None:
-    from emu3_megatron.parallel import platform
-    from emu3_megatron.parallel.config import ParallelConfig
-    from emu3_megatron.parallel.groups import initialize_parallel
+def _start() -> None:
+    from emu3_megatron.conversion.processes import start
 
-    initialize_parallel(ParallelConfig(), platform.install(name), seed=0)  # type: ignore[arg-type]
+    start()
 
 
 def _report(message: str) -> None:

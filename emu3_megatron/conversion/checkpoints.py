@@ -25,12 +25,13 @@ from emu3_megatron.conversion.companions import (
     name_datasets,
     write_training_config,
 )
-from emu3_megatron.conversion.distributed import StoredTensors, write_checkpoint_tensors
+from emu3_megatron.conversion.distributed import write_checkpoint_tensors
 from emu3_megatron.conversion.hugging_face import ExportedModel, export_hugging_face, open_hugging_face
 from emu3_megatron.conversion.lazy import Cast, Finite, InMemory, LazyTensors, refuse_problems
 from emu3_megatron.conversion.maps import Converted, canonical_names, one_dtype
-from emu3_megatron.conversion.processes import on_first, rank, together, world_size
+from emu3_megatron.conversion.processes import on_first, together
 from emu3_megatron.conversion.publish import publish_folder, refuse_existing
+from emu3_megatron.conversion.stored import StoredTensors
 from emu3_megatron.conversion.vision_files import write_vision_tokenizer
 from emu3_megatron.data import Manifest
 from emu3_megatron.errors import UserError
@@ -42,10 +43,11 @@ from emu3_megatron.training.checkpoint_files import (
     RECORD,
     CheckpointError,
     commit,
-    damage,
+    file_damage,
     payload,
     resolve,
     seal,
+    sealed_files,
     step_folder,
 )
 from emu3_megatron.vision import VisionTokenizerConfig
@@ -235,12 +237,12 @@ def write_run(
             write_vision_tokenizer(unfinished / VISION, *about.vision)
 
         def finish() -> None:
-            _commit(folder, sealed, about.vocabulary.to_dict(), about.record(str(precision)))
             if about.keep_companions:
                 keep_companions(about.companions, unfinished)
             write_training_config(
                 unfinished, checkpoint, about.config, precision=str(precision), datasets=sources
             )
+            _commit(folder, sealed, about.vocabulary.to_dict(), about.record(str(precision)))
 
         on_first(finish)
     return step_folder(Path(run) / "checkpoints", 0)
@@ -283,14 +285,17 @@ def checkpoint_weights(
 
 
 def check_files(checkpoint: Path) -> None:
-    """Compare every file of a checkpoint with its checksum; all processes divide the work.
+    """Compare the files of a checkpoint with what was committed: tensor files by size, others by checksum.
 
+    `StoredTensors` checks the rest of a tensor file when it reads it: one pass over the disk does for both.
     Raises `CheckpointError` that names every damaged file.
     """
-    part = slice(rank(), None, world_size())
-    found = together(lambda: list(damage(checkpoint, checksums=True, part=part)))
-    if problems := [problem for part_found in found for problem in part_found]:
-        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(problems)}; restore it from a copy")
+    problems = [
+        file_damage(checkpoint / name, written, checksums=not name.endswith(".distcp"))
+        for name, written in sorted(sealed_files(checkpoint).items())
+    ]
+    if found := [problem for problem in problems if problem]:
+        raise CheckpointError(f"{checkpoint} is damaged: {'; '.join(found)}; restore it from a copy")
 
 
 def read_weights(source: StrPath, *, averaged: bool | None = None) -> dict[str, Tensor]:

@@ -57,9 +57,9 @@ def kept_folder(checkpoint: Path, name: str) -> Path | None:
 
 
 def give_back(kept: Path, folder: Path) -> None:
-    """Copy kept files into an export where it does not have files of their names."""
+    """Copy kept files into an export where it does not have files of their names, nor makes them later."""
     for path in companions(kept):
-        if not (folder / path.name).exists():
+        if path.name != "config.json" and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
 
 

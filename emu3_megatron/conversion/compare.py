@@ -14,12 +14,15 @@ from torch import Tensor
 from emu3_megatron.conversion import configuration
 from emu3_megatron.conversion.checkpoints import check_files, checkpoint_weights
 from emu3_megatron.conversion.companions import VISION, kept_folder, read_json
-from emu3_megatron.conversion.lazy import BLOCK, InMemory, Joined, LazyTensors, Renamed, select
+from emu3_megatron.conversion.lazy import InMemory, Joined, LazyTensors, Renamed, blocks_of, raw_bytes, select
 from emu3_megatron.conversion.maps import LAYOUTS, VISION_PREFIXES, WeightMap
 from emu3_megatron.conversion.tensor_files import open_tensors
 from emu3_megatron.conversion.vision_files import is_vision_tokenizer, open_vision_tokenizer
 from emu3_megatron.errors import UserError
 from emu3_megatron.training.checkpoint_files import resolve
+
+BLOCK = 1 << 20
+"""Elements that are compared together."""
 
 _VISION = "vqmodel."
 """What the names of the vision tokenizer's tensors begin with in a comparison."""
@@ -95,8 +98,8 @@ def first_difference(
 def checksum(tensor: Tensor) -> str:
     """CRC-32C of a tensor's elements, eight hexadecimal digits."""
     value = 0
-    for block in tensor.detach().contiguous().reshape(-1).split(BLOCK):
-        value = google_crc32c.extend(value, block.view(torch.uint8).numpy().tobytes())
+    for block in blocks_of(tensor):
+        value = google_crc32c.extend(value, raw_bytes(block))
     return f"{value:08x}"
 
 

@@ -1,4 +1,4 @@
-"""Distributed checkpoints (megatron-core's torch_dist), read and written tensor by tensor without a model.
+"""Distributed checkpoints (megatron-core's torch_dist), written tensor by tensor without a model.
 
 A checkpoint does not depend on a layout: any run loads it under any tensor and pipeline parallelism. It can
 be cut along one all the same, so that every rank of that layout reads its own file and nothing else.
@@ -11,13 +11,15 @@ import json
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import google_crc32c
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
 from torch.distributed.checkpoint.metadata import (
@@ -29,23 +31,21 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.utils import _create_file_view
 
-from emu3_megatron.conversion.lazy import LazyTensors
-from emu3_megatron.conversion.maps import TRANSFORMER_ENGINE_NAMES
+from emu3_megatron.conversion.lazy import LazyTensors, ahead, blocks_of, raw_bytes
+from emu3_megatron.conversion.maps import LAYERS, TRANSFORMER_ENGINE_NAMES
 from emu3_megatron.conversion.processes import on_first, rank, share, together
 from emu3_megatron.conversion.rules import ConversionError
 from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.training.checkpoint import CONTENT_METADATA
-from emu3_megatron.training.checkpoint_metadata import METADATA, read_metadata
+from emu3_megatron.training.checkpoint_metadata import METADATA
 
 FILE_BYTES = 4 << 30
 """A file that has grown so large is followed by another."""
 
-PIECE = 1 << 22
-"""Bytes that are written and checksummed at a time."""
+ALIGNMENT = 64
+"""Parts start at multiples of it, so that their elements can be mapped."""
 
-_LAYERS = "decoder.layers."
 _STATES = (
     "self_attention.linear_proj._extra_state",
     "self_attention.linear_qkv._extra_state",
@@ -62,126 +62,6 @@ _STORED_NAMES = {plain: fused for fused, plain in TRANSFORMER_ENGINE_NAMES.items
 
 SplitAxis = Callable[[str], tuple[int | None, int]]
 """See `Converted.split_axis`."""
-
-Box = tuple[tuple[int, ...], tuple[int, ...]]
-"""Offsets and sizes of a part of a stored tensor."""
-
-
-class StoredTensors(LazyTensors):
-    """The weights of a checkpoint folder under our names, whatever layout wrote them.
-
-    Args:
-        folder: A committed checkpoint.
-        averaged: Its averaged weights, not the plain ones.
-
-    Raises:
-        CheckpointError: its description is damaged.
-    """
-
-    def __init__(self, folder: Path, *, averaged: bool = False) -> None:
-        self._folder = folder
-        metadata = read_metadata(folder)
-        self._storage = metadata.storage_data
-        self._keys = {
-            key: stored
-            for key, stored in metadata.state_dict_metadata.items()
-            if isinstance(stored, TensorStorageMetadata)
-        }
-        self._names = {
-            name: place
-            for key, stored in self._keys.items()
-            for name, place in _names_of(key, stored, "ema." if averaged else "")
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor: a stored part as it is where that is all of it, else the parts put together."""
-        key, layer = self._names[name]
-        stored = self._keys[key]
-        parts = [part for part in stored.chunks if layer is None or part.offsets[0] <= layer < _end(part)]
-        if len(parts) == 1 and parts[0].sizes == self._box(key, layer)[1]:
-            return self._read(key, parts[0]).reshape(self.shape(name))
-        whole = torch.empty(self.shape(name), dtype=self.dtype(name))
-        filled = 0
-        for part in parts:
-            values = self._read(key, part)
-            offsets, sizes = tuple(part.offsets), tuple(part.sizes)
-            if layer is not None:
-                values, offsets, sizes = values[layer - offsets[0]], offsets[1:], sizes[1:]
-            region = whole[tuple(slice(at, at + size) for at, size in zip(offsets, sizes, strict=True))]
-            region.copy_(values)
-            filled += region.numel()
-        if filled != whole.numel():
-            raise ConversionError(f"{self._folder}: the parts of {name} leave holes or overlap")
-        return whole
-
-    def __iter__(self) -> Iterator[str]:
-        """Names."""
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        """Number of tensors."""
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is a tensor of that name."""
-        return name in self._names
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor."""
-        key, layer = self._names[name]
-        size = tuple(self._keys[key].size)
-        return size if layer is None else size[1:]
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Type of a tensor's elements."""
-        return self._keys[self._names[name][0]].properties.dtype
-
-    def _box(self, key: str, layer: int | None) -> Box:
-        size = tuple(self._keys[key].size)
-        if layer is None:
-            return (0,) * len(size), size
-        return (layer, *(0,) * (len(size) - 1)), (1, *size[1:])
-
-    def _read(self, key: str, part: ChunkStorageMetadata) -> Tensor:
-        """One stored part."""
-        where = f"{self._folder}: the part of {key} at {list(part.offsets)}"
-        try:
-            info = self._storage[MetadataIndex(key, part.offsets)]
-        except KeyError as error:
-            raise ConversionError(f"{where} is in no file") from error
-        path = self._folder / info.relative_path
-        if Path(info.relative_path).name != str(info.relative_path):
-            raise ConversionError(f"{where} is in {info.relative_path!r}, which is not a plain file name")
-        try:
-            with open(path, "rb") as stream:
-                view: Any = _create_file_view(stream, info.offset, info.length)
-                tensor = torch.load(view, map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise ConversionError(f"{path} is damaged: {where} cannot be read ({reason})") from error
-        if not isinstance(tensor, Tensor) or tensor.shape != torch.Size(part.sizes):
-            raise ConversionError(f"{path} is damaged: {where} has another shape than {list(part.sizes)}")
-        return tensor
-
-
-def _names_of(
-    key: str, stored: TensorStorageMetadata, prefix: str
-) -> Iterator[tuple[str, tuple[str, int | None]]]:
-    """Our names of a stored tensor, each with its key and layer; none where it is no weight of that kind."""
-    if not key.startswith(prefix) or key.startswith("optimizer.") or (key.startswith("ema.") and not prefix):
-        return
-    plain = key[len(prefix) :]
-    if not plain.startswith(_LAYERS):
-        yield plain, (key, None)
-        return
-    rest = plain[len(_LAYERS) :]
-    rest = TRANSFORMER_ENGINE_NAMES.get(rest, rest)
-    for layer in range(stored.size[0]):
-        yield f"{_LAYERS}{layer}.{rest}", (key, layer)
-
-
-def _end(part: ChunkStorageMetadata) -> int:
-    return part.offsets[0] + part.sizes[0]
 
 
 @dataclass(frozen=True)
@@ -259,7 +139,7 @@ def _in_stages(tensors: Mapping[str, Tensor]) -> list[str]:
     """Names in the order of a pipeline: embedding, layers, what stands after them."""
 
     def position(name: str) -> int:
-        if name.startswith(_LAYERS):
+        if name.startswith(LAYERS):
             return int(name.split(".")[2])
         return -1 if name.startswith("embedding.") else 1 << 30
 
@@ -277,10 +157,10 @@ def _pieces(
     stages, ranks = parallel.pipeline_model_parallel_size, parallel.tensor_model_parallel_size
     key, layer = name, None
     stage = 0 if name.startswith("embedding.") else stages - 1
-    if name.startswith(_LAYERS):
-        number, rest = name[len(_LAYERS) :].split(".", 1)
+    if name.startswith(LAYERS):
+        number, rest = name[len(LAYERS) :].split(".", 1)
         layer = int(number)
-        key = _LAYERS + _STORED_NAMES.get(rest, rest)
+        key = LAYERS + _STORED_NAMES.get(rest, rest)
         stage = layer * stages // num_layers
     axis, blocks = split
     parts = [(0, ranks - 1)] if axis is None else [(part, part % ranks) for part in range(ranks * blocks)]
@@ -324,7 +204,8 @@ def _write_share(
     with ExitStack() as stack:
         streams: dict[tuple[int, int], _Stream] = {}
         for pieces in share_of_pieces:
-            tensor = tensors[pieces[0].name]
+            name = pieces[0].name
+            cut = tensors[name] if len(pieces) > 1 else None
             for piece in pieces:
                 stream = streams.get(piece.file)
                 if stream is None or stream.written >= FILE_BYTES:
@@ -332,12 +213,10 @@ def _write_share(
                     stream = stack.enter_context(_Stream(path))
                     streams[piece.file] = stream
                     sealed[path.name] = stream.seal
-                values = tensor[piece.slices].contiguous().reshape(piece.shape)
-                if values.untyped_storage().nbytes() != values.nbytes:
-                    values = values.clone()  # torch would write the whole storage
-                places[MetadataIndex(piece.key, piece.offsets)] = stream.save(values)
-                del values
-            del tensor  # room for the next
+                blocks = tensors.blocks(name) if cut is None else blocks_of(cut[piece.slices])
+                index = MetadataIndex(piece.key, piece.offsets)
+                places[index] = stream.save_tensor(piece.shape, tensors.dtype(name), blocks)
+            del cut  # room for the next
         if rank() == 0:
             path = folder / f"__0_{len(sealed)}.distcp"
             stream = stack.enter_context(_Stream(path))
@@ -351,7 +230,7 @@ def _states(num_layers: int) -> Iterator[str]:
     """Keys of the empty states of all layers."""
     for layer in range(num_layers):
         for state in _STATES:
-            yield f"{_LAYERS}{state}/shard_{layer}_{num_layers}"
+            yield f"{LAYERS}{state}/shard_{layer}_{num_layers}"
 
 
 class _Stream(io.RawIOBase):
@@ -361,6 +240,7 @@ class _Stream(io.RawIOBase):
         self._path = path
         self._file: IO[bytes] = open(path, "wb", buffering=0)  # noqa: SIM115  (closed by `close`)
         self._checksum = 0
+        self._elements: tuple[int, Iterator[Tensor]] | None = None
         self.written = 0
         """Bytes so far."""
         self.seal: dict[str, int | str] = {}
@@ -371,23 +251,49 @@ class _Stream(io.RawIOBase):
         return True
 
     def write(self, data: Any) -> int:
-        """Append bytes."""
-        view = memoryview(data).cast("B")
-        for start in range(0, len(view), PIECE):
-            piece = bytes(view[start : start + PIECE])
-            self._checksum = google_crc32c.extend(self._checksum, piece)
-            left = memoryview(piece)
-            while left:
-                left = left[self._file.write(left) :]
-        self.written += len(view)
+        """Append bytes; those of the memory that stands for a tensor's elements are taken from its blocks."""
+        view = np.frombuffer(data, np.uint8)
+        if self._elements is None or view.ctypes.data != self._elements[0] or not len(view):
+            self._append(view)
+            return len(view)
+        begin, blocks = self.written, self._elements[1]
+        self._elements = None
+        for block in ahead(blocks):
+            self._append(raw_bytes(block))
+        if self.written - begin != len(view):
+            raise RuntimeError(f"blocks of {self.written - begin} bytes for a tensor of {len(view)}")
         return len(view)
 
     def save(self, value: Tensor | list[None]) -> _StorageInfo:
-        """Append a tensor or an empty state as torch serialises it; where it stands."""
+        """Append what torch makes of a tensor or an empty state; where it stands."""
+        self._append(np.zeros(-self.written % ALIGNMENT, np.uint8))
         begin = self.written
         stream: Any = self  # write is all that torch calls
         torch.save(value, stream)
         return _StorageInfo(self._path.name, begin, self.written - begin)
+
+    def save_tensor(
+        self, shape: tuple[int, ...], dtype: torch.dtype, blocks: Iterator[Tensor]
+    ) -> _StorageInfo:
+        """Append a tensor as torch serialises it, its elements from blocks of rows; where it stands.
+
+        torch is given memory that nobody touches, which therefore is none.
+        """
+        untouched = torch.empty(shape, dtype=dtype)
+        self._elements = (untouched.data_ptr(), blocks)
+        with _without_zip_checksums():
+            place = self.save(untouched)
+        if self._elements is not None and untouched.numel():
+            raise RuntimeError("torch did not write the elements in one piece")
+        self._elements = None
+        return place
+
+    def _append(self, data: NDArray[np.uint8]) -> None:
+        self._checksum = google_crc32c.extend(self._checksum, data)
+        left = data.data
+        while left:
+            left = left[self._file.write(left) :]
+        self.written += len(data)
 
     def close(self) -> None:
         """Write everything to the disk and take the seal."""
@@ -396,6 +302,17 @@ class _Stream(io.RawIOBase):
             self._file.close()
             self.seal.update(bytes=self.written, crc32c=f"{self._checksum:08x}")
         super().close()
+
+
+@contextmanager
+def _without_zip_checksums() -> Iterator[None]:
+    """torch reads no elements for a checksum that its loader never looks at; the file has its own."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(False)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _metadata(

@@ -271,7 +271,6 @@ def _write_companions(
         if old.get("model_type") == config["model_type"]:
             old.pop("dtype", None)  # the newer name of torch_dtype
             config = {**old, **config}
-    write_json_atomic(folder / "config.json", config)
     if tokenizer is not None:
         write_tokenizer(folder, tokenizer, model_max_length=model.config.max_position_embeddings)
     if pixels is not None and vision is not None:
@@ -284,6 +283,7 @@ def _write_companions(
     if vision is not None and not _is_for_transformers(folder / "preprocessor_config.json"):
         area = configuration.IMAGE_AREA
         _write_image_processor(folder, vision, (area["min_pixels"], area["max_pixels"]))
+    write_json_atomic(folder / "config.json", config)  # last: nothing opens a folder without one
 
 
 def _own_file(model: ExportedModel) -> dict[str, Any]:

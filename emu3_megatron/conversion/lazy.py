@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Generic, TypeVar
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from emu3_megatron.conversion.rules import ConversionError
 
-BLOCK = 1 << 24
-"""Elements that are looked at together where a whole tensor would need a copy of itself."""
+BLOCK_BYTES = 1 << 20
+"""Size of the blocks that tensors are read and written in: one stays in a core's cache meanwhile."""
+
+BLOCKS_AHEAD = 4
+"""Blocks that are made before they are asked for."""
+
+Place = TypeVar("Place")
 
 
 class LazyTensors(Mapping[str, Tensor]):
@@ -30,43 +41,54 @@ class LazyTensors(Mapping[str, Tensor]):
         """Bytes of a tensor's elements, without reading it."""
         return torch.Size(self.shape(name)).numel() * self.dtype(name).itemsize
 
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """A tensor as blocks of its rows: contiguous, in order, of about `BLOCK_BYTES`.
+
+        A number alone comes as a row of one.
+        """
+        yield from blocks_of(self[name])
+
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor of that name; does not read it."""
         return any(name == own for own in self)
 
 
-class InMemory(LazyTensors):
-    """A plain state dict."""
+class Placed(LazyTensors, Generic[Place]):
+    """Tensors whose places are known by name."""
 
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = tensors
-
-    def __getitem__(self, name: str) -> Tensor:
-        """The tensor, detached."""
-        return self._tensors[name].detach()
+    def __init__(self, places: Mapping[str, Place]) -> None:
+        self._places = places
 
     def __iter__(self) -> Iterator[str]:
         """Names."""
-        return iter(self._tensors)
+        return iter(self._places)
 
     def __len__(self) -> int:
         """Number of tensors."""
-        return len(self._tensors)
+        return len(self._places)
 
     def __contains__(self, name: object) -> bool:
         """Whether there is a tensor of that name."""
-        return name in self._tensors
+        return name in self._places
+
+
+class InMemory(Placed[Tensor]):
+    """A plain state dict."""
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor, detached."""
+        return self._places[name].detach()
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return tuple(self._tensors[name].shape)
+        return tuple(self._places[name].shape)
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor's elements."""
-        return self._tensors[name].dtype
+        return self._places[name].dtype
 
 
-class Renamed(LazyTensors):
+class Renamed(Placed[str]):
     """Some tensors of another, under other names.
 
     Args:
@@ -75,31 +97,20 @@ class Renamed(LazyTensors):
     """
 
     def __init__(self, source: LazyTensors, names: Mapping[str, str]) -> None:
-        self._source, self._names = source, dict(names)
+        super().__init__(dict(names))
+        self._source = source
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor."""
-        return self._source[self._names[name]]
-
-    def __iter__(self) -> Iterator[str]:
-        """Names."""
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        """Number of tensors."""
-        return len(self._names)
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is a tensor of that name."""
-        return name in self._names
+        return self._source[self._places[name]]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._source.shape(self._names[name])
+        return self._source.shape(self._places[name])
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor's elements."""
-        return self._source.dtype(self._names[name])
+        return self._source.dtype(self._places[name])
 
 
 def select(source: LazyTensors, names: Iterable[str]) -> Renamed:
@@ -107,31 +118,27 @@ def select(source: LazyTensors, names: Iterable[str]) -> Renamed:
     return Renamed(source, {name: name for name in names})
 
 
-class Joined(LazyTensors):
+class Joined(Placed[LazyTensors]):
     """The tensors of several sources, one after another; names must differ."""
 
     def __init__(self, *sources: LazyTensors) -> None:
-        self._owner = {name: source for source in sources for name in source}
+        super().__init__({name: source for source in sources for name in source})
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor."""
-        return self._owner[name][name]
+        return self._places[name][name]
 
-    def __iter__(self) -> Iterator[str]:
-        """Names."""
-        return iter(self._owner)
-
-    def __len__(self) -> int:
-        """Number of tensors."""
-        return len(self._owner)
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """As its source gives them."""
+        return self._places[name].blocks(name)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._owner[name].shape(name)
+        return self._places[name].shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor's elements."""
-        return self._owner[name].dtype(name)
+        return self._places[name].dtype(name)
 
 
 class Cast(Renamed):
@@ -150,6 +157,11 @@ class Cast(Renamed):
         """Read one tensor and cast it."""
         return super().__getitem__(name).to(self.dtype(name))
 
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Cast one tensor block by block."""
+        for block in self._source.blocks(name):
+            yield block.to(self.dtype(name))
+
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor's elements."""
         stored = super().dtype(name)
@@ -157,31 +169,74 @@ class Cast(Renamed):
 
 
 class Finite(Renamed):
-    """The same tensors; those with a NaN or an infinity are noted when they are read."""
+    """The same tensors; NaN and infinities are counted as tensors are read."""
 
     def __init__(self, source: LazyTensors) -> None:
         super().__init__(source, {name: name for name in source})
-        self.problems: dict[str, str] = {}
-        """Tensor to what is wrong with it, of those that were read."""
+        self._counts: dict[str, tuple[int, int]] = {}
 
     def __getitem__(self, name: str) -> Tensor:
-        """Read one tensor and look at its extremes: both are finite where all elements are."""
+        """Read one tensor and look at its numbers."""
         tensor = super().__getitem__(name)
-        if tensor.is_floating_point() and tensor.numel():
-            least, most = torch.aminmax(tensor)
-            if not (torch.isfinite(least) and torch.isfinite(most)):
-                self.problems[name] = _count_problems(tensor)
+        self._counts.pop(name, None)
+        for block in blocks_of(tensor):
+            self._count(name, block)
         return tensor
 
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Look at one tensor block by block."""
+        self._counts.pop(name, None)
+        for block in self._source.blocks(name):
+            self._count(name, block)
+            yield block
 
-def _count_problems(tensor: Tensor) -> str:
-    """How many elements are NaN and infinite, in words."""
-    nan = infinite = 0
-    for block in tensor.reshape(-1).split(BLOCK):
-        nan += int(block.isnan().sum())
-        infinite += int(block.isinf().sum())
-    parts = [f"{count} {kind}" for count, kind in ((nan, "NaN"), (infinite, "infinite")) if count]
-    return f"{' and '.join(parts)} of {tensor.numel()} numbers"
+    @property
+    def problems(self) -> dict[str, str]:
+        """Tensor to what is wrong with it, of those that were read."""
+        found = {}
+        for name, counts in self._counts.items():
+            kinds = zip(counts, ("NaN", "infinite"), strict=True)
+            parts = " and ".join(f"{count} {kind}" for count, kind in kinds if count)
+            found[name] = f"{parts} of {torch.Size(self.shape(name)).numel()} numbers"
+        return found
+
+    def _count(self, name: str, block: Tensor) -> None:
+        """Add what is not finite in a block; both extremes are finite where all numbers are."""
+        if not block.is_floating_point() or not block.numel():
+            return
+        least, most = torch.aminmax(block)
+        if math.isfinite(least.item()) and math.isfinite(most.item()):
+            return
+        nan, infinite = self._counts.get(name, (0, 0))
+        self._counts[name] = (nan + int(block.isnan().sum()), infinite + int(block.isinf().sum()))
+
+
+def blocks_of(tensor: Tensor) -> Iterator[Tensor]:
+    """See `LazyTensors.blocks`."""
+    rows = tensor.reshape(1) if tensor.ndim == 0 else tensor
+    width = rows[:1].numel() * rows.element_size()
+    for block in rows.split(max(1, BLOCK_BYTES // max(1, width))):
+        yield block.contiguous()
+
+
+def ahead(blocks: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same blocks, made by another thread while the caller is busy with those before."""
+    with ThreadPoolExecutor(1) as thread:
+        pending = deque(thread.submit(next, blocks, None) for _ in range(BLOCKS_AHEAD))
+        while (block := pending.popleft().result()) is not None:
+            pending.append(thread.submit(next, blocks, None))
+            yield block
+
+
+def whole(runs: Sequence[Tensor]) -> Tensor:
+    """Runs of rows as one tensor; one run alone as it is, contiguous."""
+    return runs[0].contiguous() if len(runs) == 1 else torch.cat(list(runs))
+
+
+def raw_bytes(block: Tensor) -> NDArray[np.uint8]:
+    """The bytes of a contiguous tensor's elements, without a copy where it is on the CPU."""
+    flat: NDArray[np.uint8] = block.detach().to("cpu").reshape(-1).view(torch.uint8).numpy()
+    return flat
 
 
 def refuse_problems(where: Path, problems: Mapping[str, str]) -> None:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from emu3_megatron.conversion.checkpoints import save_weights
 from emu3_megatron.conversion.configuration import architecture
+from emu3_megatron.conversion.lazy import whole
 from emu3_megatron.conversion.maps import LAYER, LAYOUTS, Layout
 from emu3_megatron.conversion.publish import publish_folder, refuse_existing
-from emu3_megatron.conversion.rules import Architecture, Rule
+from emu3_megatron.conversion.rules import Architecture, Rule, separated
 from emu3_megatron.errors import UserError
 from emu3_megatron.files import write_json_atomic
 from emu3_megatron.model import LoRAConfig
@@ -111,9 +112,13 @@ def _renamed(name: str, rows: Tensor, sizes: Architecture, layout: Layout) -> It
         yield layout.rename(theirs.format(layer=number)).removesuffix(".weight"), part.contiguous().clone()
 
 
-def _parts(rule: Rule, rows: Tensor, sizes: Architecture) -> tuple[Tensor, ...]:
-    """`sizes` has the rank for the width of a matrix, so the rules of weights split it too."""
-    return rule.split(rows, sizes)
+def _parts(rule: Rule, rows: Tensor, sizes: Architecture) -> Iterator[Tensor]:
+    """Rows of one matrix are all of ours; `sizes` of several has the rank for their width."""
+    if len(rule.theirs) == 1:
+        yield rows
+        return
+    for which in range(len(rule.theirs)):
+        yield whole(list(separated(rule, which, rows, sizes)))
 
 
 def _peft_config(lora: LoRAConfig, layout: str, base_model: str) -> dict[str, Any]:

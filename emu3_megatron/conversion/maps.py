@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from emu3_megatron.conversion.lazy import InMemory, LazyTensors, select
+from emu3_megatron.conversion.lazy import InMemory, LazyTensors, Placed, blocks_of, select, whole
 from emu3_megatron.conversion.rules import (
     Architecture,
     ConversionError,
@@ -22,9 +22,14 @@ from emu3_megatron.conversion.rules import (
     GatedMLP,
     PaddedVocabulary,
     Rule,
+    joined,
+    separated,
 )
 
-_OURS = "decoder.layers.{layer}."
+LAYERS = "decoder.layers."
+"""What the names of our layers begin with."""
+
+_OURS = LAYERS + "{layer}."
 _THEIRS = "model.layers.{layer}."
 
 OUTER: tuple[Rule, ...] = (
@@ -162,10 +167,13 @@ class WeightMap:
         check_fit("megatron-core state dict", ours, expected)
         return Converted(
             ours,
-            [
-                Conversion(rule, (name,), dict(zip(names, rule.their_shapes(self.sizes), strict=True)), True)
+            {
+                their_name: Conversion(rule, (name,), shape, which)
                 for rule, name, names in self.rules()
-            ],
+                for which, (their_name, shape) in enumerate(
+                    zip(names, rule.their_shapes(self.sizes), strict=True)
+                )
+            },
             self.sizes,
         )
 
@@ -183,10 +191,10 @@ class WeightMap:
         check_fit("Hugging Face state dict", used, expected)
         return Converted(
             used,
-            [
-                Conversion(rule, names, {name: rule.our_shape(self.sizes)}, False)
+            {
+                name: Conversion(rule, names, rule.our_shape(self.sizes), None)
                 for rule, name, names in self.rules()
-            ],
+            },
             self.sizes,
         )
 
@@ -202,65 +210,63 @@ class WeightMap:
 
 @dataclass(frozen=True)
 class Conversion:
-    """One application of a rule."""
+    """How one tensor is made by a rule."""
 
     rule: Rule
     inputs: tuple[str, ...]
-    outputs: dict[str, tuple[int, ...]]
-    """Name and shape of what it makes."""
-    is_export: bool
-    """From our tensor to theirs."""
+    """Names of what it is made from."""
+    shape: tuple[int, ...]
+    which: int | None
+    """Number of a tensor of theirs; None makes ours."""
 
 
-class Converted(LazyTensors):
-    """Tensors made from others by rules; what the latest rule made is kept until another is asked for."""
+class Converted(Placed[Conversion]):
+    """Tensors made from others by rules; what the latest was made from is kept until something else is.
 
-    def __init__(self, source: LazyTensors, conversions: list[Conversion], sizes: Architecture) -> None:
+    Args:
+        source: What they are made from.
+        conversions: By the name of what is made.
+        sizes: Of the model.
+    """
+
+    def __init__(self, source: LazyTensors, conversions: dict[str, Conversion], sizes: Architecture) -> None:
+        super().__init__(conversions)
         self.source = source
         """What they are made from."""
         self._sizes = sizes
-        self._conversions = {name: conversion for conversion in conversions for name in conversion.outputs}
-        self._latest: tuple[Conversion | None, dict[str, Tensor]] = (None, {})
+        self._latest: tuple[tuple[str, ...], list[Tensor]] = ((), [])
 
     def __getitem__(self, name: str) -> Tensor:
         """Make one tensor."""
-        conversion = self._conversions[name]
-        if self._latest[0] is not conversion:
-            self._latest = (None, {})  # room for what comes
-            self._latest = (conversion, self._make(conversion))
-        return self._latest[1][name]
+        return whole(list(self._runs(name)))
 
-    def _make(self, conversion: Conversion) -> dict[str, Tensor]:
-        inputs = [self.source[name] for name in conversion.inputs]
-        if conversion.is_export:
-            made = conversion.rule.split(inputs[0], self._sizes)
-        else:
-            made = (conversion.rule.join(inputs, self._sizes),)
-        return dict(zip(conversion.outputs, made, strict=True))
+    def blocks(self, name: str) -> Iterator[Tensor]:
+        """Make one tensor block by block, with no memory for the whole."""
+        for run in self._runs(name):
+            yield from blocks_of(run)
 
-    def __iter__(self) -> Iterator[str]:
-        """Names."""
-        return iter(self._conversions)
-
-    def __len__(self) -> int:
-        """Number of tensors."""
-        return len(self._conversions)
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is a tensor of that name."""
-        return name in self._conversions
+    def _runs(self, name: str) -> Iterator[Tensor]:
+        """The tensor as runs of rows."""
+        conversion = self._places[name]
+        if self._latest[0] != conversion.inputs:
+            self._latest = ((), [])  # room for what comes
+            self._latest = (conversion.inputs, [self.source[own] for own in conversion.inputs])
+        inputs = self._latest[1]
+        if conversion.which is None:
+            return joined(conversion.rule, inputs, self._sizes)
+        return separated(conversion.rule, conversion.which, inputs[0], self._sizes)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._conversions[name].outputs[name]
+        return self._places[name].shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Type of a tensor's elements: that of what it is made from."""
-        return self.source.dtype(self._conversions[name].inputs[0])
+        return self.source.dtype(self._places[name].inputs[0])
 
     def split_axis(self, name: str) -> tuple[int | None, int]:
         """Axis that tensor parallelism divides, and the parts of it that are divided each on its own."""
-        rule = self._conversions[name].rule
+        rule = self._places[name].rule
         return rule.split_axis, rule.blocks
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 
 Result = TypeVar("Result")
+
+
+def start() -> None:
+    """Meet the other processes of a torchrun; one process alone needs no groups."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        torch.distributed.init_process_group("gloo")
 
 
 def rank() -> int:

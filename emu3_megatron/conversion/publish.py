@@ -14,6 +14,9 @@ from emu3_megatron.conversion.processes import on_first, rank, together
 from emu3_megatron.errors import UserError
 from emu3_megatron.files import TEMPORARY_SUFFIX, fsync_directory, temporary_path
 
+_MOVED = ".old"
+"""Last part of the name of a folder while another takes its place."""
+
 
 @contextmanager
 def publish_folder(target: str | os.PathLike[str], *, overwrite: bool = False) -> Iterator[Path]:
@@ -21,14 +24,16 @@ def publish_folder(target: str | os.PathLike[str], *, overwrite: bool = False) -
 
     All processes of a conversion enter it together and fill the same folder. Every file is flushed to the
     disk before the rename. On an exception the unfinished folder is removed and whatever stood at `target`
-    stays. What a killed process left is removed by the next one that writes to the same `target`. Raises
-    `UserError` when `target` exists, is not empty and `overwrite` is not set.
+    stays. What a killed process left is removed, and what it had moved out of the way is put back, by the
+    next one that writes to the same `target`. Raises `UserError` when `target` exists, is not empty and
+    `overwrite` is not set.
     """
     final = Path(target).absolute()
     lock = -1
 
     def prepare() -> Path:
         nonlocal lock
+        _put_back(final)
         refuse_existing(target, overwrite=overwrite)
         final.parent.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(final)
@@ -57,6 +62,15 @@ def refuse_existing(target: str | os.PathLike[str], *, overwrite: bool) -> None:
     final = Path(target)
     if final.exists() and not overwrite and (not final.is_dir() or any(final.iterdir())):
         raise UserError(f"{final} exists; choose another folder or pass --overwrite")
+
+
+def _put_back(final: Path) -> None:
+    """Undo half a `_swap`: what a killed process moved away returns, or goes if the new one is in place."""
+    for old in final.parent.glob(f".{glob.escape(final.name)}.*{_MOVED}"):
+        if not final.exists():
+            os.rename(old, final)
+        elif old.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
 
 
 def _remove_abandoned(final: Path) -> None:
@@ -89,7 +103,7 @@ def _swap(unfinished: Path, final: Path) -> None:
 
     The old folder goes back where it was when the new one cannot take its place.
     """
-    old = final.parent / f".{final.name}.{os.getpid()}.old"
+    old = final.parent / f".{final.name}.{os.getpid()}{_MOVED}"
     if final.exists():
         os.rename(final, old)
     try:

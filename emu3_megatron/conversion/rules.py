@@ -1,8 +1,9 @@
 """Typed rules that turn megatron-core tensors into Hugging Face tensors and back.
 
-A rule names one tensor of ours and the tensors of theirs that hold the same numbers, and converts in both
-directions by moving numbers only: nothing is added, scaled or rounded, so a round trip is equal bit by bit.
-Ours are always the whole tensors (tensor parallelism 1); distributed checkpoints give them at any layout.
+A rule names one tensor of ours and the tensors of theirs that hold the same numbers, and tells by `Span`
+which rows are which; both directions follow from that. Numbers only move: nothing is added, scaled or
+rounded, so a round trip is equal bit by bit. Ours are always the whole tensors (tensor parallelism 1);
+distributed checkpoints give them at any layout.
 
 Shape suffixes: V vocabulary rows, H hidden size, F feed-forward size, Q query heads, G query groups,
 D head size.
@@ -10,11 +11,10 @@ D head size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -63,6 +63,19 @@ class Architecture:
             )
 
 
+@dataclass(frozen=True)
+class Span:
+    """Consecutive rows that a tensor of theirs and ours have in common."""
+
+    which: int
+    """Of their tensors."""
+    theirs: int
+    """First row in theirs."""
+    ours: int
+    """First row in ours."""
+    rows: int
+
+
 class Rule(Protocol):
     """One tensor of ours and the tensors of theirs it corresponds to; names may hold ``{layer}``."""
 
@@ -72,7 +85,7 @@ class Rule(Protocol):
 
     @property
     def theirs(self) -> tuple[str, ...]:
-        """Names in the Hugging Face state dict, in the order that `split` returns."""
+        """Names in the Hugging Face state dict, in the order of their shapes."""
 
     @property
     def split_axis(self) -> int | None:
@@ -88,11 +101,8 @@ class Rule(Protocol):
     def their_shapes(self, sizes: Architecture) -> tuple[Shape, ...]:
         """Shapes of their tensors."""
 
-    def split(self, tensor: Tensor, sizes: Architecture) -> tuple[Tensor, ...]:
-        """Their tensors from ours."""
-
-    def join(self, tensors: Sequence[Tensor], sizes: Architecture) -> Tensor:
-        """Our tensor from theirs."""
+    def spans(self, sizes: Architecture) -> Iterator[Span]:
+        """All rows in use, in the order of ours; rows of ours after them are padding."""
 
 
 @dataclass(frozen=True)
@@ -118,14 +128,9 @@ class Copy:
         """As ours."""
         return (self.our_shape(sizes),)
 
-    def split(self, tensor: Tensor, sizes: Architecture) -> tuple[Tensor, ...]:
+    def spans(self, sizes: Architecture) -> Iterator[Span]:
         """The tensor itself."""
-        return (tensor,)
-
-    def join(self, tensors: Sequence[Tensor], sizes: Architecture) -> Tensor:
-        """The tensor itself."""
-        (tensor,) = tensors
-        return tensor
+        yield Span(0, 0, 0, self.our_shape(sizes)[0])
 
 
 @dataclass(frozen=True)
@@ -162,21 +167,15 @@ class FusedQKV:
         key = (sizes.num_query_groups * sizes.kv_channels, *self._rest(sizes))
         return (query, key, key)
 
-    def split(self, tensor: Tensor, sizes: Architecture) -> tuple[Tensor, ...]:
-        """Undo the interleaving of the query groups."""
-        per_group = sizes.num_attention_heads // sizes.num_query_groups
-        rest = self._rest(sizes)
-        grouped = tensor.reshape(sizes.num_query_groups, per_group + 2, sizes.kv_channels, *rest)
-        parts = grouped.split([per_group, 1, 1], dim=1)
-        return tuple(part.reshape(-1, *rest).contiguous() for part in parts)
-
-    def join(self, tensors: Sequence[Tensor], sizes: Architecture) -> Tensor:
-        """Interleave the query groups."""
-        grouped = [
-            tensor.reshape(sizes.num_query_groups, -1, sizes.kv_channels, *self._rest(sizes))
-            for tensor in tensors
-        ]
-        return torch.cat(grouped, dim=1).reshape(self.our_shape(sizes))
+    def spans(self, sizes: Architecture) -> Iterator[Span]:
+        """Query, key and value rows of every group in turn."""
+        key = sizes.kv_channels
+        query = sizes.num_attention_heads // sizes.num_query_groups * key
+        for group in range(sizes.num_query_groups):
+            ours = group * (query + 2 * key)
+            yield Span(0, group * query, ours, query)
+            yield Span(1, group * key, ours + query, key)
+            yield Span(2, group * key, ours + query + key, key)
 
     def _rest(self, sizes: Architecture) -> Shape:
         """Dimensions after the rows."""
@@ -207,14 +206,10 @@ class GatedMLP:
         shape = (sizes.ffn_hidden_size, sizes.hidden_size)
         return (shape, shape)
 
-    def split(self, tensor: Tensor, sizes: Architecture) -> tuple[Tensor, ...]:
-        """Gate rows and up rows."""
-        gate, up = tensor.chunk(2, dim=0)
-        return (gate.contiguous(), up.contiguous())
-
-    def join(self, tensors: Sequence[Tensor], sizes: Architecture) -> Tensor:
-        """Gate rows above up rows."""
-        return torch.cat(list(tensors), dim=0)
+    def spans(self, sizes: Architecture) -> Iterator[Span]:
+        """Gate rows, then up rows."""
+        for which in range(2):
+            yield Span(which, 0, which * sizes.ffn_hidden_size, sizes.ffn_hidden_size)
 
 
 @dataclass(frozen=True)
@@ -243,15 +238,27 @@ class PaddedVocabulary:
         """``[V, H]``."""
         return ((sizes.vocabulary_size, sizes.hidden_size),)
 
-    def split(self, tensor: Tensor, sizes: Architecture) -> tuple[Tensor, ...]:
+    def spans(self, sizes: Architecture) -> Iterator[Span]:
         """The rows in use."""
-        return (tensor[: sizes.vocabulary_size].contiguous(),)
+        yield Span(0, 0, 0, sizes.vocabulary_size)
 
-    def join(self, tensors: Sequence[Tensor], sizes: Architecture) -> Tensor:
-        """The rows in use, then zeros."""
-        (tensor,) = tensors
-        padding = tensor.new_zeros(sizes.padded_vocabulary_size - sizes.vocabulary_size, sizes.hidden_size)
-        return torch.cat([tensor, padding], dim=0)
+
+def joined(rule: Rule, theirs: Sequence[Tensor], sizes: Architecture) -> Iterator[Tensor]:
+    """Our tensor from theirs, as runs of rows that follow one another; views but for the padding."""
+    end = 0
+    for span in rule.spans(sizes):
+        yield theirs[span.which][span.theirs : span.theirs + span.rows]
+        end = span.ours + span.rows
+    rows, *rest = rule.our_shape(sizes)
+    if rows > end:
+        yield theirs[0].new_zeros(rows - end, *rest)
+
+
+def separated(rule: Rule, which: int, ours: Tensor, sizes: Architecture) -> Iterator[Tensor]:
+    """One of their tensors from ours, as runs of rows that follow one another; views."""
+    spans = (span for span in rule.spans(sizes) if span.which == which)
+    for span in sorted(spans, key=lambda span: span.theirs):
+        yield ours[span.ours : span.ours + span.rows]
 
 
 def _dimension(expression: str, sizes: Architecture) -> int:

@@ -11,7 +11,6 @@ import json
 import pickle
 import struct
 from abc import abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from emu3_megatron.conversion.lazy import LazyTensors
+from emu3_megatron.conversion.lazy import LazyTensors, Placed, ahead, raw_bytes
 from emu3_megatron.conversion.processes import on_first, share, together
 from emu3_megatron.conversion.rules import ConversionError
 
@@ -47,7 +46,7 @@ DTYPES: dict[str, torch.dtype] = {
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-class TensorFolder(LazyTensors):
+class TensorFolder(Placed[Path]):
     """The tensors of a folder of weight files: one file, or several with an index.
 
     Raises `ConversionError` when there are none, when the index names a file that is missing or outside the
@@ -60,6 +59,7 @@ class TensorFolder(LazyTensors):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._files: dict[str, Path] = {}
+        super().__init__(self._files)
         for path in self._paths():
             for name in self._scan(path):
                 if name in self._files:
@@ -72,18 +72,6 @@ class TensorFolder(LazyTensors):
     @abstractmethod
     def _scan(self, path: Path) -> list[str]:
         """Names of a file's tensors; keeps what `shape`, `dtype` and reading need."""
-
-    def __iter__(self) -> Iterator[str]:
-        """Names, in the order of the files."""
-        return iter(self._files)
-
-    def __len__(self) -> int:
-        """Number of tensors."""
-        return len(self._files)
-
-    def __contains__(self, name: object) -> bool:
-        """Whether there is a tensor of that name."""
-        return name in self._files
 
     def _paths(self) -> list[Path]:
         """The files to read: those of the index, or the single file."""
@@ -281,6 +269,5 @@ def _write_shard(path: Path, tensors: LazyTensors, names: list[str]) -> None:
     with open(path, "wb") as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for name in names:
-            flat = tensors[name].detach().to("cpu").contiguous().reshape(-1)
-            stream.write(flat.view(torch.uint8).numpy().data)
-            del flat  # room for the next tensor
+            for block in ahead(tensors.blocks(name)):
+                stream.write(raw_bytes(block).data)

@@ -182,9 +182,9 @@ class Checkpointer:
         """Load weights, optimizer and averages of a checkpoint of this run, saved under any layout."""
         from megatron.core import dist_checkpointing
 
-        from emu3_megatron.training.checkpoint_metadata import read_metadata
+        from emu3_megatron.training.checkpoint_metadata import refuse_code
 
-        read_metadata(folder)  # megatron-core would run what it asks for
+        refuse_code(folder)
         state, models = self._model_state(averages=record.ema)
         plain: dict[str, Any] = {}
         if record.progress.updates:
@@ -330,9 +330,9 @@ def load_weights(chunks: Sequence[Any], folder: Path, *, averaged: bool = False)
     `Checkpointer.load_weights` for adapters."""
     from megatron.core import dist_checkpointing
 
-    from emu3_megatron.training.checkpoint_metadata import read_metadata
+    from emu3_megatron.training.checkpoint_metadata import refuse_code
 
-    read_metadata(folder)  # megatron-core would run what it asks for
+    refuse_code(folder)
     state = model_state(chunks)
     without_adapters = not has_adapters(Record.read(folder).config)
     if without_adapters:

@@ -111,6 +111,18 @@ def commit(folder: Path, sealed: dict[str, dict[str, int | str]], step: int) -> 
         stream.write(f"{folder.name}\n".encode())
 
 
+def sealed_files(folder: Path) -> dict[str, dict[str, int | str]]:
+    """Size and checksum of every file of a committed folder, by name.
+
+    Raises `CheckpointError` when COMMIT cannot be read.
+    """
+    try:
+        files: dict[str, dict[str, int | str]] = json.loads((folder / COMMIT).read_text())["files"]
+        return dict(files.items())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / COMMIT}: not readable as JSON with `files`") from error
+
+
 def damage(folder: Path, *, checksums: bool, part: slice = slice(None)) -> Iterator[str]:
     """Yield a description of every file of a committed folder that is not as it was written.
 
@@ -120,18 +132,24 @@ def damage(folder: Path, *, checksums: bool, part: slice = slice(None)) -> Itera
         part: Share of the files to check, for ranks that divide the work.
     """
     try:
-        files = json.loads((folder / COMMIT).read_text())["files"]
-    except (ValueError, KeyError, TypeError):
-        yield f"{folder / COMMIT}: not readable as JSON with `files`"
+        files = sealed_files(folder)
+    except CheckpointError as error:
+        yield str(error)
         return
     for name, written in sorted(files.items())[part]:
-        path = folder / name
-        if not path.is_file():
-            yield f"{path}: missing"
-        elif path.stat().st_size != written["bytes"]:
-            yield f"{path}: {path.stat().st_size} bytes, written with {written['bytes']}"
-        elif checksums and (found := checksum(path)) != written["crc32c"]:
-            yield f"{path}: CRC-32C {found}, written with {written['crc32c']}"
+        if problem := file_damage(folder / name, written, checksums=checksums):
+            yield problem
+
+
+def file_damage(path: Path, written: dict[str, int | str], *, checksums: bool) -> str | None:
+    """How a file differs from what COMMIT says of it, in words; None where it does not."""
+    if not path.is_file():
+        return f"{path}: missing"
+    if path.stat().st_size != written["bytes"]:
+        return f"{path}: {path.stat().st_size} bytes, written with {written['bytes']}"
+    if checksums and (found := checksum(path)) != written["crc32c"]:
+        return f"{path}: CRC-32C {found}, written with {written['crc32c']}"
+    return None
 
 
 def prune(checkpoints: Path, keep: int) -> None:

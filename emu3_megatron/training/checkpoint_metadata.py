@@ -1,17 +1,21 @@
-"""The description of a distributed checkpoint's tensors, read without running what a pickle may ask for.
+"""What a distributed checkpoint holds as pickles, read without running what a pickle may ask for.
 
-torch writes it as a pickle (``.metadata``), and megatron-core reads that as it is. A checkpoint may come from
-elsewhere: `read_metadata` makes nothing but the few types that such a description consists of.
+torch writes the description of the tensors as a pickle (``.metadata``), and objects that are no tensors as
+pickles among them; megatron-core reads both as they are. A checkpoint may come from elsewhere:
+`read_metadata` makes nothing but the few types that such a description consists of, and `refuse_code` looks
+at both before megatron-core does.
 """
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.utils._pytree import tree_leaves
 
 from emu3_megatron.training.checkpoint_files import CheckpointError
 
@@ -56,6 +60,42 @@ class _Unpickler(pickle.Unpickler):
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no checkpoint needs")
+
+
+def refuse_code(folder: Path) -> None:
+    """Look at everything that megatron-core would unpickle from a checkpoint, before it does.
+
+    Its modules keep states (``_extra_state``) that hold nothing in the precisions that we train in. Those of
+    Transformer Engine's FP8 are tensors that it unpickles in turn: only empty ones pass.
+
+    Raises:
+        CheckpointError: the description or an object is damaged, or asks for anything but data.
+    """
+    metadata = read_metadata(folder)
+    for key, stored in metadata.state_dict_metadata.items():
+        if not isinstance(stored, BytesStorageMetadata):
+            continue
+        try:
+            value = _read_object(folder, metadata.storage_data[MetadataIndex(key)])
+        except Exception as error:  # a damaged pickle may fail in any way
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{folder}: object {key} is damaged or not to be trusted: {reason}"
+            ) from error
+        if any(isinstance(leaf, torch.Tensor) and leaf.numel() for leaf in tree_leaves(value)):
+            raise CheckpointError(
+                f"{folder}: object {key} holds a state that Transformer Engine would unpickle; "
+                "save the checkpoint without FP8 states"
+            )
+
+
+def _read_object(folder: Path, place: Any) -> Any:
+    """An object that stands among the tensors of a file, made of plain data alone."""
+    if Path(place.relative_path).name != str(place.relative_path):
+        raise ValueError(f"it is in {place.relative_path!r}, which is not a plain file name")
+    with open(folder / place.relative_path, "rb") as stream:
+        stream.seek(place.offset)
+        return torch.load(io.BytesIO(stream.read(place.length)), map_location="cpu", weights_only=True)
 
 
 def read_metadata(folder: Path) -> Metadata:

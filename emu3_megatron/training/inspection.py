@@ -14,13 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint import Record
 from emu3_megatron.training.checkpoint_files import CheckpointError
+from emu3_megatron.training.checkpoint_metadata import read_metadata
 from emu3_megatron.training.resume import differences
 
 OPTIMIZER_PREFIX = "optimizer."
@@ -36,11 +36,7 @@ class Tensors:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        try:
-            metadata = FileSystemReader(folder).read_metadata()
-        except Exception as error:
-            # It is a pickle: a damaged one can raise anything.
-            raise CheckpointError(f"{folder / '.metadata'}: not readable ({error})") from error
+        metadata = read_metadata(folder)
         self.described: dict[str, TensorStorageMetadata] = {
             name: value
             for name, value in metadata.state_dict_metadata.items()

@@ -181,11 +181,10 @@ def test_tensor_parallel_checkpoint_and_generation(run: Path, vision: Path, tmp_
 
 
 def test_the_tool(run: Path, vision: Path, tmp_path: Path, capsys, monkeypatch) -> None:
-    """The program's commands; process groups are the test's."""
+    """The program's commands."""
     specification = importlib.util.spec_from_file_location("tool", ROOT / "tools" / "convert_checkpoint.py")
     tool = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(tool)
-    monkeypatch.setattr(tool, "_start", lambda name: None)
 
     def call(*arguments: object) -> str:
         monkeypatch.setattr(sys, "argv", ["convert_checkpoint.py", *map(str, arguments)])

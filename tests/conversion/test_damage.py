@@ -7,16 +7,19 @@ import pickle
 import shutil
 import struct
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from emu3_megatron.conversion import ConversionError, ExportedModel, export_hugging_face
+from emu3_megatron.conversion import ConversionError, ExportedModel, distributed, export_hugging_face
 from emu3_megatron.conversion.checkpoints import export_checkpoint, import_checkpoint, save_weights
 from emu3_megatron.conversion.publish import publish_folder
 from emu3_megatron.errors import UserError
+from emu3_megatron.training import checkpoint_metadata
+from emu3_megatron.training.checkpoint import load_model_for_inference
 from emu3_megatron.training.checkpoint_files import CheckpointError
 from emu3_megatron.training.checkpoint_metadata import read_metadata
 from tests.inference import worlds
@@ -232,13 +235,34 @@ def test_the_metadata_of_a_checkpoint_runs_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "touched").exists()
 
 
-def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+def save_run(folder: Path) -> Path:
+    """A run with one checkpoint of the small model."""
     model = worlds.tiny_model()
-    from dataclasses import asdict
-
     config = {"model": asdict(model.model_config), "seed": 0, "trainer": {"precision": "fp32"}}
-    folder = tmp_path / "run" / "checkpoints" / "step-00000001"
-    save_weights(model, folder, worlds.VOCABULARY.to_dict(), config)
+    checkpoint = folder / "checkpoints" / "step-00000001"
+    save_weights(model, checkpoint, worlds.VOCABULARY.to_dict(), config)
+    return checkpoint
+
+
+def test_the_states_of_a_checkpoint_run_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """megatron-core would unpickle them as training or generation loads the checkpoint."""
+    touched = tmp_path / "touched"
+    monkeypatch.setattr(distributed, "EMPTY", [Touch(touched)])
+    save_run(tmp_path / "code")
+    monkeypatch.setattr(distributed, "EMPTY", [torch.ones(8, dtype=torch.uint8)])
+    save_run(tmp_path / "bytes")
+    with pytest.raises(CheckpointError, match=r"_extra_state/shard_0_2 is damaged or not to be trusted"):
+        load_model_for_inference(tmp_path / "code")
+    with pytest.raises(CheckpointError, match=r"a state that Transformer Engine would unpickle"):
+        load_model_for_inference(tmp_path / "bytes")
+    assert not touched.exists()
+    monkeypatch.setattr(checkpoint_metadata, "refuse_code", lambda folder: None)
+    load_model_for_inference(tmp_path / "code")
+    assert touched.exists(), "megatron-core no longer unpickles states: the check is not needed any more"
+
+
+def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
+    folder = save_run(tmp_path / "run")
     (path,) = (p for p in folder.glob("*.distcp") if p.stat().st_size > 100_000)
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
