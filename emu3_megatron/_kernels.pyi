@@ -34,3 +34,14 @@ def describe(
     num_documents: int,
 ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     """(length, caption, kind) of each document from the bytes of its shard's index."""
+
+def convert_420(
+    luma: npt.NDArray[np.uint8],
+    cb: npt.NDArray[np.uint8],
+    cr: npt.NDArray[np.uint8],
+    *,
+    coefficients: tuple[int, int, int, int, int, int],
+    left: bool,
+    vertical: int,
+) -> npt.NDArray[np.uint8]:
+    """A picture of YCbCr 4:2:0 as RGB, uint8 ``[H, W, 3]``, H and W even; planes may have padded rows."""

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from emu3_megatron.errors import UserError, one_line
 from emu3_megatron.tokenization.entries import printable
@@ -30,8 +30,7 @@ FINGERPRINT_BYTES = 1 << 20
 """Bytes at each end of a file that its fingerprint covers, besides its size."""
 
 
-@dataclass(frozen=True)
-class TextDocument:
+class TextDocument(NamedTuple):
     """A line or row, as it was found."""
 
     name: str

