@@ -6,6 +6,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <optional>
 #include <stdexcept>
@@ -13,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "color.hpp"
 #include "few_rows.hpp"
 #include "index.hpp"
 #include "packer.hpp"
@@ -290,11 +292,38 @@ void few_rows_of_bytes(const InputArray<float>& x, const InputArray<int8_t>& w, 
     few_rows<int8_t>(x, w, scales.data(), y, threads);
 }
 
+emu3::Plane to_plane(const py::array_t<uint8_t>& plane, py::ssize_t height, py::ssize_t width, const char* name) {
+    if (plane.ndim() != 2 || plane.shape(0) != height || plane.shape(1) != width || plane.strides(1) != 1)
+        throw std::invalid_argument(std::string(name) + " must be a plane of " + std::to_string(height) + " x " +
+                                    std::to_string(width) + " neighbouring bytes");
+    return {plane.data(), plane.strides(0)};
+}
+
+// Rows of planes may be padded: the strides say how far they are apart.
+py::array_t<uint8_t> convert_420(const py::array_t<uint8_t>& luma, const py::array_t<uint8_t>& cb,
+                                 const py::array_t<uint8_t>& cr, const std::array<int32_t, 6>& coefficients,
+                                 bool left, int vertical) {
+    if (luma.ndim() != 2 || luma.shape(0) < 2 || luma.shape(1) < 2 || luma.shape(0) % 2 || luma.shape(1) % 2)
+        throw std::invalid_argument("luma must have an even number of rows and columns");
+    const py::ssize_t height = luma.shape(0), width = luma.shape(1);
+    const emu3::Plane planes[] = {to_plane(luma, height, width, "luma"),
+                                  to_plane(cb, height / 2, width / 2, "cb"),
+                                  to_plane(cr, height / 2, width / 2, "cr")};
+    const auto& c = coefficients;
+    const emu3::ColorRule rule{c[0], c[1], c[2], c[3], c[4], c[5]};
+    py::array_t<uint8_t> rgb({height, width, py::ssize_t{3}});
+    uint8_t* data = rgb.mutable_data();
+    {
+        const py::gil_scoped_release released;
+        emu3::convert_420(planes[0], planes[1], planes[2], height, width, rule, {left, vertical}, data);
+    }
+    return rgb;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_kernels, module) {
-    module.doc() = "C++ kernels of emu3_megatron: the packer, the keyed permutation, the reader of indices, products\n"
-                   "of few rows.";
+    module.doc() = "C++ kernels of emu3_megatron, see csrc/.";
     module.def("pack", &pack, py::arg("lengths"), py::arg("splittable"), py::kw_only(), py::arg("capacity"),
                py::arg("align"), py::arg("online"), py::arg("open_windows"), py::arg("fill"), py::arg("min_piece"),
                "Pack documents into windows: (window_offsets, document, start, length, dropped).");
@@ -332,4 +361,7 @@ PYBIND11_MODULE(_kernels, module) {
     module.def("few_rows_int8", &few_rows_of_bytes, py::arg("x").noconvert(), py::arg("w").noconvert(),
                py::arg("scales").noconvert(), py::arg("y").noconvert(), py::arg("threads"),
                "As few_rows, w of int8 with a scale for every row.");
+    module.def("convert_420", &convert_420, py::arg("luma").noconvert(), py::arg("cb").noconvert(),
+               py::arg("cr").noconvert(), py::kw_only(), py::arg("coefficients"), py::arg("left"),
+               py::arg("vertical"), "A picture of YCbCr 4:2:0 as RGB.");
 }

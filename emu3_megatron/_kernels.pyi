@@ -128,3 +128,14 @@ def few_rows_int8(
     threads: int,
 ) -> None:
     """As `few_rows`, with `w` int8 and a factor for each of its rows."""
+
+def convert_420(
+    luma: npt.NDArray[np.uint8],
+    cb: npt.NDArray[np.uint8],
+    cr: npt.NDArray[np.uint8],
+    *,
+    coefficients: tuple[int, int, int, int, int, int],
+    left: bool,
+    vertical: int,
+) -> npt.NDArray[np.uint8]:
+    """A picture of YCbCr 4:2:0 as RGB, uint8 ``[H, W, 3]``, H and W even; planes may have padded rows."""

@@ -8,6 +8,7 @@ import os
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -36,6 +37,8 @@ Segment = tuple[npt.NDArray[np.integer[Any]], int]
 """Token ids ``[N]`` and the mode: 0 for a text segment, 1 for a span, 2 for a prompt."""
 
 WRITE_BUFFER_BYTES = 1 << 20
+
+_NAMES = json.JSONEncoder(ensure_ascii=False)
 
 
 @dataclass
@@ -155,8 +158,39 @@ class ShardWriter:
         self.num_documents += 1
         self._longest = max(self._longest, length)
         self._borders.append(len(self._lengths))
-        line = json.dumps({"id": sample_id, "task": task}, ensure_ascii=False)
-        self._names.write(line.encode() + b"\n")
+        self._names.write(_NAMES.encode({"id": sample_id, "task": task}).encode() + b"\n")
+
+    def add_texts(self, texts: Sequence[npt.NDArray[np.integer[Any]]], sample_ids: Sequence[str]) -> None:
+        """Append documents of one text segment each: what `add_document` writes, at a fraction of its cost.
+
+        Args:
+            texts: Ids of each, ``[N]``, N > 0.
+            sample_ids: Their names; not empty.
+
+        Raises:
+            UserError: as `add_document`; none of them is written then.
+        """
+        if self._bin is None or self._names is None:
+            raise RuntimeError("ShardWriter.add_texts needs the writer to be entered: use `with`")
+        if not texts:
+            return
+        lengths = [len(ids) for ids in texts]
+        if not all(lengths) or not all(sample_ids):
+            raise UserError(f"documents {sample_ids[0]!r} to {sample_ids[-1]!r}: one has no ids or no name")
+        data = self._check(np.concatenate(texts), TEXT_MODE, f"{sample_ids[0]} to {sample_ids[-1]}").tobytes()
+        self._bin.write(data)
+        first, width = len(self._lengths), np.dtype(TOKEN_DTYPE).itemsize
+        stops = list(accumulate(length * width for length in lengths))
+        self._checksums.extend(crc32c(data[a:b]) for a, b in zip([0, *stops], stops, strict=False))
+        self._lengths.extend(lengths)
+        self._modes.extend([TEXT_MODE] * len(lengths))
+        self._borders.extend(range(first + 1, first + 1 + len(lengths)))
+        self.num_documents += len(lengths)
+        self.num_tokens += sum(lengths)
+        self._text_tokens += sum(lengths)
+        self._longest = max(self._longest, *lengths)
+        lines = [_NAMES.encode({"id": name, "task": None}) for name in sample_ids]
+        self._names.write(("\n".join(lines) + "\n").encode())
 
     def _check(self, ids: npt.NDArray[np.integer[Any]], mode: int, sample_id: str) -> npt.NDArray[np.int32]:
         array_ = np.asarray(ids)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -143,10 +144,21 @@ class Dialect:
         """Ids (int64 ``[N]``) of one text segment, all below ``text_tokenizer.size``: no control tokens."""
         text = Text(text) if isinstance(text, str) else text
         ids = as_ids(self.text_tokenizer.encode(text.text) if text.ids is None else text.ids)
+        self._check_text_ids(ids)
+        return ids
+
+    def encode_texts(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer[Any]]]:
+        """Ids of many text segments, as `encode_text` gives them but of any integer type."""
+        batch = self.text_tokenizer.encode_batch(texts)
+        if batch:
+            self._check_text_ids(np.concatenate(batch))
+        return batch
+
+    def _check_text_ids(self, ids: npt.NDArray[np.integer[Any]]) -> None:
+        """Refuse ids that are none of the text tokenizer's."""
         size = self.text_tokenizer.size
         if ids.size and not 0 <= int(ids.min()) <= int(ids.max()) < size:
             raise ValueError(f"text ids must lie in [0, {size}), got {int(ids.min())} to {int(ids.max())}")
-        return ids
 
     def parse_text(self, ids: Iterable[int] | npt.NDArray[np.integer]) -> Text:
         """The text of a run of text ids, with the ids kept where the tokenizer would choose others."""

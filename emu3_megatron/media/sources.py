@@ -17,18 +17,13 @@ import numpy.typing as npt
 
 from emu3_megatron.media import dali
 from emu3_megatron.media.color import correct_matrix
+from emu3_megatron.media.convert import RGBConverter
 from emu3_megatron.media.errors import MediaError
 from emu3_megatron.media.files import Media, open_media, read_media
 from emu3_megatron.media.probe import VideoInfo
 
 Frames = npt.NDArray[np.uint8]
 """RGB frames, uint8 ``[T, H, W, 3]``, upright."""
-
-BILINEAR, FULL_CHR_H_INT, FULL_CHR_H_INP, ACCURATE_RND = 0x2, 0x2000, 0x4000, 0x40000
-"""FFmpeg's SWS_* numbers; PyAV names the last three from version 18 on."""
-
-CONVERTER_FLAGS = BILINEAR | FULL_CHR_H_INT | FULL_CHR_H_INP | ACCURATE_RND
-"""Flags of FFmpeg's colour converter, the same as in DALI; the default flags are up to twice as far off."""
 
 DALI_CPU_CODECS = frozenset({"vp8", "vp9", "mjpeg"})
 """What DALI decodes without a GPU (2.1.1 and later)."""
@@ -141,6 +136,7 @@ class PyAVSource:
     ) -> Iterator[Frames]:
         """Frames in order for as long as none is missing; after a seek the first may be."""
         places = {int(stamp): place for place, stamp in enumerate(info.pts)}
+        convert = RGBConverter()
         with open_media(media) as opened, av.open(opened, metadata_errors="replace") as container:
             video = container.streams.video[0]
             video.codec_context.thread_count = self._threads
@@ -155,7 +151,7 @@ class PyAVSource:
                 if place > first:
                     return
                 if place == first:
-                    yield _upright(_to_rgb(frame, info, size), info)
+                    yield _picture(frame, info, convert, size)
                     first += 1
                 if first >= stop:
                     return
@@ -166,6 +162,7 @@ class PyAVSource:
         """Decode from the key frame before the first wanted stamp (or from the start) to the last one."""
         last = max(wanted)
         found: dict[int, Any] = {}
+        convert = RGBConverter()
         with open_media(media) as stream, av.open(stream, metadata_errors="replace") as container:
             video = container.streams.video[0]
             video.codec_context.thread_count = self._threads
@@ -182,7 +179,7 @@ class PyAVSource:
                     )
                 stamp = ordinal if info.ordinal else frame.pts
                 if stamp in wanted:
-                    found[stamp] = _upright(_to_rgb(frame, info, size), info)
+                    found[stamp] = _picture(frame, info, convert, size)
                 if stamp is not None and stamp >= last and len(found) == len(wanted):
                     break
         return found
@@ -267,23 +264,15 @@ def _check_indices(info: VideoInfo, indices: Sequence[int]) -> None:
         raise ValueError(f"frame indices {list(indices)} must lie in 0..{info.frame_count - 1}, at least one")
 
 
-def _to_rgb(frame: Any, info: VideoInfo, size: tuple[int, int] | None) -> Frames:
-    """Convert one PyAV frame to RGB, uint8 ``[H, W, 3]``, refusing a change of size.
-
-    With `size` (rows, columns, upright) it is scaled by the converter, which averages over what falls away.
-    """
+def _picture(frame: Any, info: VideoInfo, convert: RGBConverter, size: tuple[int, int] | None) -> Frames:
+    """One PyAV frame as RGB, uint8 ``[H, W, 3]``, upright, refusing a change of size; `size` is upright."""
     if (frame.height, frame.width) != (info.height, info.width):
         raise MediaError(
             f"changes size midway, from {info.width}x{info.height} to {frame.width}x{frame.height}"
         )
-    scale: dict[str, int] = {}
-    if size is not None:
-        rows, columns = size[::-1] if info.rotation in (90, 270) else size
-        scale = {"width": columns, "height": rows}
-    picture: Frames = frame.reformat(
-        format="rgb24", interpolation=CONVERTER_FLAGS, threads=1, **scale
-    ).to_ndarray()
-    return picture
+    if size is not None and info.rotation in (90, 270):
+        size = size[::-1]
+    return _upright(convert(frame, size), info)
 
 
 def _upright(frames: Frames, info: VideoInfo) -> Frames:

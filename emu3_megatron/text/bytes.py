@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from emu3_megatron.text.common import check_ids, fingerprint, replace_surrogates
 
@@ -22,6 +26,10 @@ class ByteTokenizer:
     def encode(self, text: str) -> list[int]:
         """The bytes of `text`."""
         return list(replace_surrogates(text).encode())
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer[Any]]]:
+        """The bytes of each text, uint8."""
+        return [np.frombuffer(replace_surrogates(text).encode(), np.uint8) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD."""

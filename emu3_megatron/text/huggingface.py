@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tokenizers
 
-from emu3_megatron.text.common import check_ids, fingerprint, replace_surrogates, settle
+from emu3_megatron.text.common import check_ids, fingerprint, id_array, replace_surrogates, settle
 
 _UNREACHABLE = "\ufdd0"
 """A noncharacter: a piece that begins with it is found in no text."""
@@ -49,6 +51,13 @@ class HuggingFaceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the text."""
         return list(self._tokenizer.encode(replace_surrogates(text), add_special_tokens=False).ids)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer[Any]]]:
+        """Ids of each text, int32; without the offsets that `encode` finds as well."""
+        encode = self._tokenizer.encode_batch_fast  # of one text each: more would start threads of its own
+        return [
+            id_array(encode([replace_surrogates(text)], add_special_tokens=False)[0].ids) for text in texts
+        ]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`."""

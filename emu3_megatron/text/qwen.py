@@ -11,10 +11,13 @@ import os
 import unicodedata
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import tiktoken
 
-from emu3_megatron.text.common import check_ids, fingerprint, replace_surrogates
+from emu3_megatron.text.common import check_ids, fingerprint, id_array, replace_surrogates
 
 PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
@@ -53,6 +56,10 @@ class QwenTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the normalised text."""
         return self._encoding.encode_ordinary(self.normalize(text))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer[Any]]]:
+        """Ids of each normalised text, int32."""
+        return [id_array(self.encode(text)) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; bytes that are not UTF-8 become U+FFFD."""

@@ -7,12 +7,15 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import sentencepiece
 
 from emu3_megatron.files import atomic_write
 from emu3_megatron.grammar.meta import CHARACTERS
-from emu3_megatron.text.common import check_ids, fingerprint, replace_surrogates, settle
+from emu3_megatron.text.common import check_ids, fingerprint, id_array, replace_surrogates, settle
 
 SPACE = "▁"
 """How SentencePiece writes a space."""
@@ -55,6 +58,11 @@ class SentencePieceTokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of the text."""
         return list(self._processor.encode(replace_surrogates(text)))
+
+    def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer[Any]]]:
+        """Ids of each text, int32."""
+        encoded = self._processor.encode([replace_surrogates(text) for text in texts], num_threads=1)
+        return [id_array(ids) for ids in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control pieces have none."""

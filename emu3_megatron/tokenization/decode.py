@@ -76,6 +76,8 @@ class SampleDecoder:
         self._pool = ThreadPoolExecutor(config.decode_threads, thread_name_prefix="decode")
         self.seconds = 0.0
         """Time spent decoding, all threads together."""
+        self.waited = 0.0
+        """Time for which whoever takes the samples had to wait for one."""
 
     def __enter__(self) -> SampleDecoder:
         """Nothing to do: threads start with the first work."""
@@ -99,7 +101,9 @@ class SampleDecoder:
                 waiting.append(self._pool.submit(self._decode, chunk))
             if not waiting:
                 return
+            begin = time.perf_counter()
             samples, seconds = waiting.popleft().result()
+            self.waited += time.perf_counter() - begin
             self.seconds += seconds
             yield from samples
 

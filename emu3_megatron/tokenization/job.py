@@ -279,10 +279,11 @@ def _summary(
     counts = {kind: sum(getattr(report, kind) for report in reports) for kind in kinds}
     rates = ", ".join(f"{count} {kind} ({count / seconds:.1f}/s)" for kind, count in counts.items() if count)
     encode = encoder.seconds if encoder else 0.0
-    bad = sum(len(report.quarantine) for report in reports)
+    wait, bad = decoder.waited, sum(len(report.quarantine) for report in reports)
     return (
         f"{rates or 'nothing'} in {seconds:.1f} s: decoding {decoder.seconds:.1f} s in the background, "
-        f"encoding {encode:.1f} s, the rest {max(seconds - encode, 0):.1f} s; {bad} set aside"
+        f"encoding {encode:.1f} s, waiting for pixels {wait:.1f} s ({wait / seconds:.1%}), "
+        f"the rest {max(seconds - encode - wait, 0):.1f} s; {bad} set aside"
     )
 
 

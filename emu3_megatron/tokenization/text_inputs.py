@@ -1,28 +1,68 @@
-"""Text corpora as lines: files cut at bytes, so that many processes read one file without an index of it."""
+"""Text corpora as documents: lines of files cut at bytes, so that many processes read one file without an
+index, and rows of Parquet files cut between row groups."""
 
 from __future__ import annotations
 
 import gzip
 import hashlib
+import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
-from emu3_megatron.errors import UserError
+from emu3_megatron.errors import UserError, one_line
+from emu3_megatron.tokenization.entries import printable
 
-MAX_LINE_BYTES = 1 << 26
-"""A longer line is set aside unread: memory stays bounded whatever a file holds."""
+MAX_LINE_BYTES = 1 << 24
+"""A longer line is set aside unread. Python needs 36 bytes for an id, and a line may give one for each of its
+bytes, so this keeps a process within 1 GB whatever a file holds."""
+
+PARQUET = ".parquet"
+"""Suffix of files that are read as Parquet."""
+
+PARQUET_ROWS = 256
+"""Rows of a Parquet file in memory at a time, besides what its row group needs."""
 
 FINGERPRINT_BYTES = 1 << 20
 """Bytes at each end of a file that its fingerprint covers, besides its size."""
 
 
+class TextDocument(NamedTuple):
+    """A line or row, as it was found."""
+
+    name: str
+    """Its own id, or the file and the place in it."""
+    text: str
+    """The document; empty where it cannot be used."""
+    reason: str = ""
+    """Why not; empty where it can."""
+
+
+class Part(Protocol):
+    """What one shard is made of."""
+
+    path: Path
+    """The file it lies in."""
+
+    def documents(self, key: str) -> Iterator[TextDocument]:
+        """Its documents in order, with those that cannot be used; blank lines are left out.
+
+        Args:
+            key: key or column of the text.
+
+        Raises:
+            UserError: the file is damaged or is not what its name says.
+            OSError: a fault of the file system.
+        """
+        ...
+
+
 @dataclass(frozen=True)
-class Part:
-    """The lines of a file whose first byte lies in a range; what one shard is made of."""
+class LinePart:
+    """The lines of a file whose first byte lies in a range."""
 
     path: Path
     """JSON Lines or plain text, plain or compressed by gzip (``.gz``)."""
@@ -35,6 +75,16 @@ class Part:
     def holds_json(self) -> bool:
         """Whether lines are JSON; else each is a document itself."""
         return not self.path.name.removesuffix(".gz").endswith(".txt")
+
+    def documents(self, key: str) -> Iterator[TextDocument]:
+        """See `Part.documents`."""
+        json_key = key if self.holds_json else None
+        stem = printable(self.path.name)
+        for place, line in self.lines():
+            if line is None:
+                yield TextDocument(f"{stem}:{place}", "", f"is longer than {MAX_LINE_BYTES} bytes")
+            elif not line.isspace():
+                yield _document(line, f"{stem}:{place}", json_key)
 
     def lines(self) -> Iterator[tuple[int, bytes | None]]:
         """Lines with their places (bytes from the file's start, uncompressed); None for one that is too long.
@@ -66,8 +116,70 @@ class Part:
                     place += len(line) + (0 if line.endswith(b"\n") else _skip_line(stream))
 
 
+@dataclass(frozen=True)
+class ParquetPart:
+    """Neighbouring row groups of a Parquet file."""
+
+    path: Path
+    """The file."""
+    groups: tuple[int, ...]
+    """Numbers of the row groups."""
+    first_row: int
+    """Number of their first row in the file."""
+
+    def documents(self, key: str) -> Iterator[TextDocument]:
+        """See `Part.documents`."""
+        with _open_parquet(self.path) as file:
+            names = file.schema_arrow.names
+            if key not in names:
+                raise UserError(
+                    f"{self.path}: has no column {key!r}, only {', '.join(names)}; name one in --key"
+                )
+            columns = [key, "id"] if "id" in names and key != "id" else [key]
+            row = self.first_row
+            for batch in self._batches(file, columns):
+                for record in batch.to_pylist():
+                    yield _checked(record, f"{printable(self.path.name)}:{row}", key)
+                    row += 1
+
+    def _batches(self, file: Any, columns: list[str]) -> Iterator[Any]:
+        """Rows, some at a time."""
+        try:
+            yield from file.iter_batches(
+                PARQUET_ROWS, row_groups=list(self.groups), columns=columns, use_threads=False
+            )
+        except (ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            raise UserError(
+                f"{self.path}: cannot be read as Parquet ({one_line(error)}); mend it, or leave it out"
+            ) from error
+
+
+def _document(line: bytes, name: str, key: str | None) -> TextDocument:
+    """A line's document. `key` is None for plain text."""
+    try:
+        if key is None:
+            return TextDocument(name, line.decode().rstrip("\r\n"))
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        kind = "UTF-8" if key is None else "valid JSON"
+        return TextDocument(name, "", f"is not {kind}: {error}")
+    if not isinstance(record, dict):
+        return TextDocument(name, "", f"is a JSON {type(record).__name__}; a line is an object")
+    return _checked(record, name, key)
+
+
+def _checked(record: dict[str, Any], name: str, key: str) -> TextDocument:
+    """A record's document, under its own id if it has one."""
+    text, given = record.get(key), record.get("id")
+    if not isinstance(text, str) or not text or text.isspace():
+        return TextDocument(name, "", f'has a "{key}" that is not a string with something in it')
+    return TextDocument(printable(str(given)) if isinstance(given, (str, int)) and str(given) else name, text)
+
+
 def cut(paths: Sequence[Path], part_bytes: int) -> list[Part]:
     """Parts of about `part_bytes`, in order; a compressed file, which can only be read whole, is one part.
+
+    A Parquet file is cut between its row groups only.
 
     Raises:
         UserError: a file cannot be read, or there is not a byte in all of them.
@@ -77,15 +189,49 @@ def cut(paths: Sequence[Path], part_bytes: int) -> list[Part]:
         size = _size(path)
         if not size:
             continue
+        if path.suffix == PARQUET:
+            parts += _parquet_parts(path, part_bytes)
+            continue
         if path.suffix == ".gz":
-            parts.append(Part(path, 0, None))
+            parts.append(LinePart(path, 0, None))
             continue
         count = -(-size // part_bytes)
         edges = [size * i // count for i in range(count + 1)]
-        parts += [Part(path, edges[i], edges[i + 1]) for i in range(count)]
+        parts += [LinePart(path, edges[i], edges[i + 1]) for i in range(count)]
     if not parts:
         raise UserError(f"{', '.join(map(str, paths)) or 'no input'}: nothing to tokenize")
     return parts
+
+
+def _parquet_parts(path: Path, part_bytes: int) -> list[ParquetPart]:
+    """Row groups in order, as many in a part as fill it."""
+    parts: list[ParquetPart] = []
+    with _open_parquet(path) as file:
+        waiting: list[int] = []
+        filled = first = row = 0
+        for number in range(file.metadata.num_row_groups):
+            group = file.metadata.row_group(number)
+            waiting.append(number)
+            filled += group.total_byte_size
+            row += group.num_rows
+            if filled >= part_bytes or number == file.metadata.num_row_groups - 1:
+                parts.append(ParquetPart(path, tuple(waiting), first))
+                waiting, filled, first = [], 0, row
+    return parts
+
+
+def _open_parquet(path: Path) -> Any:
+    """Open a Parquet file. pyarrow is needed for nothing else, hence the late import."""
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise UserError(f"{path}: Parquet needs pyarrow; pip install 'emu3-megatron[parquet]'") from error
+    try:
+        return ParquetFile(path)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: cannot be read as Parquet ({one_line(error)}); mend it, or leave it out"
+        ) from error
 
 
 def fingerprint(path: Path) -> str:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 import multiprocessing
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from emu3_megatron.data import ShardWriter, read_shard_record, write_manifest
@@ -21,7 +24,7 @@ from emu3_megatron.text import load_text_tokenizer
 from emu3_megatron.tokenization.decode import retry
 from emu3_megatron.tokenization.entries import printable
 from emu3_megatron.tokenization.job import JOB_FILE, QUARANTINE_FILE, REPORTS, claim_folder
-from emu3_megatron.tokenization.text_inputs import MAX_LINE_BYTES, Part, cut, fingerprint
+from emu3_megatron.tokenization.text_inputs import Part, TextDocument, cut, fingerprint
 from emu3_megatron.tokenization.toolkit import choose_vocabulary
 from emu3_megatron.vision import VisionTokenizer
 from emu3_megatron.vocabulary import Vocabulary
@@ -29,13 +32,17 @@ from emu3_megatron.vocabulary import Vocabulary
 LISTED = 1000
 """Bad lines of a shard that are listed; all are counted."""
 
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 1 << 18
+"""Documents, or characters, that a process encodes at a time: NumPy's and our own cost for each is shared."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TextJobConfig:
     """Settings of a job. Raises `UserError` on construction where a value is out of range."""
 
     input: tuple[Path, ...]
-    """JSON Lines (any name) and plain text (`*.txt`, a document a line), plain or `.gz`, in order."""
+    """JSON Lines (any name) and plain text (`*.txt`, a document a line), plain or `.gz`, and Parquet
+    (`*.parquet`), in order."""
     output: Path
     """Folder of the dataset."""
     text_tokenizer: Path
@@ -47,7 +54,7 @@ class TextJobConfig:
     dialect: str = "emu3"
     """`emu3`, `emu3-frames` or `emu3.5`."""
     key: str = "text"
-    """Key of a JSON object under which its document stands."""
+    """Key of a JSON object, or column, under which a document stands."""
     name: str = ""
     """First part of the shards' file names; the output folder's name where empty."""
     shard_bytes: int = 1 << 28
@@ -92,9 +99,12 @@ class TextReport:
     examples: list[dict[str, str]] = field(default_factory=list)
     """The first `LISTED` of them: id, path, reason."""
 
-
-class BadLineError(ValueError):
-    """A line holds no document."""
+    def set_aside(self, document: TextDocument, path: Path) -> None:
+        """Count a document that cannot be used, and list it if there is room."""
+        self.bad += 1
+        if self.bad <= LISTED:
+            reason = document.reason or "has no text left after normalisation"
+            self.examples.append({"id": document.name, "path": printable(str(path)), "reason": reason})
 
 
 class TextShards:
@@ -119,44 +129,32 @@ class TextShards:
             shard=shard,
             num_shards=num_shards,
         ) as writer:
-            for place, line in part.lines():
-                if line is not None and not line.strip():
-                    continue
-                name = printable(f"{part.path.name}:{place}")
-                try:
-                    name, text = _document(line, name, config.key if part.holds_json else None)
-                    ids = self.dialect.encode_text(text)
-                    if not len(ids):
-                        raise BadLineError("has no text left after normalisation")
-                except BadLineError as error:
-                    report.bad += 1
-                    if report.bad <= LISTED:
-                        report.examples.append(
-                            {"id": name, "path": printable(str(part.path)), "reason": str(error)}
-                        )
-                    continue
-                writer.add_document([(ids, 0)], sample_id=name)
+            for batch in _batches(part.documents(config.key)):
+                encoded = iter(self.dialect.encode_texts([row.text for row in batch if not row.reason]))
+                good: list[tuple[str, npt.NDArray[np.integer[Any]]]] = []
+                for row in batch:
+                    ids = None if row.reason else next(encoded)
+                    if ids is None or not len(ids):
+                        report.set_aside(row, part.path)
+                    else:
+                        good.append((row.name, ids))
+                writer.add_texts([ids for _, ids in good], [name for name, _ in good])
             report.documents, report.tokens = writer.num_documents, writer.num_tokens
             write_json_atomic(report_path(config, shard, num_shards), asdict(report))
         return report
 
 
-def _document(line: bytes | None, name: str, key: str | None) -> tuple[str, str]:
-    """Name and text of a line's document. `key` is None for plain text."""
-    if line is None:
-        raise BadLineError(f"is longer than {MAX_LINE_BYTES} bytes")
-    try:
-        if key is None:
-            return name, line.decode().rstrip("\r\n")
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadLineError(f"is not {'UTF-8' if key is None else 'valid JSON'}: {error}") from error
-    if not isinstance(record, dict):
-        raise BadLineError(f"is a JSON {type(record).__name__}; a line is an object")
-    text, given = record.get(key), record.get("id")
-    if not isinstance(text, str) or not text.strip():
-        raise BadLineError(f'has a "{key}" that is not a string with something in it')
-    return printable(str(given)) if isinstance(given, (str, int)) and str(given) else name, text
+def _batches(documents: Iterable[TextDocument]) -> Iterator[list[TextDocument]]:
+    """Runs of documents that are encoded together; only the last document of one may be a long one."""
+    batch: list[TextDocument] = []
+    characters = 0
+    for document in documents:
+        batch.append(document)
+        characters += len(document.text)
+        if len(batch) == BATCH_DOCUMENTS or characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    yield batch
 
 
 def report_path(config: TextJobConfig, shard: int, num_shards: int) -> Path:

@@ -58,6 +58,30 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert dataset.manifest.num_tokens == sum(len(ids) for each in documents for ids, _ in each)
 
 
+def test_texts_together_are_written_as_one_by_one(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    texts = [
+        make_text(rng, 1 + number % 7).astype(np.uint16 if number % 2 else np.int64) for number in range(25)
+    ]
+    names = [f"名 {number}" for number in range(25)]
+    span = make_span(rng, 3)
+    for folder in ("one", "all"):
+        with ShardWriter(tmp_path / folder, "a", vocabulary=VOCABULARY) as writer:
+            writer.add_document([(span, 1)], "first")
+            if folder == "all":
+                writer.add_texts(texts[:20], names[:20])
+                writer.add_texts([], [])
+                writer.add_texts(texts[20:], names[20:])
+            else:
+                for ids, name in zip(texts, names, strict=True):
+                    writer.add_document([(ids, 0)], name)
+            for bad, name in ((texts[0][:0], "x"), (texts[0], ""), (np.array([VOCABULARY.size]), "x")):
+                with pytest.raises(UserError, match="document"):
+                    writer.add_texts([texts[1], bad], ["y", name])
+            writer.add_document([(span, 1)], "last")
+    assert digests(tmp_path / "one") == digests(tmp_path / "all")
+
+
 def test_stock_megatron_reads_the_same_tokens_and_modes(make_dataset) -> None:
     indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
     folder = make_dataset("a", "pti", 31, num_shards=2)

@@ -105,6 +105,13 @@ def test_ids_are_in_range_and_the_canonical_form_is_stable(all_tokenizers, name,
     assert tokenizer.decode(tokenizer.encode(canonical)) == canonical
 
 
+@given(st.sampled_from(NAMES), st.lists(any_text, max_size=4))
+def test_a_batch_is_its_texts_one_by_one(all_tokenizers, name, texts):
+    batch = all_tokenizers[name].encode_batch(texts)
+    assert [ids.tolist() for ids in batch] == [all_tokenizers[name].encode(text) for text in texts]
+    assert all(ids.dtype.kind in "iu" for ids in batch)
+
+
 @given(st.sampled_from(LOSSLESS), any_text)
 def test_nothing_is_lost_but_the_form_of_characters(all_tokenizers, name, text):
     tokenizer = all_tokenizers[name]

@@ -11,13 +11,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from emu3_megatron.data import MultimodalDataset
 from emu3_megatron.errors import UserError
 from emu3_megatron.text import load_text_tokenizer
-from emu3_megatron.tokenization import text_inputs
-from emu3_megatron.tokenization.text_inputs import Part, cut
+from emu3_megatron.tokenization import text_inputs, text_job
+from emu3_megatron.tokenization.text_inputs import LinePart, cut
 from emu3_megatron.tokenization.text_job import TextJobConfig, TextShards, tokenize_text
 from tests.tokenization.conftest import Tokenizers, contents
 
@@ -73,7 +75,7 @@ def test_parts_of_any_size_hold_every_line_once(
     lines = data.splitlines(keepends=True)
     path = tmp_path / "a.jsonl"
     path.write_bytes(data)
-    whole = list(Part(path, 0, len(data)).lines())
+    whole = list(LinePart(path, 0, len(data)).lines())
     assert [place for place, _ in whole] == [sum(map(len, lines[:i])) for i in range(len(lines))]
     assert [line for _, line in whole] == [line if len(line) <= 40 else None for line in lines]
     for size in (1, 3, 30, 200, 10_000):
@@ -112,16 +114,17 @@ def test_workers_and_interruptions_give_the_same_bytes(
         nonlocal calls
         calls += 1
         if calls == 4:
-            encode = self.dialect.encode_text
-            left = [5]
+            encode = self.dialect.encode_texts
+            left = [3]
 
-            def stops(text: Any) -> Any:
+            def stops(texts: Any) -> Any:
                 left[0] -= 1
                 if not left[0]:
                     raise KeyboardInterrupt
-                return encode(text)
+                return encode(texts)
 
-            monkeypatch.setattr(self.dialect, "encode_text", stops, raising=False)
+            monkeypatch.setattr(self.dialect, "encode_texts", stops, raising=False)
+            monkeypatch.setattr(text_job, "BATCH_DOCUMENTS", 4)
         return original(self, *arguments)
 
     with monkeypatch.context() as patch:
@@ -155,6 +158,39 @@ def test_kills_at_any_moment_leave_no_trace(tmp_path: Path, make_text: MakeText)
     left = {name: data for name, data in contents(config.output).items() if not name.endswith(".tmp")}
     assert not any(p.name.startswith(".data-") for p in config.output.rglob("*"))
     assert left == contents(tmp_path / "alone")
+
+
+def test_parquet_gives_the_documents_of_the_same_lines(
+    tmp_path: Path, make_text: MakeText, texts: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text_inputs, "PARQUET_ROWS", 7)
+    names = [f"d{i}" for i in range(len(texts))]
+    records = [{"id": name, "text": text} for name, text in zip(names, texts, strict=True)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    table = pyarrow.table({"id": names, "other": [1] * len(texts), "text": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=40, compression="zstd")
+    assert tokenize_text(make_text(tmp_path / "rows", input=(tmp_path / "a.parquet",), shard_bytes=9000))
+    assert tokenize_text(make_text(tmp_path / "lines", input=(tmp_path / "a.jsonl",), shard_bytes=1 << 20))
+    rows, lines = (MultimodalDataset.open(tmp_path / name) for name in ("rows", "lines"))
+    assert len(list((tmp_path / "rows").glob("*.bin"))) > 2
+    assert len(rows) == len(lines) == len(texts)
+    for number in range(len(texts)):
+        assert rows.name(number) == lines.name(number)
+        assert rows.document(number)[0][0].tolist() == lines.document(number)[0][0].tolist()
+
+
+def test_bad_rows_of_parquet_are_listed_and_bad_files_named(tmp_path: Path, make_text: MakeText) -> None:
+    path = tmp_path / "a.parquet"
+    table = pyarrow.table({"text": ["a cat", None, " ", "a dog"]})
+    pyarrow.parquet.write_table(table, path, row_group_size=2)
+    assert tokenize_text(make_text(tmp_path / "data", input=(path,), shard_bytes=1, quarantine_budget=0.5))
+    listed = [json.loads(line) for line in (tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in listed] == ["a.parquet:1", "a.parquet:2"]
+    with pytest.raises(UserError, match="no column 'body', only text"):
+        tokenize_text(make_text(tmp_path / "key", input=(path,), key="body"))
+    (tmp_path / "b.parquet").write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(UserError, match=r"b\.parquet: cannot be read as Parquet"):
+        tokenize_text(make_text(tmp_path / "cut", input=(tmp_path / "b.parquet",)))
 
 
 @pytest.mark.slow

@@ -1,0 +1,127 @@
+"""Decoded frames to RGB: FFmpeg's converter, and a kernel of ours that gives the same bytes in less time.
+
+FFmpeg's accurate path has no vector code for interleaved RGB and takes longer than many decoders. The kernel
+computes in its arithmetic. It needs to know where the stream's chroma samples lie, which PyAV does not tell;
+so it is tried in every way on the first frame and used in the one way that gives FFmpeg's bytes; where there
+is none, FFmpeg goes on.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from av.video.reformatter import VideoReformatter
+
+from emu3_megatron import _kernels
+from emu3_megatron.media.color import LUMA_WEIGHTS, matrix_name
+
+BILINEAR, FULL_CHR_H_INT, FULL_CHR_H_INP, ACCURATE_RND = 0x2, 0x2000, 0x4000, 0x40000
+"""FFmpeg's SWS_* numbers; PyAV names the last three from version 18 on."""
+
+CONVERTER_FLAGS = BILINEAR | FULL_CHR_H_INT | FULL_CHR_H_INP | ACCURATE_RND
+"""Flags of FFmpeg's colour converter, the same as in DALI; the default flags are up to twice as far off."""
+
+SITINGS = tuple((left, vertical) for left in (True, False) for vertical in (0, -1, 1))
+"""Places of chroma samples: in the left column or between; between the rows, in the upper or in the lower."""
+
+STRIPE_ROWS = 32
+"""Rows on which a place of chroma is tried before the whole picture."""
+
+KERNEL_FORMATS = ("yuv420p", "yuvj420p")
+"""Pixel formats that the kernel converts."""
+
+Picture = npt.NDArray[np.uint8]
+
+
+def kernel_coefficients(matrix: str, full_range: bool) -> tuple[int, int, int, int, int, int]:
+    """FFmpeg's fixed-point numbers (13 bits) of a matrix of `LUMA_WEIGHTS`.
+
+    Returns:
+        Offset and scale of luma; red and green from Cr; green and blue from Cb.
+    """
+    red, blue = LUMA_WEIGHTS[matrix]
+    green = 1 - red - blue
+    from_cr, from_cb = 2 * (1 - red), 2 * (1 - blue)
+    exact = (from_cr, -from_cr * red / green, -from_cb * blue / green, from_cb)
+    scaled = [round(value * 255 / 224 * 65536) for value in exact]  # FFmpeg's tables are of limited range
+    luma, offset = 65536, 0
+    if full_range:
+        scaled = [abs(value) * 224 // 255 * (1 if value > 0 else -1) for value in scaled]
+    else:
+        luma, offset = 65536 * 255 // 219, 16 << 9
+    luma_13, *chroma = ((value * 8192 + 32768) >> 16 for value in (luma, *scaled))
+    return (offset, luma_13, chroma[0], chroma[1], chroma[2], chroma[3])
+
+
+class RGBConverter:
+    """Converts the frames of one stream, in any order. Not for several threads."""
+
+    def __init__(self) -> None:
+        self._scaler = VideoReformatter()
+        self._kind: tuple[Any, ...] = ()
+        self._sitings: tuple[tuple[bool, int], ...] = ()
+
+    @property
+    def uses_kernel(self) -> bool:
+        """Whether the next frame of the same kind goes through the kernel alone."""
+        return len(self._sitings) == 1
+
+    def __call__(self, frame: Any, size: tuple[int, int] | None = None) -> Picture:
+        """A PyAV frame as RGB, uint8 ``[H, W, 3]``, as FFmpeg converts it with `CONVERTER_FLAGS`.
+
+        Args:
+            frame: the frame.
+            size: rows and columns to scale to as it is converted, averaging over what falls away.
+        """
+        if size is not None:
+            return self._by_ffmpeg(frame, width=size[1], height=size[0])
+        kind = (frame.format.name, frame.width, frame.height, frame.colorspace, frame.color_range)
+        if kind != self._kind:
+            self._kind, self._sitings = kind, SITINGS if _suits_kernel(frame) else ()
+        if self.uses_kernel:
+            return _by_kernel(frame, self._sitings[0], 0, frame.height)
+        picture = self._by_ffmpeg(frame)
+        # A flat picture is alike in several ways; the next one decides.
+        self._sitings = tuple(siting for siting in self._sitings if _is_alike(frame, siting, picture))
+        return picture
+
+    def _by_ffmpeg(self, frame: Any, **size: int) -> Picture:
+        """FFmpeg's conversion."""
+        converted = self._scaler.reformat(
+            frame, format="rgb24", interpolation=CONVERTER_FLAGS, threads=1, **size
+        )
+        picture: Picture = converted.to_ndarray()
+        return picture
+
+
+def _suits_kernel(frame: Any) -> bool:
+    """Whether the kernel knows such frames."""
+    even = not (frame.width % 2 or frame.height % 2)
+    matrix = matrix_name(int(frame.colorspace), frame.format.name)
+    return even and frame.format.name in KERNEL_FORMATS and matrix in LUMA_WEIGHTS
+
+
+def _is_alike(frame: Any, siting: tuple[bool, int], picture: Picture) -> bool:
+    """Whether the kernel gives `picture`: asked in a stripe at mid-height first, then everywhere."""
+    first = frame.height // 4 * 2
+    stop = min(first + STRIPE_ROWS, frame.height)
+    stripe = _by_kernel(frame, siting, first, stop)[2:-2]  # its edges lack the chroma of their neighbours
+    if not np.array_equal(stripe, picture[first + 2 : stop - 2]):
+        return False
+    return np.array_equal(_by_kernel(frame, siting, 0, frame.height), picture)
+
+
+def _by_kernel(frame: Any, siting: tuple[bool, int], first: int, stop: int) -> Picture:
+    """The kernel's conversion of some rows, from an even one to before an even one."""
+    width, name = frame.width, frame.format.name
+    luma, cb, cr = (
+        np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
+            first // factor : stop // factor, : width // factor
+        ]
+        for plane, factor in zip(frame.planes, (1, 2, 2), strict=True)
+    )
+    full_range = int(frame.color_range) == 2 or name.startswith("yuvj")
+    coefficients = kernel_coefficients(matrix_name(int(frame.colorspace), name), full_range)
+    return _kernels.convert_420(luma, cb, cr, coefficients=coefficients, left=siting[0], vertical=siting[1])
