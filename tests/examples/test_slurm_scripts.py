@@ -97,7 +97,7 @@ def test_an_unknown_job_is_one_line(tmp_path: Path) -> None:
     done = submit("stage9", folder=tmp_path)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
-    assert line.startswith("error: 'stage9' is not a job; the jobs are: convert curate dpo")
+    assert line.startswith("error: 'stage9' is not a job; the jobs are: candidates convert curate dpo")
 
 
 def check_node(gpus: int, shared: Path, **environment: str) -> subprocess.CompletedProcess[str]:

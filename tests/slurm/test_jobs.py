@@ -45,7 +45,7 @@ runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 def reference(tmp_path_factory: pytest.TempPathFactory, config_file: Path) -> Path:
     """The undisturbed run of one process, without SLURM."""
     run = tmp_path_factory.mktemp("reference") / "run"
-    done = runs.train(config_file, run, "--trainer.steps", str(STEPS))
+    done = runs.train(config_file, run, "--trainer.steps", str(STEPS), timeout=1500)
     assert done.returncode == 0, done.stderr
     return run
 
