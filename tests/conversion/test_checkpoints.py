@@ -19,9 +19,12 @@ from emu3_megatron.conversion.checkpoints import (
     logit_difference,
     read_weights,
 )
-from emu3_megatron.conversion.compare import first_difference
+from emu3_megatron.conversion.compare import compare, first_difference
+from emu3_megatron.conversion.maps import canonical_names
 from emu3_megatron.conversion.rules import ConversionError
 from emu3_megatron.errors import UserError
+from emu3_megatron.parallel.config import ParallelConfig
+from emu3_megatron.training.checkpoint import load_model_for_inference
 from emu3_megatron.vision import VisionTokenizer
 from tests.conversion.test_hugging_face import VISION
 from tests.inference import worlds
@@ -71,6 +74,19 @@ def test_export_import_export(run: Path, vision: Path, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     sequences = torch.randint(0, worlds.VOCABULARY.size, (3, 50), generator=generator).tolist()
     assert logit_difference(worlds.tiny_model(), second, sequences) < 1e-4
+
+
+@pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
+def test_files_cut_for_a_layout_hold_the_same(run: Path, tmp_path: Path, tensor: int, pipeline: int) -> None:
+    """Read part by part, and loaded whole by megatron-core."""
+    folder = export_checkpoint(run, tmp_path / "hf", layout="emu3")
+    layout = ParallelConfig(tensor_model_parallel_size=tensor, pipeline_model_parallel_size=pipeline)
+    import_checkpoint(folder, tmp_path / "cut", parallel=layout)
+    assert compare(folder, tmp_path / "cut").tensors
+    (model,), _, _ = load_model_for_inference(tmp_path / "cut")
+    state = canonical_names(model.state_dict())
+    weights = read_weights(run)
+    assert all(torch.equal(state[name][: len(value)], value) for name, value in weights.items())
 
 
 def test_differences_are_named(run: Path) -> None:
