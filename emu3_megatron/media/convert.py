@@ -89,7 +89,7 @@ class RGBConverter:
 
     def _by_ffmpeg(self, frame: Any, **size: int) -> Picture:
         """FFmpeg's conversion."""
-        converted = self._scaler.reformat(
+        converted: Any = self._scaler.reformat(
             frame, format="rgb24", interpolation=CONVERTER_FLAGS, threads=1, **size
         )
         picture: Picture = converted.to_ndarray()

@@ -195,7 +195,8 @@ def _frame_table(video: Any, packets: list[Any]) -> tuple[npt.NDArray[np.int64],
 
 
 def _first_frame(container: Any, video: Any) -> Any:
-    """Decode one frame from the start."""
+    """Decode one frame from the start, without threads, which take longer to start than this."""
+    video.codec_context.thread_count = 1
     container.seek(0)
     for frame in container.decode(video):
         return frame

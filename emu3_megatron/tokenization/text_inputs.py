@@ -44,8 +44,10 @@ class TextDocument(NamedTuple):
 class Part(Protocol):
     """What one shard is made of."""
 
-    path: Path
-    """The file it lies in."""
+    @property
+    def path(self) -> Path:
+        """The file it lies in."""
+        ...
 
     def documents(self, key: str) -> Iterator[TextDocument]:
         """Its documents in order, with those that cannot be used; blank lines are left out.

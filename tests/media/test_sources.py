@@ -93,6 +93,18 @@ def test_dali_and_pyav_give_the_same_bytes(
     assert np.array_equal(dali.frames(path, info, INDICES), pyav.frames(path, info, INDICES))
 
 
+def test_dali_and_pyav_agree_on_a_variable_frame_rate(tmp_path: Path) -> None:
+    ticks = [0, 40, 80, 120, 400, 440, 1000, 1040, 1080, 2000, 2040, 3000]
+    path = encode(tmp_path / "v.webm", moving_picture(12), encoder="libvpx-vp9", ticks=ticks)
+    info = probe_video(path)
+    assert np.allclose(info.timestamps * 1000, ticks, atol=1)
+    for rule in (ClipRule(frames=4, fps=2.0), ClipRule(frames=8, fps=2.5, position="centre")):
+        indices = rule.select(info).indices
+        expected = np.stack([decode_in_order(path)[i] for i in indices])
+        for source in ("dali", "pyav", "auto"):
+            assert np.array_equal(frame_source(source).frames(path, info, indices), expected)
+
+
 def test_bt709_from_dali_is_corrected(tmp_path: Path) -> None:
     original = 64 + moving_picture() // 2  # no colour that BT.601 would clip
     path = encode(tmp_path / "a.mp4", original, encoder="libvpx-vp9", matrix=1, options={"b": "4M"})

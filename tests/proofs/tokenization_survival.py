@@ -172,7 +172,7 @@ def drill(folder: Path, kills: int, seed: int) -> list[str]:
     )
     if alone.exitcode or "manifest.json" not in expected:
         return ["the undisturbed job did not come to its end"]
-    wrong = kill_until(kills, [config("killed", i, 2) for i in range(2)], expected, seconds / 2, seed)
+    wrong = kill_until(kills, [config("killed", i, 2) for i in range(2)], expected, seconds, seed)
     for workers in (2, 3):
         output = f"workers-{workers}"
         start([config(output, i, workers) for i in range(workers)]).join()
