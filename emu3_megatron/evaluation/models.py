@@ -7,13 +7,14 @@ transformers need torchvision.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -73,7 +74,7 @@ class Clip:
         texts = [text.format(colour=colour, name=name) for colour in COLOURS for text in COLOUR_TEXTS]
         images_ND, texts_CD = self._embed(crops, texts)
         means_CD = texts_CD.view(len(COLOURS), len(COLOUR_TEXTS), -1).mean(dim=1)
-        best_N = (images_ND @ torch.nn.functional.normalize(means_CD, dim=1).T).argmax(dim=1)
+        best_N = (images_ND @ F.normalize(means_CD, dim=1).T).argmax(dim=1)
         return [COLOURS[index] for index in best_N.tolist()]
 
     def _embed(self, pictures: Sequence[Pixels], texts: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -113,7 +114,9 @@ class Detector:
         self._numbers = _preprocessor(folder)
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
-            self._masks = type(config) in AutoModelForUniversalSegmentation._model_mapping
+            self._masks = any(
+                name.endswith("ForUniversalSegmentation") for name in config.architectures or []
+            )
             kind: Any = AutoModelForUniversalSegmentation if self._masks else AutoModelForObjectDetection
             self._model: Any = kind.from_pretrained(folder, local_files_only=True).to(device).eval()
         except (OSError, ValueError) as error:
@@ -136,7 +139,9 @@ class Detector:
         pixels = _normalized(resized, self._numbers["image_mean"], self._numbers["image_std"])
         out = self._model(pixel_values=pixels[None].to(self._device))
         if self._masks:
-            return self._with_masks(out, height, width)
+            return objects_of_masks(
+                out.class_queries_logits[0], out.masks_queries_logits[0], self._names, (height, width)
+            )
         scores_QC = out.logits[0].softmax(dim=-1)[:, :-1].double().cpu()
         centre_x, centre_y, across, down = out.pred_boxes[0].double().cpu().unbind(dim=-1)
         left, right = (centre_x - across / 2) * width, (centre_x + across / 2) * width
@@ -145,24 +150,33 @@ class Detector:
         best = zip(*(each.tolist() for each in scores_QC.max(dim=-1)), boxes_Q4, strict=True)
         return [Found(self._names[number], tuple(box), score) for score, number, box in best]
 
-    def _with_masks(self, out: Any, height: int, width: int) -> list[Found]:
-        """Objects of Mask2Former: a query's sureness of its class times that of its pixels."""
-        scores_QC = out.class_queries_logits[0].softmax(dim=-1)[:, :-1]
-        surest = scores_QC.flatten().topk(min(_MOST_QUERIES, scores_QC.numel()))
-        masks_QHW = torch.nn.functional.interpolate(
-            out.masks_queries_logits, size=(height, width), mode="bilinear", align_corners=False
-        )[0]
-        found = []
-        for score, index in zip(surest.values.tolist(), surest.indices.tolist(), strict=True):
-            logits_HW = masks_QHW[index // scores_QC.shape[1]]
-            mask = logits_HW > 0
-            if not bool(mask.any()):
-                continue
-            rows, columns = mask.nonzero(as_tuple=True)
-            box = (float(columns.min()), float(rows.min()), float(columns.max()), float(rows.max()))
-            sure = score * float(logits_HW[mask].sigmoid().mean())
-            found.append(Found(self._names[index % scores_QC.shape[1]], box, sure, mask.cpu().numpy()))
-        return found
+
+def objects_of_masks(
+    class_logits_QC: Tensor, mask_logits_QHW: Tensor, names: Mapping[int, str], size: tuple[int, int]
+) -> list[Found]:
+    """Objects of Mask2Former: a query's sureness of its class times that of its pixels.
+
+    Args:
+        class_logits_QC: of every query, the last class being none.
+        mask_logits_QHW: of every query, of any size; positive inside the object.
+        names: of the classes.
+        size: height and width of the picture.
+    """
+    scores_QC = class_logits_QC.softmax(dim=-1)[:, :-1]
+    classes = scores_QC.shape[1]
+    surest = scores_QC.flatten().topk(min(_MOST_QUERIES, scores_QC.numel()))
+    masks_QHW = F.interpolate(mask_logits_QHW[None], size=size, mode="bilinear", align_corners=False)[0]
+    found = []
+    for score, index in zip(surest.values.tolist(), surest.indices.tolist(), strict=True):
+        logits_HW = masks_QHW[index // classes]
+        mask = logits_HW > 0
+        if not bool(mask.any()):
+            continue
+        rows, columns = mask.nonzero(as_tuple=True)
+        box = (float(columns.min()), float(rows.min()), float(columns.max()) + 1, float(rows.max()) + 1)
+        sure = score * float(logits_HW[mask].sigmoid().mean())
+        found.append(Found(names[index % classes], box, sure, mask.cpu().numpy()))
+    return found
 
 
 def crop(picture: Pixels, found: Found) -> Pixels:

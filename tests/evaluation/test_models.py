@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from emu3_megatron.errors import UserError
-from emu3_megatron.evaluation.models import GROUND, Clip, Detector, crop
+from emu3_megatron.evaluation.models import GROUND, Clip, Detector, crop, objects_of_masks
 from emu3_megatron.evaluation.objects import COLOURS, Found
 
 MEAN, DEVIATION = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
@@ -97,6 +97,24 @@ def test_a_detector_gives_boxes_in_pixels_of_the_picture(tmp_path: Path) -> None
     boxes = np.array([each.box for each in found])
     centres = (boxes[:, :2] + boxes[:, 2:]) / 2
     assert ((centres > 0) & (centres < (200, 60))).all()
+
+
+def test_masks_become_objects_with_boxes() -> None:
+    """A sure cat in the upper left quarter; the second query has no pixels."""
+    classes = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]])
+    masks = torch.full((2, 4, 4), -20.0)
+    masks[0, :2, :2] = 20.0
+    found = objects_of_masks(classes, masks, {0: "cat", 1: "computer mouse"}, (4, 4))
+    assert {each.name for each in found} == {"cat", "computer mouse"}
+    best = max(found, key=lambda each: each.score)
+    assert (best.name, best.box) == ("cat", (0.0, 0.0, 2.0, 2.0))
+    assert best.score == pytest.approx(1.0, abs=1e-3)
+    assert best.mask is not None
+    assert best.mask.sum() == 4
+    large = max(objects_of_masks(classes, masks, {0: "cat", 1: "x"}, (8, 16)), key=lambda each: each.score)
+    assert large.mask is not None
+    assert large.mask.shape == (8, 16)
+    assert large.box == (0.0, 0.0, 8.0, 4.0)
 
 
 def test_an_object_is_cut_out_on_gray() -> None:
