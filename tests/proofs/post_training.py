@@ -405,7 +405,7 @@ def preferences(proof: Proof) -> list[str]:
     gain, least, most = mean_interval(right_after - right_before)
     return [
         f"{mark(low > 0.5)} preferences, held-out captions: the new pictures are preferred {rate:.1%} "
-        f"[{low:.1%}, {high:.1%}] of {len(better)}, ties half; {share(better[better != 0.5] == 1)} of those that differ",
+        f"[{low:.1%}, {high:.1%}] of {len(better)}; without ties {share(better[better != 0.5] == 1)}",
         f"{mark(least > 0)} preferences, pictures right in everything: {right_before.mean():.1%} before, "
         f"{right_after.mean():.1%} after, n {before.size}, gain {gain:+.1%} [{least:+.1%}, {most:+.1%}]",
         *answers_kept(proof, base, model),
