@@ -48,12 +48,12 @@ LOSS_OF_OLD = 0.10
 LOSS_OF_ANSWERS = 0.05
 """Share of right answers that preferences may cost."""
 
-CONVERSATIONS, HELD_OUT_QUESTIONS = 5000, 800
+CONVERSATIONS, HELD_OUT_QUESTIONS = 8000, 800
 POOL = 4000
 """Pictures that are scored for quality fine-tuning; about half show what their captions say."""
-HELD_OUT_PICTURES = 192
-"""Different captions of combinations that training never shows."""
-PROMPTS, CANDIDATES, HELD_OUT_CANDIDATES = 256, 4, 2
+HELD_OUT_PICTURES = 288
+"""Different captions of combinations that training never shows: all in this world."""
+PROMPTS, CANDIDATES, HELD_OUT_CANDIDATES = 320, 6, 3
 
 NOT_VISION = {"text_weight": 0.0, "meta_weight": 0.0, "break_weight": 0.0, "control_weight": 0.0}
 CODES = {**NOT_VISION, "vision_weight": 1.0}
@@ -83,9 +83,17 @@ class Proof:
             *["--vision-tokenizer", str(self.base / "vision-tokenizer")],
         ]
 
-    def run(self, *command: str | Path) -> None:
-        """A program of this checkout; its failure ends the proof."""
-        subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True)
+    def run(self, *commands: Sequence[str | Path]) -> None:
+        """Programs of this checkout, side by side; a failure ends the proof."""
+        running = [subprocess.Popen([sys.executable, *map(str, each)], cwd=ROOT) for each in commands]
+        codes = [process.wait() for process in running]
+        if any(codes):
+            sys.exit(f"a program of the proof failed (exit codes {codes}); see its message above")
+
+    def shared(self, *command: str | Path) -> None:
+        """A program whose work several processes share."""
+        count = self.processes
+        self.run(*([*command, "--worker", str(i), "--num-workers", str(count)] for i in range(count)))
 
     def train(self, name: str, *, module: str = "emu3_megatron.training", **changes: dict[str, Any]) -> Path:
         """A run of the quickstart's training with changed sections; one that exists is resumed."""
@@ -101,7 +109,7 @@ class Proof:
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(values, sort_keys=False))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.processes)]
-        self.run(*(launcher if self.processes > 1 else []), "-m", module, "--config", path)
+        self.run([*(launcher if self.processes > 1 else []), "-m", module, "--config", path])
         return self.folder / name
 
     def once(self, name: str, compute: Callable[[], Any]) -> Any:
@@ -162,13 +170,12 @@ def chosen_pictures(proof: Proof) -> Path:
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (folder / "scored.jsonl").write_text(text, encoding="utf-8")
     manifest = folder / "chosen.jsonl"
-    proof.run(
-        *["tools/select_by_preference.py", "--manifest", json.dumps([str(folder / "scored.jsonl")])],
-        *["--output", manifest, "--scores", '["alignment"]', "--scale", "none", "--least", "1.0"],
-    )
-    proof.run(
-        *["tools/tokenize_media.py", "--manifest", manifest, "--output", data, *proof.tokenizers],
-        *["--image-area", str(SIDE * SIDE)],
+    scored = json.dumps([str(folder / "scored.jsonl")])
+    rule = ["--scores", '["alignment"]', "--scale", "none", "--least", "1.0"]
+    proof.run(["tools/select_by_preference.py", "--manifest", scored, "--output", manifest, *rule])
+    sizes = ["--image-area", str(SIDE * SIDE), "--num-shards", str(proof.processes)]
+    proof.shared(
+        *["tools/tokenize_media.py", "--manifest", manifest, "--output", data, *proof.tokenizers, *sizes]
     )
     return data
 
@@ -219,9 +226,9 @@ def quality(proof: Proof) -> list[str]:
             "min_learning_rate": 0.0,
             "schedule": "wsd",
             "warmup_steps": 20,
-            "decay_steps": 150,
+            "decay_steps": 300,
         },
-        trainer={"steps": 300},
+        trainer={"steps": 600},
     )
     after = proof.once("drawn-quality", lambda: drawn(proof, model, "quality"))
     bars = {("zh", "shape"): 0.0, ("en", "shape"): -LOSS_OF_OLD}
@@ -252,11 +259,17 @@ def talks(proof: Proof, split: str) -> Path:
             pictures, WORLD, split=split, count=count, seed=proof.seed, further=further
         )
         text, vision = proof.tokenizers[1], proof.tokenizers[3]
-        proof.run(
-            *["tools/tokenize_conversations.py", "--manifest", json.dumps([str(file)]), "--output", data],
-            *["--text_tokenizer", text, "--vision_tokenizer", vision, "--quarantine_budget", "0"],
-            *["--min_area", str(SIDE * SIDE), "--max_area", str(SIDE * SIDE)],
-        )
+        command = ["tools/tokenize_conversations.py", "--manifest", json.dumps([str(file)])]
+        command += ["--output", str(data), "--text_tokenizer", text, "--vision_tokenizer", vision]
+        command += [
+            "--quarantine_budget",
+            "0",
+            "--min_area",
+            str(SIDE * SIDE),
+            "--max_area",
+            str(SIDE * SIDE),
+        ]
+        proof.run(command)
     return data
 
 
@@ -284,7 +297,7 @@ def understanding(proof: Proof) -> list[str]:
         loss=ANSWERS,
         data={"sources": sources},
         optimizer={"learning_rate": 3e-3},
-        trainer={"steps": 400},
+        trainer={"steps": 1500},
     )
     return verdict_on_answers("understanding", proof.once("answers", lambda: answered(proof, model)))
 
@@ -309,14 +322,14 @@ def unified_model(proof: Proof) -> Path:
         "unified",
         data={"sources": sources},
         optimizer={"learning_rate": 3e-3},
-        trainer={"steps": 400},
+        trainer={"steps": 1500},
     )
 
 
 def unified(proof: Proof) -> list[str]:
     """The mixture, and the answers to held-out questions."""
-    model = unified_model(proof)
-    return verdict_on_answers("unified", proof.once("answers-unified", lambda: answered(proof, model)))
+    answers = proof.once("answers-unified", lambda: answered(proof, unified_model(proof)))
+    return verdict_on_answers("unified", answers)
 
 
 # ---- preferences
@@ -341,9 +354,9 @@ def candidates(proof: Proof, model: Path, name: str, split: str, each: int) -> P
     command = ["tools/make_preferences.py", "sample", "--checkpoint", model, *proof.tokenizers, *drawing]
     command += ["--prompts", prompts, "--output", folder, "--candidates", each, "--group", 64 // each]
     command += ["--height", SIDE, "--width", SIDE, "--seed", 1000]
-    proof.run(*map(str, command))
+    proof.shared(*map(str, command))
     scorer = "emu3_megatron.samples.preferences:score_quickstart"
-    proof.run("tools/make_preferences.py", "score", "--candidates", folder, "--scorer", scorer)
+    proof.run(["tools/make_preferences.py", "score", "--candidates", folder, "--scorer", scorer])
     return folder
 
 
@@ -351,7 +364,7 @@ def pairs(proof: Proof, folder: Path) -> Path:
     """The best and the worst of every prompt, as a dataset."""
     data = proof.folder / "data" / f"pairs-{folder.name}"
     if not (data / "manifest.json").exists():
-        proof.run("tools/make_preferences.py", "pairs", "--candidates", folder, "--output", data)
+        proof.run(["tools/make_preferences.py", "pairs", "--candidates", folder, "--output", data])
     return data
 
 
@@ -386,18 +399,17 @@ def preferences(proof: Proof) -> list[str]:
     )
     new = candidates(proof, model, "after", "held-out", HELD_OUT_CANDIDATES)
     before, after = scores(old), scores(new)
-    better = (np.sign(after.mean(1) - before.mean(1)) + 1) / 2
-    decided = better[better != 0.5]
+    better = (np.sign(np.round(after.mean(1) - before.mean(1), 9)) + 1) / 2  # equal scores are ties
     rate, low, high = mean_interval(better)
     right_before, right_after = (before == 1).mean(1), (after == 1).mean(1)
     gain, least, most = mean_interval(right_after - right_before)
-    lines = [
+    return [
         f"{mark(low > 0.5)} preferences, held-out captions: the new pictures are preferred {rate:.1%} "
-        f"[{low:.1%}, {high:.1%}] of {len(better)}, ties half; {share(decided == 1)} of those that differ",
+        f"[{low:.1%}, {high:.1%}] of {len(better)}; without ties {share(better[better != 0.5] == 1)}",
         f"{mark(least > 0)} preferences, pictures right in everything: {right_before.mean():.1%} before, "
         f"{right_after.mean():.1%} after, n {before.size}, gain {gain:+.1%} [{least:+.1%}, {most:+.1%}]",
+        *answers_kept(proof, base, model),
     ]
-    return lines + answers_kept(proof, base, model)
 
 
 def answers_kept(proof: Proof, base: Path, model: Path) -> list[str]:
@@ -477,7 +489,7 @@ def main() -> int:
     proof.folder.mkdir(parents=True, exist_ok=True)
     if not (proof.base / "summary.json").exists():
         config = ROOT / "examples/configs/quickstart.yaml"
-        proof.run("tools/quickstart.py", "--config", config, "--run", proof.base)
+        proof.run(["tools/quickstart.py", "--config", config, "--run", proof.base])
     verdict = [line for part in asked.parts for line in PARTS[part](proof)]
     write_sheets(proof.folder)
     print("\n".join(verdict))
