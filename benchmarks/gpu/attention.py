@@ -41,7 +41,9 @@ def packed(window: common.Window, dropout: float) -> Attention:
 
     config = SimpleNamespace(kv_channels=SIZE, attention_dropout=dropout, sequence_parallel=False)
     group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    attention = PackedAttention(config, layer_number=1, pg_collection=SimpleNamespace(cp=group)).train()
+    attention = PackedAttention(
+        config, layer_number=1, pg_collection=SimpleNamespace(cp=group, tp=group)
+    ).train()
     cu = window.packed.cu_seqlens_q
     layout = window_layout(cu, cp_size=1, cp_rank=0, all_to_all=False, device=cu.device)
 

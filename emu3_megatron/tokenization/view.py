@@ -39,8 +39,11 @@ COLOURS = {
 HOTTEST = 10.0
 """Loss in nats that has the last colour; a uniform choice among 32,768 codes is 10.4."""
 
-HEAT = ((0.0, (10, 10, 40)), (0.35, (140, 30, 110)), (0.7, (240, 110, 30)), (1.0, (255, 250, 200)))
-"""Colours by share of `HOTTEST`, between which losses are interpolated: dark is well predicted."""
+HEAT_SHARES = (0.0, 0.35, 0.7, 1.0)
+"""Shares of `HOTTEST` between which colours are interpolated."""
+
+HEAT = ((10, 10, 40), (140, 30, 110), (240, 110, 30), (255, 250, 200))
+"""Their colours: dark is well predicted."""
 
 CODE_PIXELS = 8
 """Pixels of a code in a map of losses, where no picture says how many it has."""
@@ -143,9 +146,8 @@ class Decoder:
 
 def heat_map(losses: npt.NDArray[np.float32], factor: int) -> npt.NDArray[np.uint8]:
     """Losses ``[..., H, W]`` as RGB ``[..., H * factor, W * factor, 3]``; grey where there is none (NaN)."""
-    shares, colours = zip(*HEAT, strict=True)
     heat = np.nan_to_num(losses) / HOTTEST
-    channels = [np.interp(heat, shares, [colour[channel] for colour in colours]) for channel in range(3)]
+    channels = [np.interp(heat, HEAT_SHARES, [colour[channel] for colour in HEAT]) for channel in range(3)]
     pixels = np.stack(channels, -1).round().astype(np.uint8)
     pixels[np.isnan(losses)] = 128
     return pixels.repeat(factor, axis=-3).repeat(factor, axis=-2)

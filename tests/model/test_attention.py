@@ -27,7 +27,7 @@ WINDOWS = {
 def _attention(dropout: float = 0.0) -> PackedAttention:
     config = SimpleNamespace(kv_channels=SIZE, attention_dropout=dropout, sequence_parallel=False)
     group = SimpleNamespace(size=lambda: 1, rank=lambda: 0)
-    return PackedAttention(config, layer_number=1, pg_collection=SimpleNamespace(cp=group))
+    return PackedAttention(config, layer_number=1, pg_collection=SimpleNamespace(cp=group, tp=group))
 
 
 def _layout(lengths: list[int]) -> WindowLayout:
