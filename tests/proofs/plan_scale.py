@@ -43,7 +43,7 @@ assert int(window.length.sum()) > 0
 seconds = time.perf_counter() - started
 # Not ru_maxrss, which counts what the parent had when it forked.
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps([seconds, int(peak.split()[1]) * 1024]))
+print(json.dumps([seconds, int(peak.split()[1]) * 1024, time.process_time()]))
 """
 
 
@@ -107,8 +107,9 @@ def prove(folder: Path, tokens: float, shards: int, tries: int) -> tuple[float, 
         command = [sys.executable, "-c", OPEN, str(folder), str(index)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         results.append(json.loads(done.stdout))
-        print(f"window {index:,}: {results[-1][0]:.2f} s, {results[-1][1] / 1e6:.0f} MB")
-    return statistics.median(seconds for seconds, _ in results), max(memory for _, memory in results)
+        seconds, memory, busy = results[-1]
+        print(f"window {index:,}: {seconds:.2f} s ({busy:.2f} s of CPU), {memory / 1e6:.0f} MB")
+    return statistics.median(result[0] for result in results), max(result[1] for result in results)
 
 
 def main() -> int:
