@@ -46,14 +46,17 @@ class Case(NamedTuple):
     """Whether a small call comes first, to compile."""
 
 
+IMAGE = 1
+
+
 def draw(count: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths int32 [count] and which of them may be split."""
+    """Lengths int32 [count] and what they are: 0 a text, which may be split, 1 an image, 2 a video."""
     rng = np.random.default_rng(seed)
     kind = rng.choice(3, count, p=[0.4, 0.5, 0.1])
     text = np.exp(rng.normal(np.log(700) - 0.5, 1, count))
     video = np.exp(rng.uniform(np.log(4000), np.log(60000), count))
     lengths = np.choose(kind, [text, rng.normal(4300, 400, count), video])
-    return np.maximum(1, lengths.round()).astype(np.int32), kind == 0
+    return np.maximum(1, lengths.round()).astype(np.int32), kind
 
 
 def cut(lengths: np.ndarray, capacity: int) -> np.ndarray:
@@ -61,6 +64,15 @@ def cut(lengths: np.ndarray, capacity: int) -> np.ndarray:
     whole, rest = np.divmod(lengths, capacity)
     pieces = np.concatenate([rest[rest > 0], np.full(int(whole.sum()), capacity, dtype=lengths.dtype)])
     return np.random.default_rng(0).permutation(pieces) if whole.any() else lengths
+
+
+def image_spread(lengths: np.ndarray, kind: np.ndarray, capacity: int, **options: Any) -> float:
+    """Standard deviation over windows of the share of their tokens that images have."""
+    packed = pack(lengths, capacity, splittable=kind == 0, **options)
+    tokens = packed.length.astype(np.int64)
+    images = np.where(kind[packed.document] == IMAGE, tokens, 0)
+    borders = packed.window_offsets[:-1]
+    return float(np.std(np.add.reduceat(images, borders) / np.add.reduceat(tokens, borders)))
 
 
 def ours(**options: Any) -> Callable[[np.ndarray, np.ndarray, int], int]:
@@ -191,9 +203,10 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", default=[], help="folders with public packers")
     arguments = parser.parse_args()
     for capacity in (5120, 131_072):
-        lengths, splittable = draw(arguments.documents)
-        kept = (lengths <= capacity) | splittable
-        lengths, splittable = lengths[kept], splittable[kept]
+        lengths, kind = draw(arguments.documents)
+        kept = (lengths <= capacity) | (kind == 0)
+        lengths, kind = lengths[kept], kind[kept]
+        splittable = kind == 0
         pieces = cut(lengths, capacity)
         tokens = int(lengths.sum(dtype=np.int64))
         whole = least_windows(pieces, capacity)
@@ -204,6 +217,15 @@ def main() -> None:
             f"window {capacity:,}: {len(lengths):,} documents; fill at most {tokens / whole / capacity:.5f} "
             f"whole, {tokens / cuts / capacity:.5f} with cuts"
         )
+        shares = ", ".join(
+            f"{name} {image_spread(lengths, kind, capacity, **options):.4f}"
+            for name, options in (
+                ("in the order given", {"open_windows": 1}),
+                ("online", {}),
+                ("offline", {"policy": "offline"}),
+            )
+        )
+        print(f"standard deviation of the image share of windows: {shares}")
         with tempfile.TemporaryDirectory() as folder:
             for name, array in (("lengths", lengths), ("splittable", splittable), ("pieces", pieces)):
                 np.save(Path(folder) / f"{name}.npy", array)

@@ -271,24 +271,45 @@ class HoleFiller {
     int32_t count_ = 0;
 };
 
-// Turns pieces in order of placing into pieces in order of windows, stably.
-void group_by_window(const std::vector<Piece>& pieces, const std::vector<int32_t>& window, int32_t num_windows,
-                     Packed& out) {
-    out.offsets = Buffer<int64_t>::zeros(static_cast<size_t>(num_windows) + 1);
-    for (const int32_t number : window) ++out.offsets[number + 1];
-    for (int32_t number = 0; number < num_windows; ++number) out.offsets[number + 1] += out.offsets[number];
-    out.document.resize(window.size());
-    out.start.resize(window.size());
-    out.length.resize(window.size());
-    // offsets[w] serves as the cursor of window w and ends as the start of w + 1; shifting it back restores it.
-    for (size_t index = 0; index < window.size(); ++index) {
-        const int64_t to = out.offsets[window[index]]++;
-        out.document[to] = pieces[index].document;
-        out.start[to] = pieces[index].start;
-        out.length[to] = pieces[index].length;
+// Pieces in the order of their placing. Most are whole documents, so those are kept as a number alone.
+struct Placed {
+    Buffer<int32_t> item;    // a document, or ~index into cut
+    Buffer<int32_t> window;  // where it stands
+    std::vector<Piece> cut;
+
+    void add(const Piece& piece, int32_t number, bool whole) {
+        item.push_back(whole ? piece.document : ~static_cast<int32_t>(cut.size()));
+        window.push_back(number);
+        if (!whole) cut.push_back(piece);
     }
+};
+
+// Turns pieces in order of placing into pieces in order of windows, stably; gives memory back as it goes.
+void group_by_window(Placed& placed, int32_t num_windows, const PackInput& input, Packed& out) {
+    const size_t size = placed.item.size();
+    out.offsets = Buffer<int64_t>::zeros(static_cast<size_t>(num_windows) + 1);
+    for (const int32_t number : placed.window) ++out.offsets[number + 1];
+    for (int32_t number = 0; number < num_windows; ++number) out.offsets[number + 1] += out.offsets[number];
+    out.document.resize(size);
+    // offsets[w] serves as the cursor of window w and ends as the start of w + 1; shifting it back restores it.
+    for (size_t index = 0; index < size; ++index) out.document[out.offsets[placed.window[index]]++] = placed.item[index];
     for (int32_t number = num_windows; number > 0; --number) out.offsets[number] = out.offsets[number - 1];
     out.offsets[0] = 0;
+    placed.item = Buffer<int32_t>();
+    placed.window = Buffer<int32_t>();
+    out.start = Buffer<int32_t>::zeros(size);
+    out.length.resize(size);
+    for (size_t to = 0; to < size; ++to) {
+        const int32_t item = out.document[to];
+        if (item >= 0) {
+            out.length[to] = input.lengths[item];
+        } else {
+            const Piece& piece = placed.cut[~item];
+            out.document[to] = piece.document;
+            out.length[to] = piece.length;
+            if (piece.start != 0) out.start[to] = piece.start;
+        }
+    }
 }
 
 Packed offline_filled(const PackInput& input, const Units& units) {
@@ -296,35 +317,36 @@ Packed offline_filled(const PackInput& input, const Units& units) {
     int32_t largest = units.capacity;
     for (int64_t document = 0; document < input.size; ++document)
         largest = std::max(largest, units.of(input.lengths[document]));
-    const Sorted sorted = decreasing(static_cast<int32_t>(input.size), largest,
-                                     [&](int32_t document) { return units.of(input.lengths[document]); });
-    HoleFiller filler(units);
-    std::vector<Piece> pieces;
-    std::vector<int32_t> window;
-    pieces.reserve(sorted.order.size());
-    window.reserve(sorted.order.size());
-    sorted.for_each_run([&](int32_t index, int32_t count, int32_t size) {
-        for (int32_t place = index; place < index + count; ++place) {
-            const int32_t document = sorted.order[place];
-            if (input.splits(document)) continue;
-            if (size > units.capacity) {
-                out.dropped.push_back(document);
-                continue;
+    Placed placed;
+    int32_t num_windows = 0;
+    {
+        HoleFiller filler(units);
+        const Sorted sorted = decreasing(static_cast<int32_t>(input.size), largest,
+                                         [&](int32_t document) { return units.of(input.lengths[document]); });
+        placed.item.reserve(sorted.order.size());
+        placed.window.reserve(sorted.order.size());
+        sorted.for_each_run([&](int32_t index, int32_t count, int32_t size) {
+            for (int32_t place = index; place < index + count; ++place) {
+                const int32_t document = sorted.order[place];
+                if (input.splits(document)) continue;
+                if (size > units.capacity) {
+                    out.dropped.push_back(document);
+                    continue;
+                }
+                placed.add({document, 0, input.lengths[document]}, filler.add_whole(size), true);
             }
-            pieces.push_back({document, 0, input.lengths[document]});
-            window.push_back(filler.add_whole(size));
-        }
-    });
-    for (size_t place = 0; place < sorted.order.size(); ++place) {
-        const int32_t document = sorted.order[place];
-        if (!input.splits(document)) continue;
-        filler.add_poured({document, 0, input.lengths[document]}, [&](const Piece& piece, int32_t number) {
-            pieces.push_back(piece);
-            window.push_back(number);
         });
+        for (size_t place = 0; place < sorted.order.size(); ++place) {
+            const int32_t document = sorted.order[place];
+            if (!input.splits(document)) continue;
+            filler.add_poured({document, 0, input.lengths[document]}, [&](const Piece& piece, int32_t number) {
+                placed.add(piece, number, piece.length == input.lengths[document]);
+            });
+        }
+        num_windows = filler.count();
     }
     std::sort(out.dropped.begin(), out.dropped.end());
-    group_by_window(pieces, window, filler.count(), out);
+    group_by_window(placed, num_windows, input, out);
     return out;
 }
 

@@ -197,10 +197,10 @@ class IndexTable:
     def locate(self, documents: npt.NDArray[np.int64]) -> Located:
         """Where documents lie; raises as `describe`."""
         while True:
-            *columns, missing = self._table.locate(documents)
-            if not missing:
-                return Located(*columns)
-            self._supply(missing)
+            found = self._table.locate(documents)
+            if not found[-1]:
+                return Located(*found[:-1])
+            self._supply(found[-1])
 
     def _supply(self, missing: list[tuple[int, int]]) -> None:
         for shard, page in missing:

@@ -17,18 +17,20 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from emu3_megatron.data import Mixture, Plan, Source, write_manifest
 from emu3_megatron.data.format import TEXT_MODE, checksum_bytes, crc32c, index_bytes, shard_stem
-from emu3_megatron.files import write_json_atomic
 from emu3_megatron.vocabulary import Vocabulary
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = Vocabulary.preset("tiny")
 CONTEXT_LENGTH = 131_072
 LENGTHS = tuple(range(12_000, 28_001, 1000))
+DIFFERENT_SHARDS = 16
+"""The others repeat their lengths."""
 SECONDS, BYTES = 2.0, 1e9
 
 OPEN = """
@@ -41,38 +43,43 @@ assert int(window.length.sum()) > 0
 seconds = time.perf_counter() - started
 # Not ru_maxrss, which counts what the parent had when it forked.
 peak = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-print(json.dumps([seconds, int(peak.split()[1]) * 1024]))
+print(json.dumps([seconds, int(peak.split()[1]) * 1024, time.process_time()]))
 """
+
+
+def shard_files(documents: int, seed: int) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """A shard's files by suffix, all but the ``.bin``, and its record but for the names."""
+    lengths = np.random.default_rng(seed).choice(LENGTHS, documents).astype(np.int32)
+    modes = np.full(documents, TEXT_MODE, dtype=np.int8)
+    index = index_bytes(lengths, modes, np.arange(documents + 1, dtype=np.int64))
+    checksum_of = np.zeros(max(LENGTHS) + 1, dtype=np.uint32)
+    checksum_of[list(LENGTHS)] = [crc32c(bytes(4 * length)) for length in LENGTHS]
+    files = {".idx": index, ".crc": checksum_bytes(index, checksum_of[lengths]), ".jsonl": b""}
+    tokens = int(lengths.sum(dtype=np.int64))
+    sizes = {".bin": 4 * tokens, **{suffix: len(data) for suffix, data in files.items()}}
+    return files, {
+        "vocabulary_fingerprint": VOCABULARY.fingerprint,
+        "documents": documents,
+        "sequences": documents,
+        "tokens": tokens,
+        "text_tokens": tokens,
+        "longest_document": int(lengths.max()),
+        "files": {suffix: {"bytes": count, "sha256": "0" * 64} for suffix, count in sizes.items()},
+    }
 
 
 def write_shards(folder: Path, tokens: float, shards: int) -> int:
     """Shards whose every token is 0, their ``.bin`` a hole; returns the number of documents."""
     each = max(1, round(tokens / shards / np.mean(LENGTHS)))
-    checksum_of = {length: crc32c(bytes(4 * length)) for length in LENGTHS}
+    different = [shard_files(each, seed) for seed in range(min(shards, DIFFERENT_SHARDS))]
     for shard in range(shards):
+        files, record = different[shard % len(different)]
         stem = folder / shard_stem("scale", shard, shards)
-        lengths = np.random.default_rng(shard).choice(LENGTHS, each).astype(np.int32)
-        modes = np.full(each, TEXT_MODE, dtype=np.int8)
-        index = index_bytes(lengths, modes, np.arange(each + 1, dtype=np.int64))
-        sums = np.array([checksum_of[length] for length in lengths.tolist()], dtype=np.uint32)
-        contents = {".idx": index, ".crc": checksum_bytes(index, sums), ".jsonl": b""}
-        size = 4 * int(lengths.sum(dtype=np.int64))
-        for suffix, data in contents.items():
+        for suffix, data in files.items():
             Path(f"{stem}{suffix}").write_bytes(data)
         with open(f"{stem}.bin", "wb") as stream:
-            stream.truncate(size)
-        sizes = {".bin": size, **{suffix: len(data) for suffix, data in contents.items()}}
-        record = {
-            "shard": stem.name,
-            "vocabulary_fingerprint": VOCABULARY.fingerprint,
-            "documents": each,
-            "sequences": each,
-            "tokens": size // 4,
-            "text_tokens": size // 4,
-            "longest_document": int(lengths.max()),
-            "files": {suffix: {"bytes": count, "sha256": "0" * 64} for suffix, count in sizes.items()},
-        }
-        write_json_atomic(f"{stem}.json", record)
+            stream.truncate(record["files"][".bin"]["bytes"])
+        Path(f"{stem}.json").write_text(json.dumps({"shard": stem.name, **record}))
     write_manifest(folder, "scale", shards, vocabulary=VOCABULARY)
     return each * shards
 
@@ -100,8 +107,9 @@ def prove(folder: Path, tokens: float, shards: int, tries: int) -> tuple[float, 
         command = [sys.executable, "-c", OPEN, str(folder), str(index)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         results.append(json.loads(done.stdout))
-        print(f"window {index:,}: {results[-1][0]:.2f} s, {results[-1][1] / 1e6:.0f} MB")
-    return statistics.median(seconds for seconds, _ in results), max(memory for _, memory in results)
+        seconds, memory, busy = results[-1]
+        print(f"window {index:,}: {seconds:.2f} s ({busy:.2f} s of CPU), {memory / 1e6:.0f} MB")
+    return statistics.median(result[0] for result in results), max(result[1] for result in results)
 
 
 def main() -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emu3_megatron.data import PackedWindows, Plan, Template, Window, pack
-from emu3_megatron.data.mixture import Drawn, OpenSource
+from emu3_megatron.data.mixture import OpenSource
 from emu3_megatron.data.template import Decisions, Segments
 from emu3_megatron.data.window import WindowBuilder
 from emu3_megatron.errors import UserError
@@ -111,10 +111,10 @@ class PairPlan(Plan):
     Every source's template must be a `PairTemplate` of the plan's alignment.
     """
 
-    def pack(self, drawn: Drawn) -> PackedWindows:
-        """Pack pairs whole, those of text too."""
+    def pack(self, lengths: npt.NDArray[np.int64], kinds: npt.NDArray[np.int64]) -> PackedWindows:
+        """Pack pairs whole, those of text too, whatever their kind."""
         return pack(
-            drawn.decided.length,
+            lengths,
             self.context_length,
             align=self.alignment,
             policy=self.policy,
