@@ -108,6 +108,7 @@ def record(program: Path, arguments: list[str], results: Path) -> Path:
         sys.exit(f"error: {program} ended with {done.returncode}; nothing was recorded")
     result["output"] = done.stdout.rstrip().splitlines()
     name = re.sub(r"[^\w.]+", "-", " ".join([program.stem, *arguments])).strip("-")
+    results.mkdir(parents=True, exist_ok=True)
     path = results / f"{name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     return path
