@@ -17,7 +17,7 @@ quickstart: env  ## raw media to a trained model, generated samples and a report
 	$(RUN) tools/quickstart.py --config $(CONFIG)
 
 test: env  ## the test suite, fast tests first
-	$(RUN) -m pytest -m "not slow"
+	$(RUN) -m pytest -m "not slow" --numprocesses 2 --dist loadfile
 	$(RUN) -m pytest -m slow
 
 lint: env  ## style of code
