@@ -319,10 +319,19 @@ def name_chunks(chunks: Sequence[Any]) -> list[tuple[str, Any]]:
 
 
 def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
-    """Sharded weights of every chunk."""
-    return {
+    """Sharded weights of every chunk, and no states of modules beside them.
+
+    Transformer Engine keeps the scales of FP8 in pickles, which `refuse_code` lets nobody load; a run that goes
+    on finds them again. An empty tensor is its own way of saying that there are none.
+    """
+    state = {
         name: chunk.sharded_state_dict(metadata=sharding_metadata()) for name, chunk in name_chunks(chunks)
     }
+    for sharded in state.values():
+        for key, value in sharded.items():
+            if key.endswith("_extra_state") and torch.is_tensor(value.data):
+                sharded[key] = replace(value, data=torch.empty(0, dtype=torch.uint8))
+    return state
 
 
 def load_weights(chunks: Sequence[Any], folder: Path, *, averaged: bool = False) -> None:

@@ -48,7 +48,14 @@ class Optimizers:
         return {str(number): part.state_dict() for number, part in enumerate(self.parts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over what `state_dict` gave."""
+        """Take over what `state_dict` gave, or what a single optimizer did, as in older states."""
+        if "param_groups" in state:
+            state = {"0": state}
+        if len(state) != len(self.parts):
+            raise ValueError(
+                f"the saved state has {len(state)} optimizers and this run {len(self.parts)}: set "
+                f"schedule.muon_rate as it was, or begin in another folder"
+            )
         for number, part in enumerate(self.parts):
             part.load_state_dict(state[str(number)])
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from emu3_megatron.training import checkpoint_files as files
 
@@ -67,3 +68,25 @@ def test_pruning_keeps_the_newest_and_removes_interrupted_saves(tmp_path: Path) 
     files.prune(tmp_path, keep=2)
     names = sorted(path.name for path in tmp_path.iterdir())
     assert names == ["latest", "step-00000020", "step-00000030"]
+
+
+def test_states_of_modules_beside_their_weights_are_not_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Transformer Engine's FP8 scales are pickles in tensors: a checkpoint with them could not be loaded."""
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    from emu3_megatron.training import checkpoint
+
+    class Chunk:
+        def sharded_state_dict(self, metadata: object) -> dict[str, ShardedObject]:
+            scales, nothing = torch.ones(40, dtype=torch.uint8), None
+            return {
+                "linear_fc1._extra_state": ShardedObject("linear_fc1._extra_state", scales, (1,), (0,)),
+                "linear_fc2._extra_state": ShardedObject("linear_fc2._extra_state", nothing, (1,), (0,)),
+                "linear_fc1.weight": ShardedObject("linear_fc1.weight", scales, (1,), (0,)),
+            }
+
+    monkeypatch.setattr(checkpoint, "sharding_metadata", dict)
+    state = checkpoint.model_state([Chunk()])["model"]
+    assert state["linear_fc1._extra_state"].data.numel() == 0
+    assert state["linear_fc2._extra_state"].data is None
+    assert state["linear_fc1.weight"].data.numel() == 40

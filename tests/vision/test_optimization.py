@@ -46,6 +46,17 @@ def test_without_a_rate_there_is_no_muon() -> None:
     assert [type(part) for part in optimizer.parts] == [torch.optim.AdamW]
 
 
+def test_a_state_of_one_optimizer_is_taken_over_and_no_other_number() -> None:
+    model = network()
+    optimizer = make_optimizer(model, betas=(0.9, 0.99))
+    train(model, optimizer, 2, seed=3)
+    other = make_optimizer(network(), betas=(0.9, 0.99))
+    other.load_state_dict(optimizer.parts[0].state_dict())
+    assert other.parts[0].state_dict()["state"].keys() == optimizer.parts[0].state_dict()["state"].keys()
+    with pytest.raises(ValueError, match="schedule.muon_rate"):
+        make_optimizer(model, betas=(0.9, 0.99), muon_rate=1.0).load_state_dict(optimizer.state_dict())
+
+
 def test_a_saved_state_goes_on() -> None:
     first, second = network(), network()
     one = make_optimizer(first, betas=(0.9, 0.99), muon_rate=1.0)
