@@ -6,6 +6,7 @@ import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,11 +132,11 @@ def test_a_file_that_cannot_be_read_is_an_error_of_the_system(folder: Path) -> N
         plan.window(0)
 
 
-def write_pieces(tmp_path: Path, ids: list[int], **changed: object) -> tuple[int, int, int]:
+def write_pieces(tmp_path: Path, ids: list[int], **changed: Any) -> tuple[int, int, int]:
     """What a writer says about one document of a single span, with some of its columns changed."""
     stored = np.array(ids, dtype="<i4").tobytes()
     (tmp_path / "document").write_bytes(stored)
-    columns: dict[str, object] = {
+    columns: dict[str, Any] = {
         "bytes": np.zeros(1, dtype=np.int64),
         "segments": np.array([0, 1]),
         "lengths": np.array([len(ids)], dtype=np.int32),
