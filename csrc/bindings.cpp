@@ -28,10 +28,6 @@ namespace {
 template <class T>
 using InputArray = py::array_t<T, py::array::c_style>;
 
-// No conversion: what is written must reach the caller's array.
-template <class T>
-using OutputArray = py::array_t<T, py::array::c_style>;
-
 // Hands an array over to numpy without a copy.
 template <class T>
 py::array_t<T> to_array(emu3::Buffer<T>&& values) {
@@ -144,10 +140,12 @@ class ShardIndices {
     explicit ShardIndices(const InputArray<int64_t>& starts) : table_(checked(starts)), kept_(table_.num_shards()) {}
 
     // A shard's index, which may come late, and a byte for each of its pages that says whether it was verified.
-    // Each sequence's checksum lies in `checksums`, which may stand at any address.
+    // Each sequence's checksum lies in `checksums`, which may stand at any address. The first index given stays:
+    // another thread may be reading it.
     void set(size_t shard, const InputArray<uint8_t>& index, const InputArray<uint8_t>& checksums,
              const py::array_t<bool, py::array::c_style>& verified, int64_t num_sequences, int64_t page_bytes) {
         if (shard >= table_.num_shards()) throw std::invalid_argument("no shard " + std::to_string(shard));
+        if (kept_[shard]) return;
         const int64_t documents = table_.num_documents(shard);
         const int64_t needed = emu3::ShardIndex::bytes(num_sequences, documents);
         if (num_sequences < 0 || index.size() != needed)
@@ -208,14 +206,12 @@ class ShardIndices {
 // A window's arrays, to be filled piece by piece: see emu3::WindowWriter.
 class WindowWriter {
    public:
-    WindowWriter(const OutputArray<int64_t>& tokens, const OutputArray<int64_t>& labels,
-                 const OutputArray<uint8_t>& modality, const InputArray<uint8_t>& classes, int32_t vocabulary_size,
-                 int32_t bos_id, int32_t eos_id)
+    WindowWriter(InputArray<int64_t>& tokens, InputArray<int64_t>& labels, InputArray<uint8_t>& modality,
+                 const InputArray<uint8_t>& classes, int32_t vocabulary_size, int32_t bos_id, int32_t eos_id)
         : kept_{tokens, labels, modality, classes} {
         if (labels.size() != tokens.size() || modality.size() != tokens.size())
             throw std::invalid_argument("tokens, labels and modality differ in size");
-        canvas_ = {const_cast<int64_t*>(tokens.data()), const_cast<int64_t*>(labels.data()),
-                   const_cast<uint8_t*>(modality.data()), tokens.size()};
+        canvas_ = {tokens.mutable_data(), labels.mutable_data(), modality.mutable_data(), tokens.size()};
         rules_ = {true,  true, bos_id, eos_id, classes.data(), static_cast<int32_t>(classes.size()),
                   vocabulary_size};
     }
@@ -238,6 +234,10 @@ class WindowWriter {
         if (borders[0] != 0 || borders[count] != lengths.size() || modes.size() != lengths.size() ||
             checksums.size() != lengths.size())
             throw std::invalid_argument("columns of segments differ in size");
+        if (!std::is_sorted(borders, borders + count + 1))
+            throw std::invalid_argument("borders of documents must ascend");
+        check_not_negative(lengths, "lengths of segments");
+        check_not_negative(caption_tokens, "caption_tokens");
         for (py::ssize_t piece = 0; piece < count; ++piece)
             if (start.data()[piece] < 0 || length.data()[piece] < 1 || at.data()[piece] < 0 ||
                 at.data()[piece] + length.data()[piece] > canvas_.size)
@@ -261,6 +261,13 @@ class WindowWriter {
     }
 
    private:
+    static void check_not_negative(const InputArray<int32_t>& counts, const char* name) {
+        const int32_t* end = counts.data() + counts.size();
+        const int32_t* found = std::find_if(counts.data(), end, [](int32_t count) { return count < 0; });
+        if (found != end)
+            throw std::invalid_argument(std::string(name) + " must be 0 at least, got " + std::to_string(*found));
+    }
+
     std::vector<py::object> kept_;
     emu3::Canvas canvas_{};
     emu3::Rules rules_{};
@@ -346,8 +353,9 @@ PYBIND11_MODULE(_kernels, module) {
         .def("locate", &ShardIndices::locate, py::arg("documents"),
              "(shard, sequence, byte, segments, lengths, modes, checksums, missing): where documents lie.");
     py::class_<WindowWriter>(module, "WindowWriter", "Reads documents into a window's arrays.")
-        .def(py::init<const OutputArray<int64_t>&, const OutputArray<int64_t>&, const OutputArray<uint8_t>&,
-                      const InputArray<uint8_t>&, int32_t, int32_t, int32_t>(),
+        // noconvert: a copy would be written in the arrays' place
+        .def(py::init<InputArray<int64_t>&, InputArray<int64_t>&, InputArray<uint8_t>&, const InputArray<uint8_t>&,
+                      int32_t, int32_t, int32_t>(),
              py::arg("tokens").noconvert(), py::arg("labels").noconvert(), py::arg("modality").noconvert(),
              py::arg("classes"), py::kw_only(), py::arg("vocabulary_size"), py::arg("bos_id"), py::arg("eos_id"))
         .def("add", &WindowWriter::add, py::kw_only(), py::arg("files"), py::arg("bytes"), py::arg("segments"),

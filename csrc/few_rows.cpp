@@ -2,7 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
+#include <exception>
 #include <thread>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -124,22 +126,24 @@ __attribute__((target("avx512f"))) void turned_block(const FewRows<Weight>& prod
     }
 }
 
-inline const float* plain(const FewRows<float>& product, int64_t column, int64_t, std::vector<float>&) {
+// The rows of w from `column` on as floats, in `buffer` where they are none.
+inline const float* plain(const FewRows<float>& product, int64_t column, int64_t, float*) {
     return product.w + column * product.width;
 }
 
 __attribute__((target("avx512f"))) inline const float* plain(const FewRows<int8_t>& product, int64_t column,
-                                                             int64_t count, std::vector<float>& buffer) {
-    buffer.resize(count * product.width);
+                                                             int64_t count, float* buffer) {
     const int8_t* w = product.w + column * product.width;
-    for (size_t i = 0; i < buffer.size(); ++i) buffer[i] = static_cast<float>(w[i]);
-    return buffer.data();
+    for (int64_t i = 0; i < count * product.width; ++i) buffer[i] = static_cast<float>(w[i]);
+    return buffer;
 }
 
+constexpr int kSums = 24;  // vectors of sums of a block, so the most columns of one
+
 template <int Groups, class Weight>
-void turned_share(const FewRows<Weight>& product, const float* turned, int64_t row, int64_t first, int64_t last) {
-    constexpr int kMany = 24 / Groups, kSome = 4;
-    std::vector<float> buffer;
+void turned_share(const FewRows<Weight>& product, const float* turned, int64_t row, int64_t first, int64_t last,
+                  float* buffer) {
+    constexpr int kMany = kSums / Groups, kSome = 4;
     int64_t column = first;
     for (; column + kMany <= last; column += kMany)
         turned_block<Groups, kMany>(product, turned, plain(product, column, kMany, buffer), row, column);
@@ -159,29 +163,42 @@ std::vector<float> turn(const FewRows<Weight>& product, int64_t row, int64_t gro
     return turned;
 }
 
-// Calls work(first, last) on parts of the columns, one a thread.
+// Calls work(part, first, last) on parts of the columns, one a thread; the caller does those that get no thread.
+// `work` must not throw, so what it needs is allocated before.
 template <class Work>
-void in_parts(int64_t columns, int64_t threads, Work work) {
+void in_parts(int64_t columns, int64_t threads, const Work& work) {
+    const int64_t size = (columns + threads - 1) / threads;
+    const auto call = [&](int64_t part) { work(part, part * size, std::min((part + 1) * size, columns)); };
     std::vector<std::thread> others;
-    const int64_t part = (columns + threads - 1) / threads;
-    for (int64_t first = part; first < columns; first += part)
-        others.emplace_back(work, first, std::min(first + part, columns));
-    work(0, std::min(part, columns));
+    others.reserve(static_cast<size_t>(threads));
+    int64_t part = 1;
+    try {
+        for (; part * size < columns; ++part) others.emplace_back(call, part);
+    } catch (const std::exception&) {  // no thread, or no memory for one
+    }
+    call(0);
+    for (; part * size < columns; ++part) call(part);
     for (std::thread& other : others) other.join();
 }
 
 template <class Weight>
 void compute(const FewRows<Weight>& product, int64_t threads) {
+    if (product.columns == 0) return;
+    threads = std::min(threads, product.columns);
     if (product.rows <= kRows) {
-        in_parts(product.columns, threads, [&](int64_t first, int64_t last) { share(product, first, last); });
+        in_parts(product.columns, threads,
+                 [&](int64_t, int64_t first, int64_t last) { share(product, first, last); });
         return;
     }
+    const int64_t room = std::is_same_v<Weight, float> ? 0 : kSums * product.width;  // of each part
+    std::vector<float> buffer(static_cast<size_t>(room * threads));
     for (int64_t row = 0; row < product.rows; row += 2 * kLanes) {
         const int64_t groups = product.rows - row > kLanes ? 2 : 1;
         const std::vector<float> turned = turn(product, row, groups);
         const auto work = groups == 2 ? &turned_share<2, Weight> : &turned_share<1, Weight>;
-        in_parts(product.columns, threads,
-                 [&](int64_t first, int64_t last) { work(product, turned.data(), row, first, last); });
+        in_parts(product.columns, threads, [&](int64_t part, int64_t first, int64_t last) {
+            work(product, turned.data(), row, first, last, buffer.data() + part * room);
+        });
     }
 }
 

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstdint>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -51,9 +52,9 @@ struct Placement {
     int64_t caption_tokens, start, length, at;
 };
 
-// What was wrong with a document, and where: a byte that is not there, a segment, an id.
+// What was wrong with a document, and where: a byte that is not there, a segment, the system's error, an id.
 struct Damage {
-    enum Kind { kNone, kShort, kChecksum, kVocabulary } kind;
+    enum Kind { kNone, kShort, kChecksum, kUnreadable, kVocabulary } kind;
     int64_t where;
 };
 
@@ -66,7 +67,7 @@ class WindowWriter {
         if (read.kind != Damage::kNone) return read;
         placement_ = placement;
         position_ = 0;
-        unknown_ = -1;
+        unknown_.reset();
         if (rules_.bos) control(rules_.bos_id);
         const bool pair = stored.num_segments == 2 && stored.modes[0] == kTextMode && stored.modes[1] == kSpanMode;
         if (pair) {
@@ -83,7 +84,7 @@ class WindowWriter {
             throw std::invalid_argument("a piece ends at token " +
                                         std::to_string(placement.start + placement.length) + " of " +
                                         std::to_string(position_) + ": the plan is another dataset's");
-        return unknown_ < 0 ? Damage{Damage::kNone, 0} : Damage{Damage::kVocabulary, unknown_};
+        return unknown_ ? Damage{Damage::kVocabulary, *unknown_} : Damage{Damage::kNone, 0};
     }
 
    private:
@@ -102,7 +103,8 @@ class WindowWriter {
             const ssize_t got =
                 pread(stored.file, data + done, static_cast<size_t>(4 * tokens - done), stored.byte + done);
             if (got < 0 && errno == EINTR) continue;
-            if (got <= 0) return {Damage::kShort, stored.byte + done};
+            if (got < 0) return {Damage::kUnreadable, errno};
+            if (got == 0) return {Damage::kShort, stored.byte + done};
             done += got;
         }
         const Crc32c& crc32c = Crc32c::instance();
@@ -162,7 +164,7 @@ class WindowWriter {
                 most = std::max(most, block[index]);
             }
             if (least < 0 || most >= rules_.vocabulary_size) {
-                unknown_ = least < 0 ? 0 : most;
+                unknown_ = least < 0 ? least : most;
             } else if (least >= rules_.vision_offset) {
                 std::fill(label_class(place), label_class(end), kVision);
             } else {
@@ -198,7 +200,8 @@ class WindowWriter {
     Canvas canvas_;
     Rules rules_;
     Placement placement_{};
-    int64_t position_ = 0, unknown_ = -1;
+    int64_t position_ = 0;
+    std::optional<int32_t> unknown_;
     std::vector<int32_t>& scratch_ = scratch();
 };
 

@@ -52,7 +52,10 @@ class ShardIndices:
         num_sequences: int,
         page_bytes: int,
     ) -> None:
-        """Give a shard's index, its sequences' checksums, and a flag for each page that may be read."""
+        """Give a shard's index, its sequences' checksums, and a flag for each page that may be read.
+
+        The first index given stays.
+        """
 
     def describe(
         self, documents: npt.NDArray[np.int64]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from threading import Lock
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -73,7 +74,7 @@ class ShardIndex:
             )
         self._page_checksums, self._checksums = self._read_checksums(crc_path, layout, size)
         self._verified = np.zeros(len(self._page_checksums), dtype=bool)
-        self._unverified = len(self._page_checksums)
+        self._complete = False
         self._arrays = {
             "lengths": (layout.lengths, self._array(np.int32, layout.num_sequences, layout.lengths)),
             "pointers": (layout.pointers, self._array(np.int64, layout.num_sequences, layout.pointers)),
@@ -123,7 +124,7 @@ class ShardIndex:
     def document(self, number: int) -> tuple[int, int, list[int], list[int]]:
         """A document's first sequence, its byte in the ``.bin``, and its sequences' lengths and modes."""
         first, last = self.borders(np.array([number, number + 1])).tolist()
-        if self._unverified:
+        if not self._complete:
             sequences = np.arange(first, last)
             self.lengths(sequences), self.modes(sequences), self.pointers(sequences[:1])
         lengths, pointers, modes = (self._arrays[name][1] for name in ("lengths", "pointers", "modes"))
@@ -145,8 +146,8 @@ class ShardIndex:
                 f"{self._path}: page {page} (from byte {start}) does not match its checksum in the .crc "
                 "file; one of them is damaged: restore it"
             )
-        self._unverified -= int(not self._verified[page])
         self._verified[page] = True
+        self._complete = bool(self._verified.all())
 
     def add_to(self, table: _kernels.ShardIndices, shard: int) -> None:
         """Make this the index of one of the shards of `table`."""
@@ -160,7 +161,7 @@ class ShardIndex:
         )
 
     def _verify(self, offsets: npt.NDArray[np.int64]) -> None:
-        if not self._unverified:
+        if self._complete:
             return
         pages = offsets // INDEX_PAGE_BYTES
         for page in np.unique(pages[~self._verified[pages]]).tolist():
@@ -170,7 +171,7 @@ class ShardIndex:
 class IndexTable:
     """The indices of a dataset's shards, as one sequence of documents.
 
-    An index is opened, and a page of it verified, when a document first asks for it.
+    An index is opened, and a page of it verified, when a document first asks for it. Several threads may ask.
 
     Args:
         starts: First document of each shard, then the number of documents, ``[shards + 1]``.
@@ -180,6 +181,7 @@ class IndexTable:
     def __init__(self, starts: npt.NDArray[np.int64], indices: Sequence[Callable[[], ShardIndex]]) -> None:
         self._indices = indices
         self._table = _kernels.ShardIndices(starts)
+        self._lock = Lock()
 
     def describe(self, documents: npt.NDArray[np.int64]) -> Described:
         """Sizes of documents, without their tokens.
@@ -203,8 +205,9 @@ class IndexTable:
             self._supply(found[-1])
 
     def _supply(self, missing: list[tuple[int, int]]) -> None:
-        for shard, page in missing:
-            if page < 0:
-                self._indices[shard]().add_to(self._table, shard)
-            else:
-                self._indices[shard]().verify_page(page)
+        with self._lock:
+            for shard, page in missing:
+                if page < 0:
+                    self._indices[shard]().add_to(self._table, shard)
+                else:
+                    self._indices[shard]().verify_page(page)

@@ -35,8 +35,8 @@ from emu3_megatron.vocabulary import Vocabulary
 OPEN_FILES = 128
 """Default bound on the files that one dataset keeps open."""
 
-SHORT_READ, BAD_CHECKSUM = 1, 2
-"""Kinds of damage that `_kernels.WindowWriter` reports; a third is an id outside the vocabulary."""
+SHORT_READ, BAD_CHECKSUM, UNREADABLE = 1, 2, 3
+"""Kinds of damage that `_kernels.WindowWriter` reports; a fourth is an id outside the vocabulary."""
 
 
 class Kind(IntEnum):
@@ -135,6 +135,8 @@ class Shard:
         self.record = record
         self._stem = stem
         self._files = files
+        self._index: ShardIndex | None = None
+        self._lock = Lock()
         self._crc = str(self.path(".crc"))
         self.bin_path = str(self.path(".bin"))
         """The shard's tokens."""
@@ -149,12 +151,12 @@ class Shard:
         """One of the shard's files."""
         return self._stem.with_name(self._stem.name + suffix)
 
-    @cached_property
-    def _index(self) -> ShardIndex:
-        return ShardIndex(self.path(".idx"), self.path(".crc"), self.record)
-
     def index(self) -> ShardIndex:
-        """The shard's index, opened when first asked for."""
+        """The shard's index, opened when first asked for; the same one for every thread."""
+        if self._index is None:
+            with self._lock:
+                if self._index is None:
+                    self._index = ShardIndex(self.path(".idx"), self.path(".crc"), self.record)
         return self._index
 
     def document(self, number: int) -> list[tuple[npt.NDArray[np.int32], int]]:
@@ -163,7 +165,7 @@ class Shard:
         Raises:
             UserError: bytes that differ from what was written; names the file.
         """
-        index = self._index
+        index = self.index()
         first, start, lengths, modes = index.document(number)
         sizes = [length * TOKEN_DTYPE.itemsize for length in lengths]
         data = self._files.read(self.bin_path, sum(sizes), start)
@@ -353,6 +355,7 @@ class MultimodalDataset:
 
         Raises:
             UserError: damaged or truncated data; names the file.
+            OSError: the file cannot be read; names it.
         """
         found = self._table.locate(pieces.document)
         paths = [self._indexed[shard].bin_path for shard in found.shard.tolist()]
@@ -379,11 +382,13 @@ class MultimodalDataset:
             if damage:
                 raise self._damage(found, first + place, damage, where)
 
-    def _damage(self, found: Located, place: int, damage: int, where: int) -> UserError:
+    def _damage(self, found: Located, place: int, damage: int, where: int) -> UserError | OSError:
         """What a `_kernels.WindowWriter` met in a document."""
         shard = self._indexed[int(found.shard[place])]
         if damage == SHORT_READ:
             return truncated(shard.bin_path, where)
+        if damage == UNREADABLE:
+            return OSError(where, os.strerror(where), shard.bin_path)
         if damage == BAD_CHECKSUM:
             segment = int(found.segments[place])
             byte = int(found.byte[place]) + 4 * int(found.lengths[segment : segment + where].sum())

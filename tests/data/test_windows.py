@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from emu3_megatron.data import DatasetWriter, Mixture, MultimodalDataset, Plan, Source, Template, Window
-from emu3_megatron.data.format import PROMPT_MODE, SPAN_MODE, TEXT_MODE
+from emu3_megatron import _kernels
+from emu3_megatron.data import (
+    DatasetWriter,
+    Mixture,
+    MultimodalDataset,
+    Plan,
+    Source,
+    Template,
+    Window,
+    reader,
+)
+from emu3_megatron.data.format import PROMPT_MODE, SPAN_MODE, TEXT_MODE, crc32c
+from emu3_megatron.data.index import ShardIndex
 from emu3_megatron.data.permutation import uniform, uniform_reference
 from emu3_megatron.data.reader import FileCache
 from emu3_megatron.data.window import Canvas
@@ -105,6 +120,119 @@ def test_a_damaged_document_is_named_and_gives_no_window(folder: Path) -> None:
         plan.window(0)
     path.write_bytes(sound)
     assert np.array_equal(plan.window(0).tokens, truth.tokens)
+
+
+def test_a_file_that_cannot_be_read_is_an_error_of_the_system(folder: Path) -> None:
+    """Told apart from a truncated one; a folder in the file's place can be opened, but not read."""
+    plan = plan_of(folder)
+    path = folder / "all-00001-of-00002.bin"
+    path.unlink()
+    path.mkdir()
+    with pytest.raises(IsADirectoryError, match=r"all-00001-of-00002\.bin"):
+        plan.window(0)
+
+
+def write_pieces(tmp_path: Path, ids: list[int], **changed: Any) -> tuple[int, int, int]:
+    """What a writer says about one document of a single span, with some of its columns changed."""
+    stored = np.array(ids, dtype="<i4").tobytes()
+    (tmp_path / "document").write_bytes(stored)
+    columns: dict[str, Any] = {
+        "bytes": np.zeros(1, dtype=np.int64),
+        "segments": np.array([0, 1]),
+        "lengths": np.array([len(ids)], dtype=np.int32),
+        "modes": np.array([SPAN_MODE], dtype=np.int8),
+        "checksums": np.array([crc32c(stored)], dtype=np.uint32),
+        "caption_after": np.zeros(1, dtype=bool),
+        "caption_tokens": np.zeros(1, dtype=np.int32),
+        "start": np.zeros(1, dtype=np.int32),
+        "length": np.array([len(ids)], dtype=np.int32),
+        "at": np.zeros(1, dtype=np.int64),
+    }
+    writer = Canvas(CONTEXT_LENGTH, VOCABULARY.pad).writer(VOCABULARY)
+    with open(tmp_path / "document", "rb") as stream:
+        files = np.array([stream.fileno()], dtype=np.int32)
+        return writer.add(**{**columns, "files": files, **changed}, bos=True, eos=True)
+
+
+@pytest.mark.parametrize("unknown", [-1, -7, VOCABULARY.size])
+def test_an_id_outside_the_vocabulary_is_reported_with_its_value(tmp_path: Path, unknown: int) -> None:
+    assert write_pieces(tmp_path, [VOCABULARY.boi, unknown, VOCABULARY.eoi])[1:] == (4, unknown)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"lengths": np.array([-3], dtype=np.int32)}, "lengths of segments .* got -3"),
+        ({"caption_tokens": np.array([-1], dtype=np.int32)}, "caption_tokens .* got -1"),
+        (
+            {
+                "files": np.zeros(2, dtype=np.int32),
+                "bytes": np.zeros(2, dtype=np.int64),
+                "segments": np.array([0, 2, 1]),
+                "caption_after": np.zeros(2, dtype=bool),
+                "caption_tokens": np.zeros(2, dtype=np.int32),
+                "start": np.zeros(2, dtype=np.int32),
+                "length": np.ones(2, dtype=np.int32),
+                "at": np.zeros(2, dtype=np.int64),
+            },
+            "ascend",
+        ),
+    ],
+)
+def test_columns_that_no_document_has_are_refused(
+    tmp_path: Path, changed: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        write_pieces(tmp_path, [VOCABULARY.boi, VOCABULARY.eoi], **changed)
+
+
+@pytest.mark.parametrize("name", ["tokens", "labels", "modality"])
+def test_arrays_that_may_not_be_written_are_refused(name: str) -> None:
+    canvas = Canvas(8, VOCABULARY.pad)
+    getattr(canvas, name).flags.writeable = False
+    with pytest.raises(ValueError, match="not writeable"):
+        canvas.writer(VOCABULARY)
+
+
+def test_threads_that_open_the_same_index_share_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opening takes long enough for all to ask meanwhile."""
+    begun: list[object] = []
+
+    class Slow(ShardIndex):
+        def __init__(self, *arguments: object) -> None:
+            begun.append(self)
+            time.sleep(0.05)
+            super().__init__(*arguments)  # type: ignore[arg-type]
+
+    expected = MultimodalDataset.open(folder).describe(np.arange(4000))
+    monkeypatch.setattr(reader, "ShardIndex", Slow)
+    dataset = MultimodalDataset.open(folder)
+    with ThreadPoolExecutor(4) as pool:
+        answers = list(pool.map(dataset.describe, [np.arange(4000)] * 8, timeout=30))
+    assert len(begun) == len(dataset.shards)
+    for answer in answers:
+        for found, truth in zip(answer, expected, strict=True):
+            assert np.array_equal(found, truth)
+    again = pickle.loads(pickle.dumps(dataset))
+    assert np.array_equal(again.describe(np.arange(4000))[0], expected[0])
+
+
+def test_a_shard_keeps_the_index_that_it_was_given_first(folder: Path) -> None:
+    """Another thread may be reading from it."""
+    record = MultimodalDataset.open(folder).manifest.shards[0]
+    table = _kernels.ShardIndices(np.array([0, record.documents]))
+    stem = folder / record.shard
+
+    def opened() -> ShardIndex:
+        return ShardIndex(stem.with_name(f"{stem.name}.idx"), stem.with_name(f"{stem.name}.crc"), record)
+
+    first, second = opened(), opened()
+    first.add_to(table, 0)
+    for page in range(2):
+        first.verify_page(page)
+    second.add_to(table, 0)
+    missing = table.describe(np.arange(record.documents))[-1]
+    assert missing == []
 
 
 def test_every_page_of_an_index_is_verified_before_it_is_used(folder: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -57,3 +60,27 @@ def test_arrays_that_do_not_fit_are_refused() -> None:
             _kernels.few_rows(*(array.numpy() for array in arrays), threads)
     with pytest.raises(TypeError):
         _kernels.few_rows(x.numpy(), weight.numpy(), torch.empty(5, 3).T.numpy(), 1)
+
+
+SHORT_OF_MEMORY = """
+import resource, sys
+import numpy as np
+from emu3_megatron import _kernels
+
+rows = int(sys.argv[1])
+rng = np.random.default_rng(0)
+x, weight = rng.standard_normal((rows, 40), dtype=np.float32), rng.integers(-9, 9, (200, 40)).astype(np.int8)
+product = np.empty((rows, 200), dtype=np.float32)
+with open("/proc/self/statm") as stream:
+    size = int(stream.read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (4 << 20), resource.RLIM_INFINITY))  # no room for a stack
+_kernels.few_rows_int8(x, weight, np.ones(200, dtype=np.float32), product, 64)
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+assert np.allclose(product, x @ weight.T.astype(np.float32), rtol=1e-4, atol=1e-4)
+"""
+
+
+@needs_kernel
+@pytest.mark.parametrize("rows", [4, 20])
+def test_parts_that_get_no_thread_are_computed_all_the_same(rows: int) -> None:
+    subprocess.run([sys.executable, "-c", SHORT_OF_MEMORY, str(rows)], check=True)
