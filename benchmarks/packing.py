@@ -76,12 +76,14 @@ def image_spread(lengths: np.ndarray, kind: np.ndarray, capacity: int, **options
 
 
 def ours(**options: Any) -> Callable[[np.ndarray, np.ndarray, int], int]:
+    """Our packer with some options; like all below, it takes lengths, what may be cut, and capacity."""
     return lambda lengths, splittable, capacity: (
         pack(lengths, capacity, splittable=splittable, **options).num_windows
     )
 
 
 def lightbinpack(lengths: np.ndarray, _: np.ndarray, capacity: int) -> int:
+    """lightbinpack's best fit of documents as ordered by length."""
     from lightbinpack import pack as pack_theirs
 
     return len(pack_theirs(lengths.tolist(), capacity, strategy="obfd"))
@@ -98,6 +100,7 @@ def trl(lengths: np.ndarray, _: np.ndarray, capacity: int) -> int:
 
 
 def axolotl(lengths: np.ndarray, _: np.ndarray, capacity: int) -> int:
+    """axolotl's multipack over all documents as one group."""
     from axolotl.utils.samplers.multipack import pack_group
 
     count = len(lengths)

@@ -200,13 +200,16 @@ class Marks(transformers.TrainerCallback):
         self._clock = clock
 
     def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """The first step begins."""
         self._clock.mark()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        """A step ends, and the next begins."""
         self._clock.mark()
         print(f"transformers: a step, {self._clock.cpu[-1] - self._clock.cpu[-2]:.2f} CPU s", flush=True)
 
     def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+        """Keep the loss."""
         if "loss" in logs:
             self._clock.losses.append(float(logs["loss"]))
 

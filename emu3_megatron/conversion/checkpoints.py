@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -96,21 +97,21 @@ def export_checkpoint(
         raise UserError(f"{source} is a Hugging Face folder already; export takes a run or its checkpoint")
     checkpoint = resolve(Path(source))
     check_files(checkpoint)
-    weights, config, vocabulary = checkpoint_weights(checkpoint, averaged=averaged)
     record = Record.read(checkpoint)
     dialect = dialect or dialect_of_run(record.config) or record.config.get("imported", {}).get("dialect")
-    return export_hugging_face(
-        folder,
-        weights,
-        ExportedModel(config=config, vocabulary=vocabulary, dialect=dialect),
-        vision_tokenizer=vision_tokenizer or kept_folder(checkpoint, VISION),
-        text_tokenizer=text_tokenizer,
-        layout=layout,
-        dtype=dtype,
-        image_pixels=image_pixels,
-        kept=kept_folder(checkpoint, KEPT),
-        overwrite=overwrite,
-    )
+    with checkpoint_weights(checkpoint, averaged=averaged) as (weights, config, vocabulary):
+        return export_hugging_face(
+            folder,
+            weights,
+            ExportedModel(config=config, vocabulary=vocabulary, dialect=dialect),
+            vision_tokenizer=vision_tokenizer or kept_folder(checkpoint, VISION),
+            text_tokenizer=text_tokenizer,
+            layout=layout,
+            dtype=dtype,
+            image_pixels=image_pixels,
+            kept=kept_folder(checkpoint, KEPT),
+            overwrite=overwrite,
+        )
 
 
 def import_checkpoint(
@@ -262,12 +263,16 @@ def _vocabulary_of_datasets(vocabulary: Vocabulary, datasets: Sequence[Path]) ->
     return vocabulary
 
 
+@contextmanager
 def checkpoint_weights(
     checkpoint: Path, *, averaged: bool | None = None
-) -> tuple[LazyTensors, ModelConfig, Vocabulary]:
+) -> Iterator[tuple[LazyTensors, ModelConfig, Vocabulary]]:
     """Our tensors of a committed checkpoint, read one by one, in the precision of its run; adapters merged.
 
-    Raises `CheckpointError` when it is damaged or has no averaged weights and they are asked for.
+    They can be read inside the ``with``; those that were read stay valid after it.
+
+    Raises:
+        CheckpointError: it is damaged, or has no averaged weights and they are asked for.
     """
     record = Record.read(checkpoint)
     if averaged and not record.ema:
@@ -278,10 +283,11 @@ def checkpoint_weights(
         precision = record.config["trainer"]["precision"]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / RECORD} does not describe a model: {error}") from error
-    stored: LazyTensors = StoredTensors(checkpoint, averaged=take)
-    if has_adapters(record.config):
-        stored = Merged(stored, LoRAConfig(**record.config["lora"]))
-    return (Cast(stored, PRECISIONS[precision]) if take else stored), config, vocabulary
+    with closing(StoredTensors(checkpoint, averaged=take)) as stored:
+        weights: LazyTensors = stored
+        if has_adapters(record.config):
+            weights = Merged(weights, LoRAConfig(**record.config["lora"]))
+        yield (Cast(weights, PRECISIONS[precision]) if take else weights), config, vocabulary
 
 
 def check_files(checkpoint: Path) -> None:
@@ -304,8 +310,8 @@ def read_weights(source: StrPath, *, averaged: bool | None = None) -> dict[str, 
         opened = open_hugging_face(source)
         vocabulary, weights = opened.vocabulary, dict(opened.weights())
     else:
-        lazy, _, vocabulary = checkpoint_weights(resolve(Path(source)), averaged=averaged)
-        weights = dict(lazy)
+        with checkpoint_weights(resolve(Path(source)), averaged=averaged) as (lazy, _, vocabulary):
+            weights = dict(lazy)
     rows = {"embedding.word_embeddings.weight", "output_layer.weight"}
     return {name: t[: vocabulary.size] if name in rows else t for name, t in weights.items()}
 

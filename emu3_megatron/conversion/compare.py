@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,21 +51,24 @@ def compare(first: Path, second: Path) -> Comparison:
         UserError: they differ; the message names the first difference.
         ValueError: one of them cannot be read.
     """
-    one, other = _open(first), _open(second)
-    has_vision = [any(name.startswith(_VISION) for name in side) for side in (one, other)]
-    lacks = [_lacks_vision(path) for path in (first, second)]
-    both = all(has_vision) or not any(lacks)
-    if not both:
-        one, other = (select(side, [n for n in side if not n.startswith(_VISION)]) for side in (one, other))
-    checksums: dict[str, str] = {}
-    difference = first_difference(one, other, checksums)
-    if difference is not None:
-        raise UserError(f"{first} and {second} differ: {difference}")
-    digest = hashlib.sha256()
-    for name in sorted(one):
-        digest.update(f"{name} {one.dtype(name)} {list(one.shape(name))} {checksums[name]}\n".encode())
-    numbers = sum(torch.Size(one.shape(name)).numel() for name in one)
-    return Comparison(len(one), numbers, digest.hexdigest(), both and all(has_vision))
+    with ExitStack() as opened:
+        one, other = _open(first, opened), _open(second, opened)
+        has_vision = [any(name.startswith(_VISION) for name in side) for side in (one, other)]
+        lacks = [_lacks_vision(path) for path in (first, second)]
+        both = all(has_vision) or not any(lacks)
+        if not both:
+            one, other = (
+                select(side, [n for n in side if not n.startswith(_VISION)]) for side in (one, other)
+            )
+        checksums: dict[str, str] = {}
+        difference = first_difference(one, other, checksums)
+        if difference is not None:
+            raise UserError(f"{first} and {second} differ: {difference}")
+        digest = hashlib.sha256()
+        for name in sorted(one):
+            digest.update(f"{name} {one.dtype(name)} {list(one.shape(name))} {checksums[name]}\n".encode())
+        numbers = sum(torch.Size(one.shape(name)).numel() for name in one)
+        return Comparison(len(one), numbers, digest.hexdigest(), both and all(has_vision))
 
 
 def first_difference(
@@ -128,12 +132,12 @@ def _different_numbers(left: Tensor, right: Tensor) -> str | None:
     )
 
 
-def _open(path: Path) -> LazyTensors:
-    """The tensors of a checkpoint of any kind, under released names."""
+def _open(path: Path, opened: ExitStack) -> LazyTensors:
+    """The tensors of a checkpoint of any kind, under released names; what must be closed goes to `opened`."""
     if not path.exists():
         raise UserError(f"{path} does not exist; give a run, a checkpoint or a Hugging Face folder")
     if not (path / "config.json").is_file():
-        return _open_run(path)
+        return _open_run(path, opened)
     if is_vision_tokenizer(read_json(path / "config.json")):
         return _vision(path)
     files = open_tensors(path)
@@ -151,11 +155,11 @@ def _open(path: Path) -> LazyTensors:
     return files
 
 
-def _open_run(path: Path) -> LazyTensors:
+def _open_run(path: Path, opened: ExitStack) -> LazyTensors:
     """The weights of a run in released names, and the vision tokenizer that was imported with it."""
     checkpoint = resolve(path)
     check_files(checkpoint)
-    weights, config, vocabulary = checkpoint_weights(checkpoint)
+    weights, config, vocabulary = opened.enter_context(checkpoint_weights(checkpoint))
     weight_map = WeightMap(configuration.architecture(config, vocabulary), LAYOUTS["emu3"])
     tensors: LazyTensors = weight_map.theirs(weights)
     vision = kept_folder(checkpoint, VISION)

@@ -31,7 +31,7 @@ class StoredTensors(Placed[tuple[str, int | None]]):
     """The weights of a committed checkpoint under our names, whatever layout wrote them.
 
     Files are mapped: a tensor that is stored in one part is a view and takes no memory of its own. Every file
-    is compared with its checksum when its first tensor is read.
+    is compared with its checksum when its first tensor is read. To be closed.
 
     Args:
         folder: A committed checkpoint.
@@ -63,6 +63,14 @@ class StoredTensors(Placed[tuple[str, int | None]]):
         self._order = list(dict.fromkeys(used))
         self._checks: dict[str, Future[str | None]] = {}
         self._checker = ThreadPoolExecutor(1)
+
+    def close(self) -> None:
+        """End the thread that compares checksums, and let go of the files: nothing can be read any more.
+
+        Tensors that were read stay valid: a file is mapped as long as one of them needs it.
+        """
+        self._checker.shutdown(cancel_futures=True)
+        self._mapped.clear()
 
     def __getitem__(self, name: str) -> Tensor:
         """Read one tensor: a stored part as it is where that is all of it, else the parts put together."""

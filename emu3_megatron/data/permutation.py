@@ -9,12 +9,7 @@ import numpy.typing as npt
 
 from emu3_megatron import _kernels
 
-FEISTEL_ROUNDS = 8
-GOLDEN = 0x9E3779B97F4A7C15
-"""Step of splitmix64: 2^64 divided by the golden ratio, made odd."""
-
 Integers = npt.NDArray[np.int64]
-Words = npt.NDArray[np.uint64]
 
 
 def derive_key(*parts: object) -> int:
@@ -23,23 +18,9 @@ def derive_key(*parts: object) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def mix(values: Words) -> Words:
-    """Finaliser of splitmix64, uint64 to uint64: every input bit reaches every output bit."""
-    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
-
-
 def uniform(key: int, positions: Integers) -> npt.NDArray[np.float64]:
     """A number in [0, 1) for each position, the same for the same key and position; in C++."""
     return _kernels.uniform(np.ascontiguousarray(positions, dtype=np.int64), key)
-
-
-def uniform_reference(key: int, positions: Integers) -> npt.NDArray[np.float64]:
-    """`uniform` in numpy, to test it against."""
-    with np.errstate(over="ignore"):
-        words = mix(positions.astype(np.uint64) * np.uint64(GOLDEN) + np.uint64(key))
-    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def permute(positions: Integers, size: int, key: int) -> Integers:
@@ -51,23 +32,3 @@ def permute(positions: Integers, size: int, key: int) -> Integers:
         ValueError: a position outside ``range(size)``.
     """
     return _kernels.permute(np.ascontiguousarray(positions, dtype=np.int64), size, key)
-
-
-def permute_reference(positions: Integers, size: int, key: int) -> Integers:
-    """`permute` in numpy, to test it against."""
-    bits = max(2, (size - 1).bit_length())
-    low_bits = np.uint64(bits // 2)
-    low_mask = np.uint64((1 << (bits // 2)) - 1)
-    high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
-    steps = [(key + GOLDEN * (number + 1)) % 2**64 for number in range(FEISTEL_ROUNDS)]
-    keys = mix(np.array(steps, dtype=np.uint64))
-    values = positions.astype(np.uint64)
-    walking = np.ones(values.shape, dtype=bool)
-    while walking.any():
-        high, low = values[walking] >> low_bits, values[walking] & low_mask
-        for even, odd in zip(keys[0::2], keys[1::2], strict=True):
-            high ^= mix(low + even) & high_mask
-            low ^= mix(high + odd) & low_mask
-        values[walking] = (high << low_bits) | low
-        walking = values >= size
-    return values.astype(np.int64)

@@ -104,14 +104,15 @@ class Clip:
 class Detector:
     """Finds objects: a model for object detection (boxes) or instance segmentation (masks too).
 
-    GenEval's own is Mask2Former (``mask2former-swin-small-coco-instance``). Raises `UserError` for a folder
-    that holds neither.
+    GenEval's own is Mask2Former (``mask2former-swin-small-coco-instance``). Of models that give boxes
+    alone, those work that have a class for no object, as DETR and YOLOS. Raises `UserError` for a folder that
+    holds neither.
     """
 
     def __init__(self, folder: Path, device: torch.device | str = "cpu") -> None:
         from transformers import AutoConfig, AutoModelForObjectDetection, AutoModelForUniversalSegmentation
 
-        self._numbers = _preprocessor(folder)
+        self._folder, self._numbers = folder, _preprocessor(folder)
         try:
             config = AutoConfig.from_pretrained(folder, local_files_only=True)
             self._masks = any(
@@ -128,7 +129,11 @@ class Detector:
 
     @torch.no_grad()
     def find(self, picture: Pixels) -> list[Found]:
-        """The objects in a picture, uint8 ``[H, W, 3]``, in no order and with any score."""
+        """The objects in a picture, uint8 ``[H, W, 3]``, in no order and with any score.
+
+        Raises:
+            UserError: the model has no class for no object.
+        """
         height, width = picture.shape[:2]
         size = self._numbers.get("size", {})
         short, long = size.get("shortest_edge", _SIDES[0]), size.get("longest_edge", _SIDES[1])
@@ -141,6 +146,12 @@ class Detector:
         if self._masks:
             return objects_of_masks(
                 out.class_queries_logits[0], out.masks_queries_logits[0], self._names, (height, width)
+            )
+        if out.logits.shape[-1] != self._model.config.num_labels + 1:
+            raise UserError(
+                f"{self._folder} gives {out.logits.shape[-1]} scores an object for "
+                f"{self._model.config.num_labels} classes, and none for no object; give a detector that has "
+                "one, as DETR and YOLOS, or Mask2Former"
             )
         scores_QC = out.logits[0].softmax(dim=-1)[:, :-1].double().cpu()
         centre_x, centre_y, across, down = out.pred_boxes[0].double().cpu().unbind(dim=-1)

@@ -99,18 +99,32 @@ def open_bundle(
             f"{vision_tokenizer} has {vision.config.codebook_size} codes, the model's vocabulary "
             f"{vocabulary.codebook_size}; give the vision tokenizer that the model was trained with"
         )
-    for kind, path, fingerprint in (
-        ("text tokenizer", text_tokenizer, language.text_tokenizer.fingerprint),
-        ("vision tokenizer", vision_tokenizer, vision.fingerprint),
-    ):
+    given = {
+        "text tokenizer": (text_tokenizer, language.text_tokenizer.fingerprint),
+        "vision tokenizer": (vision_tokenizer, vision.fingerprint),
+    }
+    _check_tokenizers(folder, given, trained_with)
+    if weights is not None:
+        quantize(model, weights)
+    return ModelBundle(model, config, language, vision.eval())
+
+
+def _check_tokenizers(
+    folder: Path, given: Mapping[str, tuple[StrPath, str]], trained_with: Mapping[str, str]
+) -> None:
+    """Raise `UserError` where a tokenizer is not the one behind a run's data.
+
+    Args:
+        folder: the run.
+        given: path and fingerprint of the tokenizer of each kind.
+        trained_with: fingerprints by kind, as far as they are known.
+    """
+    for kind, (path, fingerprint) in given.items():
         if trained_with.get(kind, fingerprint) != fingerprint:
             raise UserError(
                 f"{path} is not the {kind} that {folder} was trained with ({fingerprint[:12]}, not "
                 f"{trained_with[kind][:12]}); its ids mean other things: give that one"
             )
-    if weights is not None:
-        quantize(model, weights)
-    return ModelBundle(model, config, language, vision.eval())
 
 
 def _open_hugging_face(

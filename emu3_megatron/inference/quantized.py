@@ -50,10 +50,6 @@ class Quantized:
         """Some of the rows, without a copy."""
         return Quantized(self.values[rows], self.scales[rows])
 
-    def dequantized(self) -> Tensor:
-        """The matrix, fp32."""
-        return self.values.float() * self.scales[:, None]
-
     def product(self, x: Tensor) -> Tensor:
         """``x @ matrix.T`` without gradient: `x` ``[..., K]``, result ``[..., C]`` in its dtype."""
         product = few_rows_int8(x, self.values, self.scales)

@@ -139,16 +139,7 @@ def build_model(
         ModelConfigError: impossible shape, vocabulary or precision.
         LayoutError: the shape does not divide over the layout.
     """
-    if not 0 < vocabulary_size <= vocabulary_padded_size:
-        raise ModelConfigError(
-            f"vocabulary_size={vocabulary_size} must lie in 1 .. "
-            f"vocabulary_padded_size={vocabulary_padded_size}"
-        )
-    if vocabulary_padded_size % parallel.tensor_model_parallel_size:
-        raise ModelConfigError(
-            f"vocabulary_padded_size={vocabulary_padded_size} is not divisible by tensor_model_parallel_size="
-            f"{parallel.tensor_model_parallel_size}; use Vocabulary.padded_size"
-        )
+    _check_vocabulary(vocabulary_size, vocabulary_padded_size, parallel)
     transformer = transformer_config(config, parallel, precision, fp8=fp8, fp8_recipe=fp8_recipe)
     cuda = _on_cuda()
     device = torch.device("cuda", torch.cuda.current_device()) if cuda else torch.device("cpu")
@@ -170,6 +161,19 @@ def build_model(
             )
         chunks.append(chunk)
     return chunks
+
+
+def _check_vocabulary(size: int, padded_size: int, parallel: ParallelConfig) -> None:
+    """Raise `ModelConfigError` where the rows do not hold the ids, or do not divide over the layout."""
+    if not 0 < size <= padded_size:
+        raise ModelConfigError(
+            f"vocabulary_size={size} must lie in 1 .. vocabulary_padded_size={padded_size}"
+        )
+    if padded_size % parallel.tensor_model_parallel_size:
+        raise ModelConfigError(
+            f"vocabulary_padded_size={padded_size} is not divisible by tensor_model_parallel_size="
+            f"{parallel.tensor_model_parallel_size}; use Vocabulary.padded_size"
+        )
 
 
 def _mark_split_parameters(chunk: torch.nn.Module) -> None:

@@ -142,21 +142,30 @@ def window_layout(
                 builder.add_chunk(cu[:-1][members], chunk[members], number, query_rows, key_rows)
         query, key = builder.query_gather(len(held[cp_rank])), builder.key_gather()
     layout = WindowLayout(
-        groups=builder.groups,
-        entry=entry,
-        query=query,
-        key=key,
-        positions=_on(device, positions),
+        groups=builder.groups, entry=entry, query=query, key=key, positions=_on(device, positions)
     )
     if numbers is not None:
         gathered = np.concatenate(held)  # window position of every row
         asking = gathered if cp_size == 1 or all_to_all else held[cp_rank]
-        seen = gathered[builder.key_rows()]
-        layout.tokens = SlotTokens(
-            query_numbers=numbers[_on(device, asking[builder.query_rows()])],
-            key_positions=_on(device, seen - cu[np.searchsorted(cu, seen, side="right") - 1]),
+        layout.tokens = _slot_tokens(
+            asking[builder.query_rows()], gathered[builder.key_rows()], borders=cu, numbers=numbers
         )
     return layout
+
+
+def _slot_tokens(
+    asking: np.ndarray[Any, Any],
+    seen: np.ndarray[Any, Any],
+    *,
+    borders: np.ndarray[Any, Any],
+    numbers: torch.Tensor,
+) -> SlotTokens:
+    """The tokens at these window positions of the query and key slots; `borders` are those of documents."""
+    device = numbers.device
+    return SlotTokens(
+        query_numbers=numbers[_on(device, asking)],
+        key_positions=_on(device, seen - borders[np.searchsorted(borders, seen, side="right") - 1]),
+    )
 
 
 def _similar(lengths: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:

@@ -101,6 +101,14 @@ def train_sentencepiece(
     lines = _cut_rare_characters(lines, vocab_size - least, required)
     if set("".join(lines)) <= set(required + " "):
         lines.append("a")  # SentencePiece adds the required characters only to a corpus that has others
+    model = _trained(lines, vocab_size, required)
+    with atomic_write(path) as stream:
+        stream.write(model)
+    return SentencePieceTokenizer(path)
+
+
+def _trained(lines: list[str], vocab_size: int, required: str) -> bytes:
+    """The model file of byte pairs trained on `lines`; raises `ValueError` where SentencePiece cannot."""
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -127,9 +135,7 @@ def train_sentencepiece(
         )
     except RuntimeError as error:
         raise ValueError(f"SentencePiece cannot train on these {len(lines)} lines: {error}") from error
-    with atomic_write(path) as stream:
-        stream.write(model.getvalue())
-    return SentencePieceTokenizer(path)
+    return model.getvalue()
 
 
 def _cut_rare_characters(lines: list[str], room: int, required: str) -> list[str]:

@@ -17,8 +17,8 @@ from emu3_megatron.errors import UserError, one_line
 from emu3_megatron.tokenization.entries import printable
 
 MAX_LINE_BYTES = 1 << 24
-"""A longer line is set aside unread. Python needs 36 bytes for an id, and a line may give one for each of its
-bytes, so this keeps a process within 1 GB whatever a file holds."""
+"""A longer line, or row of a Parquet file, is set aside. Python needs 36 bytes for an id, and a line may give
+one for each of its bytes, so this keeps a process within 1 GB whatever lines a file holds."""
 
 PARQUET = ".parquet"
 """Suffix of files that are read as Parquet."""
@@ -138,11 +138,10 @@ class ParquetPart:
                     f"{self.path}: has no column {key!r}, only {', '.join(names)}; name one in --key"
                 )
             columns = [key, "id"] if "id" in names and key != "id" else [key]
-            row = self.first_row
+            row, stem = self.first_row, printable(self.path.name)
             for batch in self._batches(file, columns):
-                for record in batch.to_pylist():
-                    yield _checked(record, f"{printable(self.path.name)}:{row}", key)
-                    row += 1
+                yield from _rows(batch, stem, row, key)
+                row += batch.num_rows
 
     def _batches(self, file: Any, columns: list[str]) -> Iterator[Any]:
         """Rows, some at a time."""
@@ -168,6 +167,49 @@ def _document(line: bytes, name: str, key: str | None) -> TextDocument:
     if not isinstance(record, dict):
         return TextDocument(name, "", f"is a JSON {type(record).__name__}; a line is an object")
     return _checked(record, name, key)
+
+
+def _rows(batch: Any, stem: str, first: int, key: str) -> Iterator[TextDocument]:
+    """The documents of rows of Arrow, whose first has the number `first` in the file `stem`."""
+    from pyarrow.types import is_dictionary
+
+    if batch.nbytes <= MAX_LINE_BYTES and not any(is_dictionary(column.type) for column in batch.columns):
+        try:
+            records = batch.to_pylist()
+        except UnicodeDecodeError:
+            pass  # the rows one by one say which it was
+        else:
+            for row, record in enumerate(records, first):
+                yield _checked(record, f"{stem}:{row}", key)
+            return
+    for row, cells in enumerate(zip(*batch.columns, strict=True), first):
+        yield _row(dict(zip(batch.schema.names, cells, strict=True)), f"{stem}:{row}", key)
+
+
+def _row(cells: dict[str, Any], name: str, key: str) -> TextDocument:
+    """The document of a row, whose cells are Arrow's: only what may become one is made Python's."""
+    cells = {column: _plain(cell) for column, cell in cells.items()}
+    if sum(cell.as_buffer().size for cell in cells.values() if _is_string(cell)) > MAX_LINE_BYTES:
+        return TextDocument(name, "", f"is longer than {MAX_LINE_BYTES} bytes")
+    try:
+        record = {column: cell.as_py() for column, cell in cells.items() if _is_string(cell) or column != key}
+    except UnicodeDecodeError as error:
+        return TextDocument(name, "", f"is not UTF-8: {error}")
+    return _checked(record, name, key)
+
+
+def _plain(cell: Any) -> Any:
+    """A cell itself where its column is encoded by a dictionary."""
+    from pyarrow import DictionaryScalar
+
+    return cell.value if isinstance(cell, DictionaryScalar) else cell
+
+
+def _is_string(cell: Any) -> bool:
+    """Whether a cell of Arrow holds text."""
+    from pyarrow import StringScalar
+
+    return isinstance(cell, StringScalar) and cell.is_valid
 
 
 def _checked(record: dict[str, Any], name: str, key: str) -> TextDocument:

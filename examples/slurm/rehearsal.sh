@@ -38,8 +38,10 @@ while ((misses < 20)); do
   fi
   while read -r number state elapsed; do
     case $state in
-      COMPLETED | FAILED | CANCELLED | TIMEOUT | NODE_FAIL | OUT_OF_MEMORY | BOOT_FAIL | DEADLINE | PREEMPTED)
+      COMPLETED | FAILED | CANCELLED | TIMEOUT | OUT_OF_MEMORY | BOOT_FAIL | DEADLINE)
         ends[$number]="$state $elapsed" ;;
+      NODE_FAIL | PREEMPTED) # SLURM starts it again; where it does not, it forgets the job
+        ends[$number]="$state $elapsed" going=1 ;;
       ?*) going=1 ;;
     esac
   done <<<"$listed"

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import pytest
 import torch
 
 from emu3_megatron.conversion.checkpoints import (
+    checkpoint_weights,
     export_checkpoint,
     import_checkpoint,
     logit_difference,
@@ -25,6 +27,7 @@ from emu3_megatron.conversion.rules import ConversionError
 from emu3_megatron.errors import UserError
 from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.training.checkpoint import load_model_for_inference
+from emu3_megatron.training.checkpoint_files import resolve
 from emu3_megatron.vision import VisionTokenizer
 from tests.conversion.test_hugging_face import VISION
 from tests.inference import worlds
@@ -89,6 +92,15 @@ def test_files_cut_for_a_layout_hold_the_same(run: Path, tmp_path: Path, tensor:
     assert all(torch.equal(state[name][: len(value)], value) for name, value in weights.items())
 
 
+def test_tensors_stay_when_their_checkpoint_is_closed_and_no_thread_does(run: Path) -> None:
+    before = set(threading.enumerate())
+    with checkpoint_weights(resolve(run)) as (tensors, _, _):
+        weights = dict(tensors)
+    assert set(threading.enumerate()) <= before
+    state = canonical_names(worlds.tiny_model().state_dict())
+    assert all(torch.equal(state[name][: len(value)], value) for name, value in weights.items())
+
+
 def test_differences_are_named(run: Path) -> None:
     weights = read_weights(run)
     assert first_difference(weights, dict(weights)) is None
@@ -121,6 +133,7 @@ def test_nothing_is_left_of_a_failed_import(run: Path, vision: Path, tmp_path: P
 
 SAVE_WITH_TENSOR_PARALLELISM = """
 import sys
+import threading
 import torch
 from pathlib import Path
 from emu3_megatron.parallel import platform

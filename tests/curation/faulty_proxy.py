@@ -2,8 +2,9 @@
 
 ``python faulty_proxy.py TARGET_PORT LOG [FAILURE ...]``: prints its port. The first tries of every picture
 meet the FAILUREs in turn (a status; ``drop``: the connection ends before the server is asked; ``lost``:
-after it has answered; ``hang``), the next one passes. Only two hang; where it would be the turn of more, they
-are dropped. LOG gets a line for every request: a digest of its pictures, and how it ended.
+after it has answered; ``hang``), the next one passes. Only one hangs, for longer than
+anybody waits; where it would be the turn of more, they are dropped. LOG gets a line for every request: a
+digest of its pictures, and how it ended.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Handler(BaseHTTPRequestHandler):
         with LOCK:
             failure = FAILURES[TRIES[name]] if TRIES[name] < len(FAILURES) else "ok"
             TRIES.update([name, f" {failure}"])
-            failure = "drop" if failure == "hang" and TRIES[" hang"] > 2 else failure
+            failure = "drop" if failure == "hang" and TRIES[" hang"] > 1 else failure
         status, answer = (0, b"")
         if failure in ("ok", "lost"):
             status, answer = self._ask(body)
@@ -44,7 +45,7 @@ class Handler(BaseHTTPRequestHandler):
         with LOCK, open(LOG, "a") as log:
             log.write(json.dumps({"picture": name, "end": failure}) + "\n")
         if failure == "hang":
-            time.sleep(60)
+            time.sleep(600)
         elif failure.isdigit():
             self._answer(int(failure), b"{}")
         elif failure not in ("drop", "lost"):

@@ -79,7 +79,7 @@ def test_every_sample_is_captioned_once_by_a_real_server(
     try:
         assert proxy.stdout is not None
         url = f"http://127.0.0.1:{proxy.stdout.readline().strip()}/v1"
-        spoiled = config_for(manifest, tmp_path / "spoiled", url, **{**settings, "timeout": 20.0})
+        spoiled = config_for(manifest, tmp_path / "spoiled", url, **{**settings, "timeout": 90.0})
         assert caption(spoiled) == (len(SAMPLES), 2)
         ends = Counter((row["picture"], row["end"]) for row in rows(log))
         assert {end for _, end in ends} == {*failures, "ok"}

@@ -18,12 +18,13 @@ from emu3_megatron.data import Mixture, MultimodalDataset, Plan, Source, Templat
 from emu3_megatron.data.bounds import least_windows, least_windows_with_cuts
 from emu3_megatron.data.mixture import OpenSource
 from emu3_megatron.data.packing import pack
-from emu3_megatron.data.permutation import permute, permute_reference, uniform
+from emu3_megatron.data.permutation import permute, uniform
 from emu3_megatron.data.report import report
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Modality
 from emu3_megatron.vocabulary import Vocabulary
 from tests.data.builders import VOCABULARY
+from tests.data.keyed_reference import permute_reference
 from tests.proofs import plan_scale
 
 FIELDS = ("tokens", "labels", "modality", "cu_seqlens", "source", "document", "start", "length")

@@ -24,11 +24,12 @@ from emu3_megatron.data import (
 )
 from emu3_megatron.data.format import PROMPT_MODE, SPAN_MODE, TEXT_MODE, crc32c
 from emu3_megatron.data.index import ShardIndex
-from emu3_megatron.data.permutation import uniform, uniform_reference
+from emu3_megatron.data.permutation import uniform
 from emu3_megatron.data.reader import FileCache
 from emu3_megatron.data.window import Canvas
 from emu3_megatron.errors import UserError
 from tests.data.builders import VOCABULARY, make_span, make_text
+from tests.data.keyed_reference import uniform_reference
 
 CONTEXT_LENGTH = 1024
 

@@ -99,6 +99,23 @@ def test_a_detector_gives_boxes_in_pixels_of_the_picture(tmp_path: Path) -> None
     assert ((centres > 0) & (centres < (200, 60))).all()
 
 
+def test_a_detector_without_a_class_for_no_object_is_refused(tmp_path: Path) -> None:
+    from transformers import ConditionalDetrConfig, ConditionalDetrForObjectDetection, ResNetConfig
+
+    backbone = ResNetConfig(
+        embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic", out_features=["stage2"]
+    )
+    config = ConditionalDetrConfig(
+        use_timm_backbone=False, backbone=None, use_pretrained_backbone=False, backbone_config=backbone,
+        d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=16, decoder_ffn_dim=16, num_queries=5, num_labels=2,
+    )  # fmt: skip
+    ConditionalDetrForObjectDetection(config).save_pretrained(tmp_path)
+    preprocessor(tmp_path, size={"shortest_edge": 64, "longest_edge": 128})
+    with pytest.raises(UserError, match=r"2 scores an object for 2 classes.*DETR and YOLOS"):
+        Detector(tmp_path).find(picture(60, 200))
+
+
 def test_masks_become_objects_with_boxes() -> None:
     """A sure cat in the upper left quarter; the second query has no pixels."""
     classes = torch.tensor([[9.0, 0.0, 0.0], [0.0, 9.0, 0.0]])

@@ -21,6 +21,11 @@ def _world() -> Iterator[None]:
         yield
 
 
+def widened(matrix: Quantized) -> torch.Tensor:
+    """The matrix, fp32."""
+    return matrix.values.float() * matrix.scales[:, None]
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_entries_are_the_nearest_of_their_row(name: str) -> None:
     """Half a step of the row's largest entry in int8, three bits of mantissa in fp8; a row of zeros stays."""
@@ -28,7 +33,7 @@ def test_entries_are_the_nearest_of_their_row(name: str) -> None:
         torch.randn(50, 33, generator=torch.Generator().manual_seed(0)) * torch.logspace(-6, 6, 50)[:, None]
     )
     weight[7] = 0
-    found = Quantized.of(weight, name).dequantized()
+    found = widened(Quantized.of(weight, name))
     largest = weight.abs().amax(dim=1, keepdim=True)
     allowed = largest / 254 if name == "int8" else weight.abs() / 16 + largest * 2e-5
     assert ((found - weight).abs() <= allowed * 1.001).all()
@@ -40,7 +45,7 @@ def test_entries_are_the_nearest_of_their_row(name: str) -> None:
 def test_products_are_those_of_the_widened_matrix(name: str, rows: int, columns: int, width: int) -> None:
     matrix = Quantized.of(torch.randn(columns, width), name)
     x = torch.randn(2, rows, width) if rows < 9 else torch.randn(rows, width)
-    expected = x.double() @ matrix.dequantized().double().T
+    expected = x.double() @ widened(matrix).double().T
     torch.testing.assert_close(matrix.product(x), expected.float(), atol=1e-4, rtol=1e-4)
     some = matrix[1:3]
     torch.testing.assert_close(some.product(x), expected[..., 1:3].float(), atol=1e-4, rtol=1e-4)
@@ -67,7 +72,7 @@ def test_a_model_of_quantized_weights_computes_what_the_widened_ones_do(
     rounded, small = worlds.tiny_model(), worlds.tiny_model()
     for module in rounded.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
-            module.weight.data = Quantized.of(module.weight, name).dequantized()
+            module.weight.data = widened(Quantized.of(module.weight, name))
     before = sum(parameter.nbytes for parameter in small.parameters())
     quantize(small, name)
     assert sum(parameter.nbytes for parameter in small.parameters()) < before / 2

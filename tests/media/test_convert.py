@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,9 @@ from tests.media.clips import CLIPS, encode
 
 BT709, UNSPECIFIED, FCC, BT601, SMPTE240M, BT2020 = 1, 2, 4, 5, 7, 9
 """FFmpeg's AVColorSpace."""
+
+ALIKE = platform.machine().lower() in ("x86_64", "amd64")
+"""Whether FFmpeg's own code for this machine is known to round as the kernel does; elsewhere it may not."""
 
 
 def by_ffmpeg(frame: Any) -> np.ndarray:
@@ -40,7 +44,7 @@ def test_noise_in_every_matrix_and_range(matrix: int, full_range: bool) -> None:
             frame = av.VideoFrame.from_ndarray(noise(generator, height, width), format="yuv420p")
             frame.colorspace, frame.color_range = matrix, 2 if full_range else 1
             assert np.array_equal(convert(frame), by_ffmpeg(frame))
-        assert convert.uses_kernel or (height, width) == (2, 2)
+        assert convert.uses_kernel or not ALIKE or (height, width) == (2, 2)
 
 
 @pytest.mark.parametrize("place", range(6))
@@ -52,7 +56,7 @@ def test_streams_with_chroma_in_every_place(tmp_path: Path, place: int) -> None:
     with av.open(str(path)) as container:
         for frame in container.decode(video=0):
             assert np.array_equal(convert(frame), by_ffmpeg(frame))
-    assert convert.uses_kernel
+    assert convert.uses_kernel or not ALIKE
 
 
 @pytest.mark.parametrize("name", ["bikes.mp4", "carphone_pristine.mp4", "bigbuckbunny.mp4"])
@@ -63,7 +67,7 @@ def test_real_clips(name: str) -> None:
             assert np.array_equal(convert(frame), by_ffmpeg(frame))
             if number == 8:
                 break
-    assert convert.uses_kernel
+    assert convert.uses_kernel or not ALIKE
 
 
 def test_flat_frames_decide_nothing_and_a_change_of_kind_starts_anew() -> None:
@@ -73,7 +77,7 @@ def test_flat_frames_decide_nothing_and_a_change_of_kind_starts_anew() -> None:
     for planes, known in ((flat, False), (flat, False), (noise(generator, 48, 64), True), (flat, True)):
         frame = av.VideoFrame.from_ndarray(planes, format="yuv420p")
         assert np.array_equal(convert(frame), by_ffmpeg(frame))
-        assert convert.uses_kernel == known
+        assert convert.uses_kernel == known or not ALIKE
     frame = av.VideoFrame.from_ndarray(flat, format="yuv420p")
     frame.colorspace = BT709
     assert np.array_equal(convert(frame), by_ffmpeg(frame))

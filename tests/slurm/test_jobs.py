@@ -32,13 +32,14 @@ from emu3_megatron.training.callbacks.stop import StopOnSignal
 if not int(os.environ.get("SLURM_RESTART_COUNT", "0")):
     at_once = StopOnSignal.on_step
     def later(*arguments):
-        time.sleep(2)
+        time.sleep(6)
         at_once(*arguments)
     StopOnSignal.on_step = later
 sys.argv = sys.argv[2:]
 runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
-"""In the place of the interpreter, for ``-m MODULE ...``: steps take two seconds before the first requeue."""
+"""In the place of the interpreter, for ``-m MODULE ...``: steps take six seconds before the first requeue,
+so that the signal, which may take a hundred, finds a run that is going."""
 
 
 @pytest.fixture(scope="module")

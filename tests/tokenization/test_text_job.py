@@ -193,6 +193,29 @@ def test_bad_rows_of_parquet_are_listed_and_bad_files_named(tmp_path: Path, make
         tokenize_text(make_text(tmp_path / "cut", input=(tmp_path / "b.parquet",)))
 
 
+@pytest.mark.parametrize(("longest", "encoded"), [(1000, False), (1000, True), (5000, False)])
+def test_rows_that_are_no_text_or_too_long_cost_only_themselves(
+    tmp_path: Path, make_text: MakeText, monkeypatch: pytest.MonkeyPatch, longest: int, encoded: bool
+) -> None:
+    monkeypatch.setattr(text_inputs, "MAX_LINE_BYTES", longest)
+    names = pyarrow.array([b"a", b"b", b"\xff", b"d", None, b"f" * 500]).view(pyarrow.string())
+    rows = [b"a cat", b"\xff", b"a dog", b"a" * 1001, b"a cup", b"b" * 501]
+    texts = pyarrow.array(rows).view(pyarrow.string())
+    table = pyarrow.table({"id": names, "text": texts.dictionary_encode() if encoded else texts})
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(table, path)
+    assert tokenize_text(make_text(tmp_path / "data", input=(path,), quarantine_budget=0.7))
+    listed = [json.loads(line) for line in (tmp_path / "data" / "quarantine.jsonl").read_text().splitlines()]
+    expected = {1: "is not UTF-8", 2: "is not UTF-8"}
+    if longest < 1001:
+        expected.update(dict.fromkeys((3, 5), f"is longer than {longest} bytes"))
+    assert [row["id"] for row in listed] == [f"a.parquet:{row}" for row in expected]
+    assert [row["reason"].partition(":")[0] for row in listed] == list(expected.values())
+    kept = MultimodalDataset.open(tmp_path / "data")
+    good = [("a", "b", "", "d", "a.parquet:4", "f" * 500)[row] for row in range(6) if row not in expected]
+    assert [kept.name(number)["id"] for number in range(len(kept))] == good
+
+
 @pytest.mark.slow
 def test_many_processes_give_the_same_bytes(tmp_path: Path, make_text: MakeText) -> None:
     assert tokenize_text(make_text(tmp_path / "alone"))
