@@ -321,8 +321,8 @@ def name_chunks(chunks: Sequence[Any]) -> list[tuple[str, Any]]:
 def model_state(chunks: Sequence[Any]) -> dict[str, Any]:
     """Sharded weights of every chunk, and no states of modules beside them.
 
-    Transformer Engine keeps the scales of FP8 in pickles, which `refuse_code` lets nobody load; a run that goes
-    on finds them again. An empty tensor is its own way of saying that there are none.
+    Transformer Engine keeps the scales of FP8 in pickles, which `refuse_code` lets nobody load; a run that
+    goes on finds them again. An empty tensor is its own way of saying that there are none.
     """
     state = {
         name: chunk.sharded_state_dict(metadata=sharding_metadata()) for name, chunk in name_chunks(chunks)

@@ -84,8 +84,8 @@ def refuse_code(folder: Path) -> None:
             ) from error
         if any(isinstance(leaf, torch.Tensor) and leaf.numel() for leaf in tree_leaves(value)):
             raise CheckpointError(
-                f"{folder}: object {key} holds a state that Transformer Engine would unpickle, which could run "
-                "code; our own checkpoints never do: convert its weights instead (tools/convert_checkpoint.py)"
+                f"{folder}: object {key} holds a state that Transformer Engine would unpickle, which could "
+                "run code; our checkpoints never do: save this one without such states"
             )
 
 

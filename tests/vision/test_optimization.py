@@ -53,7 +53,7 @@ def test_a_state_of_one_optimizer_is_taken_over_and_no_other_number() -> None:
     other = make_optimizer(network(), betas=(0.9, 0.99))
     other.load_state_dict(optimizer.parts[0].state_dict())
     assert other.parts[0].state_dict()["state"].keys() == optimizer.parts[0].state_dict()["state"].keys()
-    with pytest.raises(ValueError, match="schedule.muon_rate"):
+    with pytest.raises(ValueError, match=r"schedule\.muon_rate"):
         make_optimizer(model, betas=(0.9, 0.99), muon_rate=1.0).load_state_dict(optimizer.state_dict())
 
 
