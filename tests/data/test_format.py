@@ -83,7 +83,8 @@ def test_texts_together_are_written_as_one_by_one(tmp_path: Path) -> None:
 
 
 def test_stock_megatron_reads_the_same_tokens_and_modes(make_dataset) -> None:
-    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
+    from megatron.core.datasets import indexed_dataset as indexed
+
     folder = make_dataset("a", "pti", 31, num_shards=2)
     ours = MultimodalDataset.open(folder)
     for shard in ours.shards:
@@ -103,8 +104,9 @@ def test_stock_megatron_reads_the_same_tokens_and_modes(make_dataset) -> None:
 
 def test_stock_megatron_text_is_a_source(make_dataset, tmp_path: Path) -> None:
     """Written by megatron-core's builder: the same tokens through a mixture's windows; sizes are checked."""
-    indexed = pytest.importorskip("megatron.core.datasets.indexed_dataset")
-    torch = pytest.importorskip("torch")
+    import torch
+    from megatron.core.datasets import indexed_dataset as indexed
+
     rng = np.random.default_rng(0)
     documents = [rng.integers(0, VOCABULARY.text_size, 5 + 3 * number) for number in range(20)]
     prefix = tmp_path / "corpus_text_document"

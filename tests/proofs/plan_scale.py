@@ -120,6 +120,8 @@ def main() -> int:
     parser.add_argument("--tries", type=int, default=5)
     parser.add_argument("--folder", help="where to write about 4 GB; a temporary folder by default")
     arguments = parser.parse_args()
+    if arguments.folder:
+        Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         seconds, memory = prove(Path(name), arguments.tokens, arguments.shards, arguments.tries)
     passed = seconds < SECONDS and memory < BYTES
