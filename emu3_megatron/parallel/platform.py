@@ -105,8 +105,7 @@ def choose(name: PlatformName = "auto") -> Literal["cuda", "cpu"]:
 def install(name: PlatformName = "auto") -> Platform:
     """Choose the platform and prepare this process for it.
 
-    On CUDA the device ``cuda:$LOCAL_RANK`` is made current. On CPU the `REDIRECTIONS` are applied (once) and
-    ``torch.compile`` is switched off, because megatron-core wraps small functions in it.
+    On CUDA the device ``cuda:$LOCAL_RANK`` is made current. On CPU the `REDIRECTIONS` are applied (once).
 
     Raises:
         ValueError: `name` is unknown.
@@ -118,9 +117,6 @@ def install(name: PlatformName = "auto") -> Platform:
         return Platform(device=device, backend="nccl")
     if not getattr(torch, _MARK, False):
         setattr(torch, _MARK, True)
-        os.environ["TORCH_COMPILE_DISABLE"] = "1"
-        if "torch._dynamo" in sys.modules:  # it read the variable when it was imported
-            sys.modules["torch._dynamo"].config.disable = True
         for redirection in REDIRECTIONS:
             redirection.apply()
     return Platform(device=_CPU, backend="gloo")
@@ -150,6 +146,22 @@ _NULL_STREAM = _NullStream()
 
 def _returning(value: object) -> Callable[..., Any]:
     return lambda *args, **kwargs: value
+
+
+def _left_as_it_is(function: Any = None, **options: Any) -> Any:
+    return function or _left_as_it_is
+
+
+def _import_uncompiled() -> None:
+    if "megatron.core.jit" in sys.modules:  # too late to spare the compiler, not to switch it off
+        sys.modules["torch._dynamo"].config.disable = True
+        return
+    compiler = torch.compile
+    torch.compile = _left_as_it_is  # type: ignore[assignment]
+    try:
+        import megatron.core  # noqa: F401
+    finally:
+        torch.compile = compiler
 
 
 def _set_all(owner: object, replacements: dict[str, object]) -> Callable[[], None]:
@@ -258,6 +270,12 @@ def _redirect_adam() -> None:
 
 
 REDIRECTIONS: tuple[Redirection, ...] = (
+    Redirection(
+        target="torch.compile, while megatron.core is imported",
+        reason="it wraps small functions in it: on CPU that compiles C++ at the first call, and importing "
+        "the compiler takes 40% of a process's start",
+        apply=_import_uncompiled,
+    ),
     Redirection(
         target="torch.cuda.current_device, set_device, synchronize",
         reason="buffers, rotary embedding, pipeline communication and timers name the current device",
