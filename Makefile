@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 CONFIG ?= examples/configs/quickstart.yaml
+SHARED := --numprocesses 2 --dist loadgroup # by tests/conftest.py
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help env quickstart test lint types docs prove bench
@@ -17,8 +18,8 @@ quickstart: env  ## raw media to a trained model, generated samples and a report
 	$(RUN) tools/quickstart.py --config $(CONFIG)
 
 test: env  ## the test suite, fast tests first
-	$(RUN) -m pytest -m "not slow" --numprocesses 2 --dist loadfile
-	$(RUN) -m pytest -m slow
+	$(RUN) -m pytest -m "not slow" $(SHARED)
+	$(RUN) -m pytest -m slow $(SHARED)
 
 lint: env  ## style of code
 	$(RUN) -m ruff check .

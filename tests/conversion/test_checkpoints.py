@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator
@@ -29,6 +27,7 @@ from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.training.checkpoint import load_model_for_inference
 from emu3_megatron.training.checkpoint_files import resolve
 from emu3_megatron.vision import VisionTokenizer
+from tests import programs
 from tests.conversion.test_hugging_face import VISION
 from tests.inference import worlds
 
@@ -185,18 +184,8 @@ def test_tensor_parallel_checkpoint_and_generation(run: Path, vision: Path, tmp_
 
     script = tmp_path / "save.py"
     script.write_text(SAVE_WITH_TENSOR_PARALLELISM)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, str(script), str(tmp_path / "two")],
-        env=environment,
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    ended = programs.shared()(script, tmp_path / "two", processes=2)
+    assert ended.code == 0, ended.err[-3000:]
     assert first_difference(read_weights(run), read_weights(tmp_path / "two")) is None
     one = export_checkpoint(run, tmp_path / "hf1", vision_tokenizer=vision)
     two = export_checkpoint(tmp_path / "two", tmp_path / "hf2", vision_tokenizer=vision)

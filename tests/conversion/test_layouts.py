@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +16,7 @@ from emu3_megatron.conversion.compare import compare
 from emu3_megatron.grammar import Document
 from emu3_megatron.grammar.document import Image, Text
 from emu3_megatron.vision import VisionTokenizer
+from tests import programs
 from tests.conversion.test_hugging_face import VISION
 from tests.inference import worlds
 
@@ -42,14 +40,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_hugging_face(folder / "hf", model.state_dict(), about, vision_tokenizer=vision)
 
 
-def torchrun(processes: int, script: Path, *arguments: object) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), str(script), *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(
-        command, env=environment, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+def launch(processes: int, script: Path, *arguments: object) -> None:
+    ended = programs.shared()(script, *arguments, processes=processes)
+    assert ended.code == 0, ended.err[-3000:]
 
 
 @pytest.mark.parametrize(("tensor", "pipeline"), [(2, 1), (1, 2), (2, 2)])
@@ -57,7 +50,7 @@ def test_logits_under_a_layout(exported: Path, tmp_path: Path, tensor: int, pipe
     """Text, an image, and both, as one row of ids."""
     tool = ROOT / "tools" / "convert_checkpoint.py"
     layout = ["--tensor-parallel", tensor, "--pipeline-parallel", pipeline]
-    torchrun(2, tool, "import", "--source", exported, "--output", tmp_path / "run", *layout)
+    launch(2, tool, "import", "--source", exported, "--output", tmp_path / "run", *layout)
     assert compare(exported, tmp_path / "run").is_vision_compared
     codes = np.random.default_rng(0).integers(0, worlds.VOCABULARY.codebook_size, (3, 4))
     segments = (Text("a red dog"), Image(codes))
@@ -68,13 +61,13 @@ def test_logits_under_a_layout(exported: Path, tmp_path: Path, tensor: int, pipe
     save_file({"ids": ids}, tmp_path / "ids")
     forward = ROOT / "tests" / "conversion" / "forward.py"
     files = (tmp_path / "run", tmp_path / "ids", tmp_path / "logits")
-    torchrun(tensor * pipeline, forward, *files, tensor, pipeline)
+    launch(tensor * pipeline, forward, *files, tensor, pipeline)
     theirs = transformers.Emu3ForConditionalGeneration.from_pretrained(exported).eval()
     with torch.no_grad():
         expected = theirs(input_ids=ids).logits[0]
     ours = load_file(tmp_path / "logits")["logits"]
     assert (ours - expected).abs().max() < 1e-4
     assert torch.equal(ours.argmax(-1), expected.argmax(-1))
-    torchrun(2, tool, "export", "--source", tmp_path / "run", "--output", tmp_path / "back")
+    launch(2, tool, "export", "--source", tmp_path / "run", "--output", tmp_path / "back")
     first, second = (folder / "model.safetensors" for folder in (exported, tmp_path / "back"))
     assert first.read_bytes() == second.read_bytes()

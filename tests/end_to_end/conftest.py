@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.end_to_end.programs import Ended, Programs, start
+from tests import programs
+from tests.programs import Ended, Programs, start
 
 VISION: dict[str, Any] = {
     "output": "set by the quickstart",
@@ -114,8 +114,6 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
 
 
 @pytest.fixture(scope="session")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Programs]:
+def program() -> Programs:
     """Starts command-line programs without importing everything anew."""
-    programs = Programs(tmp_path_factory.mktemp("programs"))
-    yield programs
-    programs.close()
+    return programs.shared()

@@ -15,8 +15,8 @@ from emu3_megatron.data import MultimodalDataset
 from emu3_megatron.text import train_sentencepiece
 from tests.end_to_end.conftest import TRAINING as SETTINGS
 from tests.end_to_end.conftest import Quickstart
-from tests.end_to_end.programs import TRAINING, Programs, start
 from tests.media.clips import CLIPS, PHOTOGRAPHS
+from tests.programs import TRAINING, Programs, start
 
 pytestmark = pytest.mark.slow
 

@@ -10,7 +10,7 @@ import pytest
 from emu3_megatron.samples.quickstart.config import QuickstartConfig
 from emu3_megatron.settings import read_settings
 from emu3_megatron.vision.training_config import VisionTrainingConfig
-from tests.end_to_end.programs import ROOT, TRAINING, Programs
+from tests.programs import ROOT, TRAINING, Programs
 
 CONFIGS = sorted((ROOT / "examples" / "configs").rglob("*.yaml"), key=str)
 KINDS = {

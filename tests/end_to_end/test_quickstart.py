@@ -8,7 +8,7 @@ import re
 import pytest
 
 from tests.end_to_end.conftest import Quickstart
-from tests.end_to_end.programs import start
+from tests.programs import start
 
 pytestmark = pytest.mark.slow
 

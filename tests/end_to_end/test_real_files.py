@@ -19,8 +19,8 @@ from emu3_megatron.text import load_text_tokenizer
 from emu3_megatron.vision import VisionTokenizer
 from tests.end_to_end.conftest import TRAINING as SETTINGS
 from tests.end_to_end.conftest import VISION
-from tests.end_to_end.programs import TRAINING, Programs, start
 from tests.media.clips import CLIPS, PHOTOGRAPHS
+from tests.programs import TRAINING, Programs, start
 
 pytestmark = pytest.mark.slow
 

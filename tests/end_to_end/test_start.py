@@ -17,7 +17,7 @@ import pytest
 
 from emu3_megatron.files import json_lines
 from tests.end_to_end.conftest import Quickstart
-from tests.end_to_end.programs import ROOT
+from tests.programs import ROOT
 from tests.slurm.cluster import missing_programs
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +13,7 @@ import pytest
 from emu3_megatron.grammar import Image, Video
 from emu3_megatron.text.bytes import ByteTokenizer
 from emu3_megatron.vocabulary import Vocabulary
+from tests.programs import shared
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,14 +67,8 @@ def test_a_callback_of_ones_own_ends_the_run(tmp_path: Path) -> None:
     # The samples of this configuration are made beside the run.
     text = (ROOT / "examples" / "configs" / "tiny.yaml").read_text()
     config.write_text(text.replace("runs/tiny-data", str(tmp_path / "data")))
-    done = subprocess.run(
-        [sys.executable, program, "--config", config, *options],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    ended = shared()(program, "--config", config, *options)
+    assert ended.code == 0, ended.err
     losses = [
         json.loads(line)["loss"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     ]

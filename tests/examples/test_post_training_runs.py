@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.end_to_end.programs import ROOT, TRAINING, start
+from tests import programs
+from tests.programs import ROOT, TRAINING
 
 CONFIGS = ROOT / "examples" / "configs"
 PREFERENCES = ("-m", "emu3_megatron.posttraining.preferences")
@@ -39,7 +40,8 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
             if name in START:
                 run(START[name])
             file = CONFIGS / ("tiny.yaml" if name == "tiny" else f"post-training/{name}.yaml")
-            ended = start(*(PREFERENCES if name == "dpo" else TRAINING), "--config", file, folder=folder)
+            program = PREFERENCES if name == "dpo" else TRAINING
+            ended = programs.shared()(*program, "--config", file, folder=folder)
             assert ended.code == 0, ended.err[-4000:]
             done.add(name)
         return folder
@@ -70,7 +72,7 @@ def test_a_configuration_trains_and_measures(train: Train, name: str) -> None:
 def test_adapters_are_merged(train: Train) -> None:
     folder = train("lora")
     arguments = ("--source", "runs/tiny-lora", "--output", "runs/tiny-lora-merged")
-    ended = start(ROOT / "tools/lora.py", "merge", *arguments, folder=folder)
+    ended = programs.shared()(ROOT / "tools/lora.py", "merge", *arguments, folder=folder)
     assert ended.code == 0, ended.err
     assert "merged into" in ended.out
     assert (folder / "runs/tiny-lora-merged").is_dir()

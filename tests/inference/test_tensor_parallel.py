@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 
 from emu3_megatron.inference.sampling import Sampling
+from tests import programs
 from tests.inference import worlds
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -53,17 +52,8 @@ def main() -> None:
 
 @pytest.mark.slow
 def test_two_ranks_generate_what_one_does(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    result = subprocess.run(
-        [*command, "-m", "tests.inference.test_tensor_parallel", str(tmp_path / "tokens")],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    ended = programs.shared()("-m", __name__, tmp_path / "tokens", processes=2)
+    assert ended.code == 0, ended.err[-3000:]
     with worlds.one_process():
         expected = generated(1)
     for rank in (0, 1):

@@ -2,36 +2,23 @@
 
 import functools
 import json
-import os
-import socket
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import programs
+
 WORKER = Path(__file__).with_name("layouts_worker.py")
-ROOT = WORKER.parents[2]
 
 
 @functools.lru_cache
 def _results(processes: int) -> dict[str, Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
         output = Path(folder) / "results.json"
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
-        done = subprocess.run(
-            [*launcher, "--master-port", str(port), str(WORKER), str(output)],
-            env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr[-5000:]
+        ended = programs.shared()(WORKER, output, processes=processes)
+        assert ended.code == 0, ended.err[-5000:]
         return json.loads(output.read_text())
 
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import programs
 from tests.posttraining.pairs import draw_pairs, write_pairs
-from tests.training import runs
 
 WORKER = Path(__file__).with_name("layouts_worker.py")
 NAMES = ["dp2", "tp2", "tp2-sp", "pp2", "pp2-interleaved", "cp2", "cp2-a2a"]
@@ -21,16 +19,8 @@ NAMES = ["dp2", "tp2", "tp2-sp", "pp2", "pp2-interleaved", "cp2", "cp2-a2a"]
 def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("layouts")
     pairs = write_pairs(folder / "pairs", draw_pairs(8))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-    done = subprocess.run(
-        [*launcher, str(WORKER), str(folder / "results.json"), str(pairs)],
-        env=runs.environment(),
-        capture_output=True,
-        text=True,
-        timeout=500,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
+    ended = programs.shared()(WORKER, folder / "results.json", pairs, processes=2)
+    assert ended.code == 0, ended.err[-4000:]
     return json.loads((folder / "results.json").read_text())
 
 

@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests import programs
+
 ROOT = Path(__file__).parents[2]
 TRAINING, PREFERENCES = "emu3_megatron.training", "emu3_megatron.posttraining.preferences"
 STEPS = 20
@@ -89,15 +91,9 @@ def train(
     program: str = TRAINING,
 ) -> subprocess.CompletedProcess[str]:
     """Run the real command line to its end."""
-    return subprocess.run(
-        command(config, run, *arguments, processes=processes, program=program),
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
+    named = ("--config", config, "--run_folder", run)
+    ended = programs.shared()("-m", program, *named, *arguments, processes=processes, timeout=timeout)
+    return subprocess.CompletedProcess(arguments, ended.code, ended.out, ended.err)
 
 
 def launch_layouts(
@@ -113,18 +109,9 @@ def launch_layouts(
     """Train every layout into ``folder/NAME``, in one launch."""
     jobs = [["--config", str(config), "--run", str(folder / name), *rest] for name, rest in layouts.items()]
     (folder / "jobs.json").write_text(json.dumps({"jobs": jobs, "save": save, "program": program}))
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
-    done = subprocess.run(
-        [sys.executable, *launcher, __file__, str(folder / "jobs.json")],
-        env=environment(),
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr[-4000:])
+    ended = programs.shared()(__file__, folder / "jobs.json", processes=processes, timeout=timeout)
+    if ended.code:
+        raise RuntimeError(ended.err[-4000:])
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import pytest
 
 from emu3_megatron.training import command_line
 from emu3_megatron.training.data import open_plan
+from tests import programs
 from tests.training import runs
 
 STEP = 11
@@ -51,13 +50,6 @@ def test_the_tool_shows_them(reference: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     command = ["tools/dataset.py", "replay", "--plan", str(reference), "--step", str(STEP)]
     command += ["--checkpoint", str(reference), "--platform", "cpu", "--output", str(page)]
-    done = subprocess.run(
-        [sys.executable, *command],
-        env=runs.environment(),
-        cwd=runs.ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    ended = programs.shared()(*command)
+    assert ended.code == 0, ended.err
     assert page.read_text().count('title="loss ') >= runs.GLOBAL_BATCH

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +23,7 @@ from emu3_megatron.vision.training_config import (
     VisionTrainingConfig,
     learning_rate,
 )
+from tests import programs
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
@@ -101,7 +99,6 @@ def test_it_learns_images_and_clips(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_processes_stay_together_and_write_one_result(tmp_path: Path) -> None:
     manifest = write_manifest(tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
     options = {
         "output": tmp_path / "run",
         "data.manifests": f"[{manifest}]",
@@ -121,11 +118,10 @@ def test_two_processes_stay_together_and_write_one_result(tmp_path: Path) -> Non
         "checkpoint_every": 4,
     }
     arguments = [f"--{key}={value}" for key, value in options.items()]
-    program = [str(ROOT / "tools" / "train_vision_tokenizer.py"), *arguments]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     results = []
     for _ in range(2):
-        subprocess.run([*command, *program], check=True, env=environment, timeout=300)
+        ended = programs.shared()("tools/train_vision_tokenizer.py", *arguments, processes=2)
+        assert ended.code == 0, ended.err
         results.append((tmp_path / "run" / "model.safetensors").read_bytes())
     assert torch.load(tmp_path / "run" / STATE_FILE, weights_only=True)["step"] == 8
     assert results[0] == results[1], "rerunning a finished run gives its result"
