@@ -267,7 +267,7 @@ def test_kills_leave_no_trace(raw: Path, output: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     generator = random.Random(0)
     kills = 0
-    for _ in range(6):
+    for _ in range(3):
         process = subprocess.Popen(command, env=environment, start_new_session=True)
         before = len(contents(folder)) if folder.exists() else 0
         # Some time after it has begun to write: starting takes most of it.
