@@ -137,6 +137,9 @@ py::array_t<uint8_t> map_file(int descriptor, size_t size) {
 // The indices of a dataset's shards; keeps the arrays that they are read from.
 class ShardIndices {
    public:
+    // Which caption of each document is meant; the first of all where it is left out.
+    using Chosen = std::optional<InputArray<uint8_t>>;
+
     explicit ShardIndices(const InputArray<int64_t>& starts) : table_(checked(starts)), kept_(table_.num_shards()) {}
 
     // A shard's index, which may come late, and a byte for each of its pages that says whether it was verified.
@@ -160,32 +163,45 @@ class ShardIndices {
         table_.set(shard, {index.data(), checksums.data(), num_sequences, documents, flags, page_bytes});
     }
 
-    // Tokens, tokens of a pair's caption, kind (0 text, 1 pair, 2 other), and what is missing to say so.
-    py::tuple describe(const InputArray<int64_t>& documents) const {
-        check_one_dimension(documents, "documents");
+    // Tokens, tokens of a pair's chosen caption, kind (0 text, 1 pair, 2 other), number of its captions, and what is
+    // missing to say so.
+    py::tuple describe(const InputArray<int64_t>& documents, const Chosen& chosen) const {
+        const uint8_t* numbers_chosen = check_chosen(documents, chosen);
         const py::ssize_t count = documents.size();
         py::array_t<int64_t> length(count), caption(count), kind(count);
+        py::array_t<int32_t> captions(count);
         const int64_t* numbers = documents.data();
-        const emu3::Description out{length.mutable_data(), caption.mutable_data(), kind.mutable_data()};
+        const emu3::Description out{length.mutable_data(), caption.mutable_data(), kind.mutable_data(),
+                                    captions.mutable_data()};
         std::vector<emu3::Missing> missing;
         emu3::ShardIndices table = table_;  // while the lock is released another thread may add a shard
         {
             const py::gil_scoped_release released;
-            missing = table.describe(numbers, count, out);
+            missing = table.describe(numbers, numbers_chosen, count, out);
         }
-        return py::make_tuple(length, caption, kind, missing);
+        return py::make_tuple(length, caption, kind, captions, missing);
     }
 
-    // (shard, sequence, byte, segments, lengths, modes, checksums, missing), see emu3::Location.
-    py::tuple locate(const InputArray<int64_t>& documents) {
-        check_one_dimension(documents, "documents");
+    // (shard, segments, sequence, byte, lengths, modes, checksums, missing), see emu3::Location.
+    py::tuple locate(const InputArray<int64_t>& documents, const Chosen& chosen) {
+        const uint8_t* numbers_chosen = check_chosen(documents, chosen);
         emu3::Location found;
-        const auto missing = table_.locate(documents.data(), documents.size(), found);
-        return py::make_tuple(copied(found.shard), copied(found.sequence), copied(found.byte), copied(found.segments),
+        const auto missing = table_.locate(documents.data(), numbers_chosen, documents.size(), found);
+        return py::make_tuple(copied(found.shard), copied(found.segments), copied(found.sequence), copied(found.byte),
                               copied(found.lengths), copied(found.modes), copied(found.checksums), missing);
     }
 
    private:
+    static const uint8_t* check_chosen(const InputArray<int64_t>& documents, const Chosen& chosen) {
+        check_one_dimension(documents, "documents");
+        if (!chosen) return nullptr;
+        check_one_dimension(*chosen, "chosen");
+        if (chosen->size() != documents.size())
+            throw std::invalid_argument("chosen has " + std::to_string(chosen->size()) + " entries for " +
+                                        std::to_string(documents.size()) + " documents");
+        return chosen->data();
+    }
+
     template <class T>
     static py::array_t<T> copied(const std::vector<T>& values) {
         return py::array_t<T>(static_cast<py::ssize_t>(values.size()), values.data());
@@ -224,15 +240,15 @@ class WindowWriter {
                   const InputArray<int32_t>& start, const InputArray<int32_t>& length, const InputArray<int64_t>& at,
                   bool bos, bool eos) {
         const py::ssize_t count = files.size();
-        if (bytes.size() != count || segments.size() != count + 1 || caption_after.size() != count ||
+        if (segments.size() != count + 1 || caption_after.size() != count ||
             caption_tokens.size() != count || start.size() != count || length.size() != count || at.size() != count)
             throw std::invalid_argument("columns of pieces differ in size");
         emu3::Rules rules = rules_;
         rules.bos = bos;
         rules.eos = eos;
         const int64_t* borders = segments.data();
-        if (borders[0] != 0 || borders[count] != lengths.size() || modes.size() != lengths.size() ||
-            checksums.size() != lengths.size())
+        if (borders[0] != 0 || borders[count] != lengths.size() || bytes.size() != lengths.size() ||
+            modes.size() != lengths.size() || checksums.size() != lengths.size())
             throw std::invalid_argument("columns of segments differ in size");
         if (!std::is_sorted(borders, borders + count + 1))
             throw std::invalid_argument("borders of documents must ascend");
@@ -246,8 +262,8 @@ class WindowWriter {
         emu3::WindowWriter writer(canvas_, rules);
         for (py::ssize_t piece = 0; piece < count; ++piece) {
             const int64_t first = borders[piece];
-            const emu3::Stored stored{files.data()[piece], bytes.data()[piece], borders[piece + 1] - first,
-                                      lengths.data() + first, modes.data() + first, checksums.data() + first};
+            const emu3::Stored stored{files.data()[piece],    borders[piece + 1] - first, bytes.data() + first,
+                                      lengths.data() + first, modes.data() + first,       checksums.data() + first};
             const emu3::Placement placement{caption_after.data()[piece], caption_tokens.data()[piece],
                                             start.data()[piece], length.data()[piece], at.data()[piece]};
             const emu3::Damage damage = writer.add(stored, placement);
@@ -348,10 +364,10 @@ PYBIND11_MODULE(_kernels, module) {
         .def("set", &ShardIndices::set, py::arg("shard"), py::arg("index"), py::arg("checksums"),
              py::arg("verified"), py::kw_only(),
              py::arg("num_sequences"), py::arg("page_bytes"), "Give a shard's index.")
-        .def("describe", &ShardIndices::describe, py::arg("documents"),
-             "(length, caption, kind, missing): sizes of documents, or the (shard, page) to verify first.")
-        .def("locate", &ShardIndices::locate, py::arg("documents"),
-             "(shard, sequence, byte, segments, lengths, modes, checksums, missing): where documents lie.");
+        .def("describe", &ShardIndices::describe, py::arg("documents"), py::arg("chosen") = py::none(),
+             "(length, caption, kind, captions, missing): sizes of documents, or the (shard, page) to verify first.")
+        .def("locate", &ShardIndices::locate, py::arg("documents"), py::arg("chosen") = py::none(),
+             "(shard, segments, sequence, byte, lengths, modes, checksums, missing): where documents lie.");
     py::class_<WindowWriter>(module, "WindowWriter", "Reads documents into a window's arrays.")
         // noconvert: a copy would be written in the arrays' place
         .def(py::init<InputArray<int64_t>&, InputArray<int64_t>&, InputArray<uint8_t>&, const InputArray<uint8_t>&,

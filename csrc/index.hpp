@@ -10,17 +10,21 @@
 #include <utility>
 #include <vector>
 
+#include "modes.hpp"
+
 namespace emu3 {
 
 // Where the answers go, one entry a document each.
 struct Description {
     int64_t *length, *caption, *kind;
+    int32_t* captions;
 };
 
-// Where documents lie: their shard, first sequence and first byte, and the lengths, modes and checksums of their
-// segments, those of document d from segments[d] on.
+// Where documents lie: their shard, and the sequence, first byte, length, mode and checksum of each of their
+// segments, those of document d from segments[d] on. Of several captions the chosen one is there, as a text.
 struct Location {
-    std::vector<int64_t> shard, sequence, byte, segments{0};
+    std::vector<int64_t> shard, segments{0};
+    std::vector<int64_t> sequence, byte;
     std::vector<int32_t> lengths;
     std::vector<int8_t> modes;
     std::vector<uint32_t> checksums;
@@ -66,50 +70,85 @@ class ShardIndex {
         __builtin_prefetch(data_ + modes_ + first);
     }
 
-    // Describes a document into entry `place`; notes pages that are missing, and reads none of them.
-    void describe(int64_t document, int64_t place, const Description& out, int64_t shard,
+    // Describes a document with caption `chosen` into entry `place`; notes pages that are missing, and reads none
+    // of them.
+    void describe(int64_t document, int64_t chosen, int64_t place, const Description& out, int64_t shard,
                   std::vector<Missing>& missing) const {
         int64_t first, last;
         if (!find(document, first, last, shard, missing)) return;
         // One | for all: every page that lacks is to be noted.
         if (!complete_ && (lacks(pointers_ + 8 * first, 8, shard, missing) |
                            lacks(pointers_ + 8 * last, 8, shard, missing) |
-                           lacks(lengths_ + 4 * first, 4, shard, missing) |
-                           lacks(lengths_ + 4 * last, 4, shard, missing) |
+                           lacks(lengths_ + 4 * first, 4 * (last + 1 - first), shard, missing) |
                            lacks(modes_ + first, last + 1 - first, shard, missing)))
             return;
+        const int64_t captions = this->captions(first, last);
+        check_chosen(chosen, captions);
+        out.captions[place] = static_cast<int32_t>(captions);
+        if (captions > 0) {
+            out.kind[place] = kPair;
+            out.caption[place] = at<int32_t>(lengths_, first + chosen);
+            out.length[place] = out.caption[place] + at<int32_t>(lengths_, last);
+            return;
+        }
+        bool spans = false;
+        for (int64_t sequence = first; sequence <= last; ++sequence) spans |= mode(sequence) != kTextMode;
+        out.kind[place] = spans ? kOther : kText;
+        out.caption[place] = 0;
         out.length[place] = (at<int64_t>(pointers_, last) - at<int64_t>(pointers_, first)) / kTokenBytes +
                             at<int32_t>(lengths_, last);
-        bool spans = false;
-        for (int64_t sequence = first; sequence <= last; ++sequence) spans |= data_[modes_ + sequence] != 0;
-        const bool pair = last - first == 1 && data_[modes_ + first] == 0 && data_[modes_ + last] != 0;
-        out.caption[place] = pair ? at<int32_t>(lengths_, first) : 0;
-        out.kind[place] = pair ? kPair : spans ? kOther : kText;
     }
 
-    // Adds where a document lies to `out`; as `describe` where pages are missing.
-    void locate(int64_t document, Location& out, int64_t shard, std::vector<Missing>& missing) const {
+    // Adds where a document with caption `chosen` lies to `out`; as `describe` where pages are missing.
+    void locate(int64_t document, int64_t chosen, Location& out, int64_t shard,
+                std::vector<Missing>& missing) const {
         int64_t first, last;
         if (!find(document, first, last, shard, missing)) return;
         const int64_t count = last + 1 - first;
-        if (!complete_ && (lacks(pointers_ + 8 * first, 8, shard, missing) |
+        if (!complete_ && (lacks(pointers_ + 8 * first, 8 * count, shard, missing) |
                            lacks(lengths_ + 4 * first, 4 * count, shard, missing) |
                            lacks(modes_ + first, count, shard, missing)))
             return;
+        const int64_t captions = this->captions(first, last);
+        check_chosen(chosen, captions);
         out.shard.push_back(shard);
-        out.sequence.push_back(first);
-        out.byte.push_back(at<int64_t>(pointers_, first));
-        out.segments.push_back(out.segments.back() + count);
-        for (int64_t sequence = first; sequence <= last; ++sequence) {
-            out.lengths.push_back(at<int32_t>(lengths_, sequence));
-            out.modes.push_back(static_cast<int8_t>(data_[modes_ + sequence]));
-            uint32_t checksum;
-            std::memcpy(&checksum, checksums_ + 4 * sequence, 4);
-            out.checksums.push_back(checksum);
+        if (captions > 0) {
+            add_segment(first + chosen, kTextMode, out);
+            add_segment(last, kSpanMode, out);
+        } else {
+            for (int64_t sequence = first; sequence <= last; ++sequence) add_segment(sequence, mode(sequence), out);
         }
+        out.segments.push_back(static_cast<int64_t>(out.lengths.size()));
     }
 
    private:
+    int8_t mode(int64_t sequence) const { return static_cast<int8_t>(data_[modes_ + sequence]); }
+
+    // Captions of a pair, which is a caption, its alternatives, and one span; 0 for any other document.
+    int64_t captions(int64_t first, int64_t last) const {
+        if (first == last || mode(first) != kTextMode || mode(last) != kSpanMode) return 0;
+        for (int64_t sequence = first + 1; sequence < last; ++sequence)
+            if (mode(sequence) != kAlternativeMode) return 0;
+        return last - first;
+    }
+
+    static void check_chosen(int64_t chosen, int64_t captions) {
+        if (captions > kMaxCaptions || (chosen > 0 && chosen >= captions))
+            throw std::invalid_argument("caption " + std::to_string(chosen) + " of a document with " +
+                                        std::to_string(captions) + " (at most " + std::to_string(kMaxCaptions) +
+                                        "): the plan is another dataset's");
+    }
+
+    void add_segment(int64_t sequence, int8_t mode, Location& out) const {
+        out.sequence.push_back(sequence);
+        out.byte.push_back(at<int64_t>(pointers_, sequence));
+        out.lengths.push_back(at<int32_t>(lengths_, sequence));
+        out.modes.push_back(mode);
+        uint32_t checksum;
+        std::memcpy(&checksum, checksums_ + 4 * sequence, 4);
+        out.checksums.push_back(checksum);
+    }
+
     // First and last sequence of a document; false where their page is missing.
     bool find(int64_t document, int64_t& first, int64_t& last, int64_t shard, std::vector<Missing>& missing) const {
         if (!complete_ && lacks(borders_ + 8 * document, 16, shard, missing)) return false;
@@ -160,8 +199,10 @@ class ShardIndices {
     int64_t num_documents(size_t shard) const { return starts_[shard + 1] - starts_[shard]; }
     void set(size_t shard, const ShardIndex& index) { shards_[shard] = index; }
 
-    // Describes every document; what is missing is returned, and then the answer is not whole.
-    std::vector<Missing> describe(const int64_t* documents, int64_t count, const Description& out) {
+    // Describes every document with its chosen caption, the first where `chosen` is null; what is missing is
+    // returned, and then the answer is not whole.
+    std::vector<Missing> describe(const int64_t* documents, const uint8_t* chosen, int64_t count,
+                                  const Description& out) {
         constexpr int64_t kBatch = 64;  // documents whose borders are on their way from memory
         size_t owner[kBatch];
         std::vector<Missing> missing;
@@ -179,8 +220,8 @@ class ShardIndices {
             for (int64_t place = from; place < to; ++place) {
                 const size_t shard = owner[place - from];
                 if (shards_[shard].is_there()) {
-                    shards_[shard].describe(documents[place] - starts_[shard], place, out,
-                                            static_cast<int64_t>(shard), missing);
+                    shards_[shard].describe(documents[place] - starts_[shard], chosen ? chosen[place] : 0, place,
+                                            out, static_cast<int64_t>(shard), missing);
                 } else {
                     missing.emplace_back(static_cast<int64_t>(shard), -1);
                 }
@@ -190,12 +231,13 @@ class ShardIndices {
     }
 
     // Where every document lies; as `describe` where anything is missing.
-    std::vector<Missing> locate(const int64_t* documents, int64_t count, Location& out) {
+    std::vector<Missing> locate(const int64_t* documents, const uint8_t* chosen, int64_t count, Location& out) {
         std::vector<Missing> missing;
         for (int64_t place = 0; place < count; ++place) {
             const size_t shard = shard_of(documents[place]);
             if (shards_[shard].is_there()) {
-                shards_[shard].locate(documents[place] - starts_[shard], out, static_cast<int64_t>(shard), missing);
+                shards_[shard].locate(documents[place] - starts_[shard], chosen ? chosen[place] : 0, out,
+                                      static_cast<int64_t>(shard), missing);
             } else {
                 missing.emplace_back(static_cast<int64_t>(shard), -1);
             }

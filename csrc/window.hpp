@@ -15,10 +15,10 @@
 #include <vector>
 
 #include "crc32c.hpp"
+#include "modes.hpp"
 
 namespace emu3 {
 
-enum Mode : int8_t { kTextMode = 0, kSpanMode = 1, kPromptMode = 2 };
 enum Modality : uint8_t { kText = 0, kVision = 1, kControl = 4, kPrompt = 6 };  // of grammar/document.py
 
 // A window's arrays, to be filled.
@@ -36,11 +36,11 @@ struct Rules {
     int32_t vision_offset, vocabulary_size;
 };
 
-// Where a stored document lies.
+// Where the segments of a stored document lie.
 struct Stored {
     int file;
-    int64_t byte;
     int64_t num_segments;
+    const int64_t* bytes;
     const int32_t* lengths;
     const int8_t* modes;
     const uint32_t* checksums;
@@ -99,19 +99,33 @@ class WindowWriter {
         for (int64_t segment = 0; segment < stored.num_segments; ++segment) tokens += stored.lengths[segment];
         if (static_cast<int64_t>(scratch_.size()) < tokens) scratch_.resize(static_cast<size_t>(tokens));
         auto* data = reinterpret_cast<uint8_t*>(scratch_.data());
-        for (int64_t done = 0; done < 4 * tokens;) {
-            const ssize_t got =
-                pread(stored.file, data + done, static_cast<size_t>(4 * tokens - done), stored.byte + done);
-            if (got < 0 && errno == EINTR) continue;
-            if (got < 0) return {Damage::kUnreadable, errno};
-            if (got == 0) return {Damage::kShort, stored.byte + done};
-            done += got;
+        for (int64_t segment = 0; segment < stored.num_segments;) {
+            const int64_t byte = stored.bytes[segment];
+            int64_t size = 0;  // segments that lie behind each other are read at once
+            do {
+                size += 4 * static_cast<int64_t>(stored.lengths[segment++]);
+            } while (segment < stored.num_segments && stored.bytes[segment] == byte + size);
+            const Damage damage = read(stored.file, byte, size, data);
+            if (damage.kind != Damage::kNone) return damage;
+            data += size;
         }
+        data = reinterpret_cast<uint8_t*>(scratch_.data());
         const Crc32c& crc32c = Crc32c::instance();
         for (int64_t segment = 0; segment < stored.num_segments; ++segment) {
             const size_t size = 4 * static_cast<size_t>(stored.lengths[segment]);
             if (crc32c(data, size) != stored.checksums[segment]) return {Damage::kChecksum, segment};
             data += size;
+        }
+        return {Damage::kNone, 0};
+    }
+
+    static Damage read(int file, int64_t byte, int64_t size, uint8_t* data) {
+        for (int64_t done = 0; done < size;) {
+            const ssize_t got = pread(file, data + done, static_cast<size_t>(size - done), byte + done);
+            if (got < 0 && errno == EINTR) continue;
+            if (got < 0) return {Damage::kUnreadable, errno};
+            if (got == 0) return {Damage::kShort, byte + done};
+            done += got;
         }
         return {Damage::kNone, 0};
     }

@@ -58,15 +58,21 @@ class ShardIndices:
         """
 
     def describe(
-        self, documents: npt.NDArray[np.int64]
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64], list[tuple[int, int]]]:
-        """(length, caption, kind, missing); where anything is missing, (shard, page), nothing else counts.
+        self, documents: npt.NDArray[np.int64], chosen: npt.NDArray[np.uint8] | None = None
+    ) -> tuple[
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int64],
+        npt.NDArray[np.int32],
+        list[tuple[int, int]],
+    ]:
+        """(length, caption, kind, captions, missing); where anything is missing, nothing else counts.
 
-        Page -1 says that the shard has no index yet.
+        What is missing is (shard, page); page -1 says that the shard has no index yet.
         """
 
     def locate(
-        self, documents: npt.NDArray[np.int64]
+        self, documents: npt.NDArray[np.int64], chosen: npt.NDArray[np.uint8] | None = None
     ) -> tuple[
         npt.NDArray[np.int64],
         npt.NDArray[np.int64],
@@ -77,7 +83,7 @@ class ShardIndices:
         npt.NDArray[np.uint32],
         list[tuple[int, int]],
     ]:
-        """(shard, sequence, byte, segments, lengths, modes, checksums, missing): where documents lie."""
+        """(shard, segments, sequence, byte, lengths, modes, checksums, missing): where documents lie."""
 
 class WindowWriter:
     """Reads documents into a window's arrays, which it keeps and writes in place."""

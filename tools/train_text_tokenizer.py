@@ -16,6 +16,7 @@ def texts_of(manifests: list[Path]) -> Iterator[str]:
     for path in manifests:
         for entry in json_lines(path):
             yield from (entry[key] for key in ("caption", "text") if entry.get(key))
+            yield from entry.get("captions") or ()
 
 
 def main() -> None:

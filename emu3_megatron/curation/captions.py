@@ -317,6 +317,7 @@ class CaptionJob:
             record[unit.kind] = os.path.relpath(unit.path, self._config.output)
         if caption is not None:
             record["caption"] = caption
+            record.pop("captions", None)  # asked for only where there are none, or where all are replaced
         if sample is not None and sample.piece and sample.interval is not None:
             record |= {"start": round(sample.interval[0], 6), "end": round(sample.interval[1], 6)}
         return record

@@ -11,7 +11,7 @@ CATEGORIES = ("landscape", "animals", "plants", "games", "actions")
 
 UNKNOWN = "unknown"
 
-SOURCES = ("tags", "keywords", "title", "description", "caption")
+SOURCES = ("tags", "keywords", "title", "description", "caption", "captions")
 """Keys of an entry that are searched, where ``category`` says nothing."""
 
 WORDS: Mapping[str, str] = {

@@ -77,8 +77,8 @@ class _EvaluationIndex(Comparer):
             self._pictures.add(value, path.name)
 
     def decide(self, unit: Unit, score: Score) -> Decision:
-        """Look the unit's text and pictures up."""
-        found = self._text(unit.text) or self._picture(score)
+        """Look the unit's texts and pictures up."""
+        found = next(filter(None, map(self._text, unit.texts)), "") or self._picture(score)
         if not found:
             return Decision()
         if self._drop:

@@ -40,9 +40,18 @@ class Unit:
 
     @property
     def text(self) -> str:
-        """The document, or the caption; empty without one."""
-        value = self.record.get("text" if self.kind == "text" else "caption")
-        return value if isinstance(value, str) else ""
+        """The document, or the captions, a line each; empty without one."""
+        return "\n".join(self.texts)
+
+    @property
+    def texts(self) -> list[str]:
+        """The document, or each of the captions."""
+        if self.kind == "text":
+            values = [self.record.get("text")]
+        else:
+            several = self.record.get("captions")
+            values = [self.record.get("caption"), *(several if isinstance(several, list) else [])]
+        return [value for value in values if isinstance(value, str)]
 
 
 @dataclass(frozen=True)

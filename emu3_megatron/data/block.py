@@ -40,6 +40,8 @@ class Block:
     """``[pieces]``: source of the document."""
     document: npt.NDArray[np.int64]
     """``[pieces]``: its number in the source's dataset."""
+    chosen: npt.NDArray[np.uint8]
+    """``[pieces]``: which of a pair's captions is shown."""
     caption_after: npt.NDArray[np.bool_]
     """``[pieces]``: the template's decision."""
     caption_tokens: npt.NDArray[np.int32]

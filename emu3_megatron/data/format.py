@@ -25,6 +25,12 @@ SPAN_MODE = 1
 PROMPT_MODE = 2
 """Mode of a text that is given and not asked of the model: what an answer follows in a conversation. A
 document that holds one is never split."""
+ALTERNATIVE_MODE = 3
+"""Mode of a caption that may stand in the place of the one before it: a document of several captions of one
+image or clip is a text, alternatives, a span. It is a pair, and a template shows one of its captions."""
+
+MAX_CAPTIONS = 256
+"""Captions of one document at most: a plan keeps the number of the one shown in a byte."""
 
 TOKEN_DTYPE = np.dtype("<i4")
 """Tokens on disk."""

@@ -24,22 +24,37 @@ from emu3_megatron.data.format import (
 from emu3_megatron.data.manifest import ShardRecord
 from emu3_megatron.errors import UserError
 
-Described = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
-"""``(length, caption, kind)``, ``[N]`` each: tokens of all segments of a document; those of the caption of a
-pair, else 0; a `Kind`."""
+Captions = npt.NDArray[np.uint8]
+"""Numbers of captions within their documents, from 0."""
+
+
+class Described(NamedTuple):
+    """Sizes of N documents, ``[N]`` each, pairs with one of their captions."""
+
+    length: npt.NDArray[np.int64]
+    """Tokens of all segments that are shown."""
+    caption: npt.NDArray[np.int64]
+    """Tokens of a pair's caption; 0 for others."""
+    kind: npt.NDArray[np.int64]
+    """A `Kind`."""
+    captions: npt.NDArray[np.int32]
+    """Captions that a pair has to choose from; 0 for others."""
 
 
 class Located(NamedTuple):
-    """Where N documents lie; segments ``segments[d]`` to ``segments[d + 1] - 1`` are those of document d."""
+    """Where N documents lie; segments ``segments[d]`` to ``segments[d + 1] - 1`` are those of document d.
+
+    Of a pair with several captions these are the chosen one, as a text, and the span.
+    """
 
     shard: npt.NDArray[np.int64]
     """``[N]``."""
-    sequence: npt.NDArray[np.int64]
-    """``[N]``: the document's first sequence in its shard."""
-    byte: npt.NDArray[np.int64]
-    """``[N]``: its first byte in the ``.bin``."""
     segments: npt.NDArray[np.int64]
     """``[N + 1]``."""
+    sequence: npt.NDArray[np.int64]
+    """``[S]``: number of the sequence in its shard."""
+    byte: npt.NDArray[np.int64]
+    """``[S]``: its first byte in the ``.bin``."""
     lengths: npt.NDArray[np.int32]
     """``[S]``: tokens."""
     modes: npt.NDArray[np.int8]
@@ -183,23 +198,28 @@ class IndexTable:
         self._table = _kernels.ShardIndices(starts)
         self._lock = Lock()
 
-    def describe(self, documents: npt.NDArray[np.int64]) -> Described:
+    def describe(self, documents: npt.NDArray[np.int64], chosen: Captions | None = None) -> Described:
         """Sizes of documents, without their tokens.
+
+        Args:
+            documents: Their numbers, ``[N]``.
+            chosen: Which caption each is described with, ``[N]``; the first where None.
 
         Raises:
             UserError: a page that is damaged; names the file.
             IndexError: no such document.
+            ValueError: no such caption.
         """
         while True:
-            length, caption, kind, missing = self._table.describe(documents)
-            if not missing:
-                return length, caption, kind
-            self._supply(missing)
+            found = self._table.describe(documents, chosen)
+            if not found[-1]:
+                return Described(*found[:-1])
+            self._supply(found[-1])
 
-    def locate(self, documents: npt.NDArray[np.int64]) -> Located:
-        """Where documents lie; raises as `describe`."""
+    def locate(self, documents: npt.NDArray[np.int64], chosen: Captions | None = None) -> Located:
+        """Where documents lie; arguments and errors as of `describe`."""
         while True:
-            found = self._table.locate(documents)
+            found = self._table.locate(documents, chosen)
             if not found[-1]:
                 return Located(*found[:-1])
             self._supply(found[-1])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from emu3_megatron.data.format import PROMPT_MODE, SPAN_MODE, TEXT_MODE, crc32c
 from emu3_megatron.data.reader import Kind, MultimodalDataset
@@ -59,17 +60,24 @@ def lint(
     names: set[str] = set()
     for first in range(0, len(dataset), 1 << 16):
         numbers = np.arange(first, min(first + (1 << 16), len(dataset)))
-        length, _, kind = dataset.describe(numbers)
         if context_length is not None:
-            long = numbers[(length + 2 > context_length) & (kind != Kind.TEXT)]
             what = f"documents with images or videos longer than a window of {context_length:,}"
-            trouble.setdefault(what, []).extend(long.tolist())
+            trouble.setdefault(what, []).extend(_overlong(dataset, numbers, context_length))
         for number in numbers.tolist():
             for what in _faults(dataset, number, seen, names):
                 trouble.setdefault(what, []).append(number)
     for what, found in trouble.items():
         if found:
             yield Finding(what, len(found), [dataset.sample_id(number) for number in found[:NAMED]])
+
+
+def _overlong(dataset: MultimodalDataset, numbers: npt.NDArray[np.int64], context_length: int) -> list[int]:
+    """Documents that may not be split and fit no window, with one of their captions at least."""
+    long = np.zeros(len(numbers), dtype=np.bool_)
+    for places, described in dataset.describe_captions(numbers):
+        long[places] |= (described.length + 2 > context_length) & (described.kind != Kind.TEXT)
+    found: list[int] = numbers[long].tolist()
+    return found
 
 
 def _faults(

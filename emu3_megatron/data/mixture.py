@@ -13,11 +13,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from emu3_megatron.data.index import Captions, Described
 from emu3_megatron.data.manifest import Manifest, canonical_sha256
 from emu3_megatron.data.permutation import Integers, derive_key, permute
 from emu3_megatron.data.reader import MultimodalDataset
 from emu3_megatron.data.stock import StockDataset, is_stock, open_stock
-from emu3_megatron.data.template import Decisions, Template
+from emu3_megatron.data.template import Decisions, Template, choose_captions
 from emu3_megatron.data.window import Canvas, Pieces
 from emu3_megatron.errors import UserError
 from emu3_megatron.files import write_json_atomic
@@ -105,12 +106,21 @@ class OpenSource:
             )
             if len(self.taken_down):
                 here = here[~np.isin(here, self.taken_down)]
-            described = self.dataset.describe(here)
+            described, chosen = self._describe(here, seed=seed, epoch=epoch)
             key = derive_key("template", seed, self.name, epoch)
             decided = self.template.decide(here, described, key=key, capacity=capacity)
-            parts.append(Drawn(document=here, kind=described[2], decided=decided))
+            parts.append(Drawn(document=here, kind=described.kind, chosen=chosen, decided=decided))
             position += count
         return Drawn.concatenate(parts)
+
+    def _describe(self, documents: Integers, *, seed: int, epoch: int) -> tuple[Described, Captions]:
+        """Documents with the captions that this epoch shows, and which these are."""
+        described = self.dataset.describe(documents)
+        if not np.any(described.captions > 1):
+            return described, np.zeros(len(documents), dtype=np.uint8)
+        key = derive_key("captions", seed, self.name)
+        chosen = choose_captions(documents, described.captions, key=key, epoch=epoch)
+        return self.dataset.describe(documents, chosen), chosen
 
     def write(self, canvas: Canvas, pieces: Pieces, vocabulary: Vocabulary) -> None:
         """Read documents and write pieces of them into a window.
@@ -163,13 +173,14 @@ class OpenSource:
         total, least = 0.0, 0
         for first in range(0, len(self.dataset), SCAN_DOCUMENTS):
             numbers = np.arange(first, min(first + SCAN_DOCUMENTS, len(self.dataset)))
-            described = self.dataset.describe(numbers)
-            expected = self.template.expected_tokens(described, capacity=capacity)
-            if len(self.taken_down):
-                expected[np.isin(numbers, self.taken_down)] = 0.0
-            total += float(expected.sum())
-            shortest = int(described[0].min()) + self.template.bos + self.template.eos
-            least = min(least or shortest, shortest)
+            for places, described in self.dataset.describe_captions(numbers):
+                expected = self.template.expected_tokens(described, capacity=capacity)
+                expected /= np.maximum(described.captions, 1)  # each caption is shown in its share of epochs
+                if len(self.taken_down):
+                    expected[np.isin(numbers[places], self.taken_down)] = 0.0
+                total += float(expected.sum())
+                shortest = int(described.length.min()) + self.template.bos + self.template.eos
+                least = min(least or shortest, shortest)
         if total == 0.0:
             raise UserError(
                 f"source {self.name!r}: no document fits context_length={capacity} (the shortest takes "
@@ -186,6 +197,8 @@ class Drawn:
     """Number in the dataset."""
     kind: Integers
     """`Kind` of each."""
+    chosen: Captions
+    """Which of its captions each pair shows."""
     decided: Decisions
     """What the template decided."""
 
@@ -201,6 +214,7 @@ class Drawn:
         return cls(
             document=joined([part.document for part in parts], np.int64),
             kind=joined([part.kind for part in parts], np.int64),
+            chosen=joined([part.chosen for part in parts], np.uint8),
             decided=Decisions(
                 length=joined([part.decided.length for part in parts], np.int64),
                 caption_after=joined([part.decided.caption_after for part in parts], np.bool_),
@@ -214,6 +228,7 @@ class Drawn:
         return Drawn(
             document=self.document[order],
             kind=self.kind[order],
+            chosen=self.chosen[order],
             decided=Decisions(
                 length=decided.length[order],
                 caption_after=decided.caption_after[order],

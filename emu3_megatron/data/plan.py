@@ -165,6 +165,7 @@ class Plan:
         canvas = Canvas(self.context_length, self.mixture.vocabulary.pad)
         pieces = Pieces(
             document=document,
+            chosen=block.chosen[here],
             caption_after=block.caption_after[here],
             caption_tokens=block.caption_tokens[here],
             start=start,
@@ -273,6 +274,7 @@ class Plan:
             window_offsets=offsets,
             source=source[owner],
             document=drawn.document[owner],
+            chosen=drawn.chosen[owner],
             caption_after=drawn.decided.caption_after[owner],
             caption_tokens=drawn.decided.caption_tokens[owner].astype(np.int32),
             start=start,

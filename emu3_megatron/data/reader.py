@@ -22,11 +22,8 @@ import numpy as np
 import numpy.typing as npt
 
 from emu3_megatron import _kernels
-from emu3_megatron.data.format import (
-    TOKEN_DTYPE,
-    crc32c,
-)
-from emu3_megatron.data.index import Described, IndexTable, Located, ShardIndex
+from emu3_megatron.data.format import MAX_CAPTIONS, TOKEN_DTYPE, crc32c
+from emu3_megatron.data.index import Captions, Described, IndexTable, Located, ShardIndex
 from emu3_megatron.data.manifest import Manifest, ShardRecord
 from emu3_megatron.data.window import Pieces
 from emu3_megatron.errors import UserError
@@ -45,7 +42,8 @@ class Kind(IntEnum):
     TEXT = 0
     """Text segments only; may be split over windows."""
     PAIR = 1
-    """A caption, then one span: the template chooses their order and may drop the caption."""
+    """A caption, or several to choose from, then one span: the template chooses which caption is shown and on
+    which side, and may drop it."""
     OTHER = 2
     """Any other order of segments with at least one span or prompt; kept as stored, never split."""
 
@@ -335,14 +333,38 @@ class MultimodalDataset:
         """Tokens of each segment of document `number`."""
         return [len(ids) for ids, _ in self.document(number)]
 
-    def describe(self, documents: npt.NDArray[np.int64]) -> Described:
-        """``(length, caption, kind)`` of each document, from the indices alone.
+    def describe(self, documents: npt.NDArray[np.int64], chosen: Captions | None = None) -> Described:
+        """Sizes of documents, from the indices alone.
+
+        Args:
+            documents: Their numbers, ``[N]``.
+            chosen: Which of its captions each is described with, ``[N]``; the first where None.
 
         Raises:
             UserError: a damaged page of an index; names the file.
             IndexError: no such document.
+            ValueError: no such caption.
         """
-        return self._table.describe(np.asarray(documents, dtype=np.int64))
+        return self._table.describe(np.asarray(documents, dtype=np.int64), chosen)
+
+    def describe_captions(
+        self, documents: npt.NDArray[np.int64]
+    ) -> Iterator[tuple[npt.NDArray[np.int64], Described]]:
+        """Documents described with each of their captions in turn.
+
+        Yields:
+            All of them with the first, then those that have a second with that, and so on: their places in
+            `documents`, and what `describe` says.
+        """
+        places = np.arange(len(documents))
+        described = self.describe(documents)
+        yield places, described
+        for number in range(1, MAX_CAPTIONS):
+            places = places[described.captions > number]
+            if len(places) == 0:
+                return
+            described = self.describe(documents[places], np.full(len(places), number, dtype=np.uint8))
+            yield places, described
 
     def write_pieces(self, writer: _kernels.WindowWriter, pieces: Pieces, *, bos: bool, eos: bool) -> None:
         """Read documents, verify their checksums, and write pieces of them into a window.
@@ -357,7 +379,7 @@ class MultimodalDataset:
             UserError: damaged or truncated data; names the file.
             OSError: the file cannot be read; names it.
         """
-        found = self._table.locate(pieces.document)
+        found = self._table.locate(pieces.document, pieces.chosen)
         paths = [self._indexed[shard].bin_path for shard in found.shard.tolist()]
         for first in range(0, len(paths), self._files.limit):
             here = slice(first, first + self._files.limit)
@@ -366,7 +388,7 @@ class MultimodalDataset:
             with self._files.opened(paths[here]) as files:
                 place, damage, where = writer.add(
                     files=np.array(files, dtype=np.int32),
-                    bytes=found.byte[here],
+                    bytes=found.byte[inside],
                     segments=segments - segments[0],
                     lengths=found.lengths[inside],
                     modes=found.modes[inside],
@@ -390,11 +412,11 @@ class MultimodalDataset:
         if damage == UNREADABLE:
             return OSError(where, os.strerror(where), shard.bin_path)
         if damage == BAD_CHECKSUM:
-            segment = int(found.segments[place])
-            byte = int(found.byte[place]) + 4 * int(found.lengths[segment : segment + where].sum())
-            return shard.damaged(int(found.sequence[place]) + where, byte)
+            segment = int(found.segments[place]) + where
+            return shard.damaged(int(found.sequence[segment]), int(found.byte[segment]))
+        byte = int(found.byte[found.segments[place]])
         return UserError(
-            f"{shard.bin_path}: a span from byte {int(found.byte[place])} on has id {where}, which "
+            f"{shard.bin_path}: a span of the document from byte {byte} on has id {where}, which "
             f"vocabulary {self.vocabulary.name!r} of {self.vocabulary.size} ids lacks: tokenize it again"
         )
 

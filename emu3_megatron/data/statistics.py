@@ -112,8 +112,8 @@ def _cut_captions(plan: Plan, block: Block, pieces: slice) -> list[int]:
             continue
         full = (block.source[pieces] == number) & (block.length[pieces] == plan.context_length)
         places = np.flatnonzero(full & (block.start[pieces] == 0)) + pieces.start
-        _, caption, _ = source.dataset.describe(block.document[places])
-        cut += places[block.caption_tokens[places] < caption].tolist()
+        described = source.dataset.describe(block.document[places], block.chosen[places])
+        cut += places[block.caption_tokens[places] < described.caption].tolist()
     return sorted(cut)
 
 

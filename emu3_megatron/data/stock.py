@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from emu3_megatron import _kernels
 from emu3_megatron.data.format import INDEX_HEADER, INDEX_MAGIC, INDEX_VERSION, TEXT_MODE
-from emu3_megatron.data.index import Described
+from emu3_megatron.data.index import Captions, Described
 from emu3_megatron.data.manifest import Manifest, ShardRecord
 from emu3_megatron.data.reader import FileCache, Kind, MultimodalDataset
 from emu3_megatron.errors import UserError
@@ -66,8 +66,8 @@ class StockDataset(MultimodalDataset):
         super().__init__(folder, manifest, shards=[shard])
         self._shard = shard
 
-    def describe(self, documents: npt.NDArray[np.int64]) -> Described:
-        """As `MultimodalDataset.describe`."""
+    def describe(self, documents: npt.NDArray[np.int64], chosen: Captions | None = None) -> Described:
+        """As `MultimodalDataset.describe`; there are no captions to choose from."""
         documents = np.asarray(documents, dtype=np.int64)
         if documents.size and not 0 <= int(documents.min()) <= int(documents.max()) < len(self):
             raise IndexError(f"documents must lie in [0, {len(self)})")
@@ -134,7 +134,8 @@ class StockShard:
         first, last = self._borders[numbers], self._borders[numbers + 1] - 1
         length = (self._pointers[last] - self._pointers[first]) // self._dtype.itemsize + self._lengths[last]
         nothing = np.zeros(len(numbers), dtype=np.int64)
-        return length.astype(np.int64), nothing, np.full(len(numbers), Kind.TEXT, dtype=np.int64)
+        kind = np.full(len(numbers), Kind.TEXT, dtype=np.int64)
+        return Described(length.astype(np.int64), nothing, kind, nothing.astype(np.int32))
 
     def document(self, number: int) -> list[tuple[npt.NDArray[np.int32], int]]:
         """As `Shard.document`; ids are checked against the vocabulary's text, as there are no checksums."""

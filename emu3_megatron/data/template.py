@@ -1,8 +1,8 @@
 """Templates: how a stored document becomes a training sequence.
 
-Datasets hold captions and spans only. BOS and EOS, whether the caption stands before or after its span, and
-whether it is dropped, are decided when a window is planned, by a keyed hash of the document; so they change
-without tokenizing again, and are the same for every rank, worker and restart.
+Datasets hold captions and spans only. BOS and EOS, which of several captions is shown, whether it stands
+before or after its span, and whether it is dropped, are decided when a window is planned, by a keyed hash of
+the document; so they change without tokenizing again, and are the same for every rank, worker and restart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from emu3_megatron.data.format import PROMPT_MODE, SPAN_MODE, TEXT_MODE
+from emu3_megatron.data.format import ALTERNATIVE_MODE, PROMPT_MODE, SPAN_MODE, TEXT_MODE
+from emu3_megatron.data.index import Captions, Described
 from emu3_megatron.data.permutation import derive_key, uniform
 from emu3_megatron.data.reader import Kind
 from emu3_megatron.errors import UserError
@@ -23,6 +24,31 @@ from emu3_megatron.vocabulary import Vocabulary
 
 Segments = Sequence[tuple[npt.NDArray[np.integer[Any]], int]]
 Overlong = Literal["drop", "cut_caption"]
+
+
+def choose_captions(
+    documents: npt.NDArray[np.int64], captions: npt.NDArray[np.integer[Any]], *, key: int, epoch: int
+) -> Captions:
+    """Which of its captions each document shows in an epoch, ``[N]``: a keyed first one, then round in turn.
+
+    So any n epochs in a row show each of a document's n captions once, and every epoch shows all alike.
+
+    Args:
+        documents: Numbers of the documents in their dataset, ``[N]``.
+        captions: How many each has, ``[N]``; 0 where there is nothing to choose.
+        key: Key of the source, for all epochs.
+        epoch: Number of the epoch.
+    """
+    count = np.maximum(captions, 1).astype(np.int64)
+    first = (uniform(key, documents) * count).astype(np.int64)
+    return ((first + epoch) % count).astype(np.uint8)
+
+
+def captions_of(segments: Segments) -> int:
+    """Number of captions of a document that is a pair, captions and then one span; 0 of any other."""
+    modes = [mode for _, mode in segments]
+    pair = modes == [TEXT_MODE, *[ALTERNATIVE_MODE] * (len(modes) - 2), SPAN_MODE]
+    return len(modes) - 1 if pair else 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +90,7 @@ class Template:
     def decide(
         self,
         documents: npt.NDArray[np.int64],
-        described: tuple[npt.NDArray[np.int64], ...],
+        described: Described,
         *,
         key: int,
         capacity: int,
@@ -73,11 +99,11 @@ class Template:
 
         Args:
             documents: Numbers of the documents in their dataset, ``[N]``.
-            described: Their ``(length, caption, kind)`` as `MultimodalDataset.describe` gives them.
+            described: As `MultimodalDataset.describe` gives them, with the captions that are shown.
             key: Key of the source and epoch.
             capacity: Tokens of a window.
         """
-        length, caption, kind = described
+        length, caption, kind, _ = described
         pair = kind == Kind.PAIR
         after = pair & (uniform(derive_key("order", key), documents) < self.caption_after_probability)
         dropped = pair & ~after & (uniform(derive_key("dropout", key), documents) < self.caption_dropout)
@@ -87,14 +113,12 @@ class Template:
             kept = np.where(pair, np.minimum(kept, np.maximum(capacity - rest, 0)), kept)
         return Decisions(length=rest + kept, caption_after=after, caption_tokens=kept)
 
-    def expected_tokens(
-        self, described: tuple[npt.NDArray[np.int64], ...], *, capacity: int
-    ) -> npt.NDArray[np.float64]:
-        """Mean number of tokens that a draw of each document adds to the windows, ``[N]``.
+    def expected_tokens(self, described: Described, *, capacity: int) -> npt.NDArray[np.float64]:
+        """Mean number of tokens that a draw of each document, as described, adds to the windows, ``[N]``.
 
         Documents that cannot be split and are longer than a window add none.
         """
-        length, caption, kind = described
+        length, caption, kind, _ = described
         rest = length - caption + self.bos + self.eos
         full = rest + caption
         if self.overlong == "cut_caption":
@@ -112,6 +136,7 @@ class Template:
         segments: Segments,
         vocabulary: Vocabulary,
         *,
+        chosen: int = 0,
         caption_after: bool = False,
         caption_tokens: int | None = None,
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
@@ -120,12 +145,13 @@ class Template:
         Args:
             segments: ``(ids, mode)`` as stored.
             vocabulary: Gives BOS, EOS and the classes of ids.
+            chosen: For a pair, number of the caption to show.
             caption_after: For a pair, put the caption last.
             caption_tokens: For a pair, keep so many tokens of the caption; None keeps all.
         """
         parts = list(segments)
-        if [mode for _, mode in parts] == [TEXT_MODE, SPAN_MODE]:
-            (caption, _), span = parts
+        if captions_of(parts):
+            (caption, _), span = parts[:-1][chosen], parts[-1]
             kept = len(caption) if caption_tokens is None else caption_tokens
             text = [(caption[:kept], TEXT_MODE)] if kept else []
             parts = [span, *text] if caption_after else [*text, span]
@@ -154,15 +180,17 @@ class Template:
         self, segments: Segments, vocabulary: Vocabulary, rng_key: int
     ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.uint8]]:
         """Decide by `rng_key` alone and render: ``(ids int64 [N], modality uint8 [N])``."""
-        modes = [mode for _, mode in segments]
-        pair = modes == [TEXT_MODE, SPAN_MODE]
-        length = sum(len(ids) for ids, _ in segments)
-        numbers = (length, len(segments[0][0]) if pair else 0, Kind.PAIR if pair else Kind.OTHER)
-        described = tuple(np.array([number], dtype=np.int64) for number in numbers)
-        decided = self.decide(np.zeros(1, dtype=np.int64), described, key=rng_key, capacity=2**31)
+        document, captions = np.zeros(1, dtype=np.int64), captions_of(segments)
+        chosen = int(choose_captions(document, np.array([captions]), key=rng_key, epoch=0)[0])
+        shown = [segments[chosen], segments[-1]] if captions else segments
+        length, caption = sum(len(ids) for ids, _ in shown), len(shown[0][0]) if captions else 0
+        numbers = (length, caption, Kind.PAIR if captions else Kind.OTHER, captions)
+        described = Described(*(np.array([number]) for number in numbers))
+        decided = self.decide(document, described, key=rng_key, capacity=2**31)
         return self.assemble(
             segments,
             vocabulary,
+            chosen=chosen,
             caption_after=bool(decided.caption_after[0]),
             caption_tokens=int(decided.caption_tokens[0]),
         )

@@ -9,7 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from emu3_megatron.data.format import DATA_SUFFIXES, PROMPT_MODE, RECORD_SUFFIX, SPAN_MODE
+from emu3_megatron.data.format import (
+    ALTERNATIVE_MODE,
+    DATA_SUFFIXES,
+    PROMPT_MODE,
+    RECORD_SUFFIX,
+    SPAN_MODE,
+    TEXT_MODE,
+)
 from emu3_megatron.data.manifest import Manifest
 from emu3_megatron.data.reader import Kind, MultimodalDataset
 from emu3_megatron.errors import UserError, one_line
@@ -19,6 +26,13 @@ DESCRIBED_DOCUMENTS = 1 << 20
 """Documents described at a time."""
 
 PERCENTILES = (0, 50, 90, 99, 100)
+
+MODE_NAMES = {
+    TEXT_MODE: "text",
+    SPAN_MODE: "span",
+    PROMPT_MODE: "prompt",
+    ALTERNATIVE_MODE: "alternative caption",
+}
 
 
 def verify(folder: str | os.PathLike[str], progress: Callable[[str], None] | None = None) -> list[str]:
@@ -90,12 +104,18 @@ def _describe_lengths(dataset: MultimodalDataset) -> Iterator[str]:
         dataset.describe(np.arange(first, min(first + DESCRIBED_DOCUMENTS, len(dataset))))
         for first in range(0, len(dataset), DESCRIBED_DOCUMENTS)
     ]
-    length, kind = (np.concatenate([part[column] for part in parts]) for column in (0, 2))
+    length, kind, captions = (np.concatenate([part[column] for part in parts]) for column in (0, 2, 3))
     for number, label in ((Kind.TEXT, "text only"), (Kind.PAIR, "caption + span"), (Kind.OTHER, "other")):
         chosen = length[kind == number]
         if len(chosen):
             values = ", ".join(f"p{each} {int(np.percentile(chosen, each)):,}" for each in PERCENTILES)
             yield f"{label:12} {len(chosen):,} documents, tokens each: {values}"
+    several = captions[captions > 1]
+    if len(several):
+        yield (
+            f"captions     {len(several):,} documents have {several.min()} to {several.max()} to choose "
+            f"from, {several.mean():.1f} on average; their tokens above are with the first"
+        )
 
 
 def show(folder: str | os.PathLike[str], which: str, limit: int = 16) -> Iterator[str]:
@@ -115,8 +135,7 @@ def show(folder: str | os.PathLike[str], which: str, limit: int = 16) -> Iterato
     task = f", task {name['task']}" if name["task"] else ""
     yield f"document {number}: sample {name['id']}{task}"
     for place, (ids, mode) in enumerate(dataset.document(number)):
-        kind = {SPAN_MODE: "span", PROMPT_MODE: "prompt"}.get(mode, "text")
-        values = ids.tolist()
+        kind, values = MODE_NAMES.get(mode, "text"), ids.tolist()
         if len(values) > 2 * limit:
             values = [*values[:limit], "...", *values[-limit:]]
         yield f"  segment {place}: {kind}, {len(ids)} tokens: {' '.join(map(str, values))}"

@@ -52,6 +52,8 @@ class Pieces:
 
     document: npt.NDArray[np.int64]
     """Number in the dataset."""
+    chosen: npt.NDArray[np.uint8]
+    """Which of a pair's captions is shown."""
     caption_after: npt.NDArray[np.bool_]
     """The template's decision."""
     caption_tokens: npt.NDArray[np.int32]
@@ -67,6 +69,7 @@ class Pieces:
         """Those that are chosen, ``[P]``."""
         return Pieces(
             document=self.document[chosen],
+            chosen=self.chosen[chosen],
             caption_after=self.caption_after[chosen],
             caption_tokens=self.caption_tokens[chosen],
             start=self.start[chosen],

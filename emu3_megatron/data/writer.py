@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 
 from emu3_megatron.data.format import (
+    ALTERNATIVE_MODE,
     MANIFEST_NAME,
+    MAX_CAPTIONS,
     PROMPT_MODE,
     RECORD_SUFFIX,
     SPAN_MODE,
@@ -34,7 +36,8 @@ from emu3_megatron.files import publish, temporary_path, write_json_atomic
 from emu3_megatron.vocabulary import Vocabulary
 
 Segment = tuple[npt.NDArray[np.integer[Any]], int]
-"""Token ids ``[N]`` and the mode: 0 for a text segment, 1 for a span, 2 for a prompt."""
+"""Token ids ``[N]`` and the mode: 0 for a text segment, 1 for a span, 2 for a prompt, 3 for an alternative
+caption."""
 
 WRITE_BUFFER_BYTES = 1 << 20
 
@@ -127,14 +130,15 @@ class ShardWriter:
         Args:
             segments: ``(ids, mode)`` in document order. A text segment (mode 0) holds any ids of the
                 vocabulary; a span (mode 1) begins with BOI and ends with EOI; a prompt (mode 2) is a text
-                that the model is given, and does not end a document. Neither the BOS nor the EOS of the
-                document belongs here: the template adds them when a window is read.
+                that the model is given, and does not end a document; alternative captions (mode 3) stand
+                between the first and the span. Neither the BOS nor the EOS of the document
+                belongs here: the template adds them when a window is read.
             sample_id: Name of the sample, for reports; not empty.
             task: Optional label kept beside the name.
 
         Raises:
-            UserError: no segment, an empty one, an id outside the vocabulary, a malformed span, or a prompt
-                that nothing follows.
+            UserError: no segment, an empty one, an id outside the vocabulary, a malformed span, a prompt
+                that nothing follows, or captions that do not lead a single span, or are too many.
         """
         if self._bin is None or self._names is None:
             raise RuntimeError("ShardWriter.add_document needs the writer to be entered: use `with`")
@@ -144,6 +148,7 @@ class ShardWriter:
             raise UserError(f"document {sample_id!r} has no segments; leave it out")
         if segments[-1][1] == PROMPT_MODE:
             raise UserError(f"document {sample_id!r} ends with a prompt; add its answer, or leave it out")
+        _check_captions([mode for _, mode in segments], sample_id)
         # All segments are checked before the first is written, so that a refused document leaves no trace.
         checked = [(self._check(ids, mode, sample_id), mode) for ids, mode in segments]
         for tokens, mode in checked:
@@ -206,10 +211,10 @@ class ShardWriter:
                 f"{where}: ids from {low} to {high} do not fit vocabulary {self.vocabulary.name!r} "
                 f"(0 to {self.vocabulary.size - 1}); was it tokenized with another vocabulary?"
             )
-        if mode not in (TEXT_MODE, SPAN_MODE, PROMPT_MODE):
+        if mode not in (TEXT_MODE, SPAN_MODE, PROMPT_MODE, ALTERNATIVE_MODE):
             raise UserError(
-                f"{where}: mode {mode!r} must be {TEXT_MODE} (text), {SPAN_MODE} (span) or {PROMPT_MODE} "
-                "(prompt)"
+                f"{where}: mode {mode!r} must be {TEXT_MODE} (text), {SPAN_MODE} (span), {PROMPT_MODE} "
+                f"(prompt) or {ALTERNATIVE_MODE} (alternative caption)"
             )
         ends = (int(array_[0]), int(array_[-1]))
         if mode == SPAN_MODE and ends != (self.vocabulary.boi, self.vocabulary.eoi):
@@ -271,6 +276,21 @@ class ShardWriter:
 
     def _path(self, suffix: str) -> Path:
         return self.stem.with_name(self.stem.name + suffix)
+
+
+def _check_captions(modes: list[int], sample_id: str) -> None:
+    """Refuse alternatives anywhere but between a caption and the one span."""
+    alternatives = modes.count(ALTERNATIVE_MODE)
+    if alternatives and modes != [TEXT_MODE, *[ALTERNATIVE_MODE] * alternatives, SPAN_MODE]:
+        raise UserError(
+            f"document {sample_id!r}: alternative captions (mode {ALTERNATIVE_MODE}) must stand between the "
+            f"first (mode {TEXT_MODE}) and the one span (mode {SPAN_MODE}), got modes {modes[:16]}"
+        )
+    if alternatives >= MAX_CAPTIONS:
+        raise UserError(
+            f"document {sample_id!r}: {alternatives + 1} captions are more than {MAX_CAPTIONS}: leave some "
+            "out"
+        )
 
 
 class DatasetWriter:

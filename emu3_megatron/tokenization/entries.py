@@ -8,10 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from emu3_megatron.data.format import MAX_CAPTIONS
 from emu3_megatron.media import Interval, Media, MediaError
 
 CONTENT_KEYS = ("image", "video", "text")
 """Keys of which an entry has exactly one."""
+
+CAPTION_KEYS = ("caption", "captions")
+"""Keys that only a picture has."""
 
 MAX_SECONDS = 1e9
 """No video is longer."""
@@ -68,9 +72,11 @@ class Entry:
     kind: str
     """``image``, ``video`` or ``text``."""
     text: str | None
-    """The caption, or the document; None for media without a caption."""
+    """The caption (the first of several), or the document; None for media without a caption."""
     media: MediaPointer | None
     """Where the picture is; None for text."""
+    alternatives: tuple[str, ...] = ()
+    """Further captions of the same picture."""
     interval: Interval | None = None
     """The part of a video that is meant: keys ``start`` and ``end``; None: all of it."""
     split: str | None = None
@@ -116,13 +122,14 @@ def parse_record(record: Any, *, place: str, folder: Path) -> Entry | BadEntry:
     try:
         if not isinstance(record, dict):
             raise EntryError(f"is a JSON {type(record).__name__}; an entry is an object")
-        kind, text = _content(record)
+        kind, texts = _content(record)
         media = None if kind == "text" else MediaPointer(folder / _path(record, kind))
         return Entry(
             id=identifier,
             kind=kind,
-            text=text,
+            text=texts[0] if texts else None,
             media=media,
+            alternatives=tuple(texts[1:]),
             interval=_interval(record) if kind == "video" else None,
             split=split,
             task=task,
@@ -131,10 +138,10 @@ def parse_record(record: Any, *, place: str, folder: Path) -> Entry | BadEntry:
         return BadEntry(id=identifier, path=None, reason=str(error), error="EntryError", split=split)
 
 
-def _content(record: Mapping[str, Any]) -> tuple[str, str | None]:
-    """Kind of an entry, and its caption or document."""
+def _content(record: Mapping[str, Any]) -> tuple[str, list[str]]:
+    """Kind of an entry, and its captions or its document."""
     kinds = [key for key in CONTENT_KEYS if record.get(key) is not None]
-    if not kinds and record.get("caption") is not None:
+    if not kinds and any(record.get(key) is not None for key in CAPTION_KEYS):
         raise EntryError(
             'has a caption but neither "image" nor "video"; plain text goes under the key "text"'
         )
@@ -142,12 +149,38 @@ def _content(record: Mapping[str, Any]) -> tuple[str, str | None]:
         raise EntryError(f"must have exactly one of the keys image, video, text; it has {kinds or 'none'}")
     kind = kinds[0]
     if kind == "text":
-        return kind, _string(record, "text")
-    if record.get("caption") is None:
-        return kind, None
-    if not isinstance(record["caption"], str):
-        raise EntryError(f'has a "caption" of type {type(record["caption"]).__name__}; it must be a string')
-    return kind, record["caption"].strip() or None
+        return kind, [_string(record, "text")]
+    return kind, _captions(record)
+
+
+def _captions(record: Mapping[str, Any]) -> list[str]:
+    """Captions of a picture: ``captions`` in order, led by ``caption`` where that is not one of them."""
+    caption = record.get("caption")
+    if caption is not None and not isinstance(caption, str):
+        raise EntryError(
+            f'has a "caption" of type {type(caption).__name__}; it must be a string (several go under '
+            '"captions")'
+        )
+    captions = [] if record.get("captions") is None else _caption_list(record["captions"])
+    first = (caption or "").strip()
+    if first and first not in captions:
+        captions.insert(0, first)
+    if len(captions) > MAX_CAPTIONS:
+        raise EntryError(f"has {len(captions)} captions; at most {MAX_CAPTIONS} are kept for one picture")
+    return captions
+
+
+def _caption_list(values: Any) -> list[str]:
+    """The value of ``captions``, a list of strings that are not blank."""
+    if not isinstance(values, list):
+        raise EntryError(f'has "captions" of type {type(values).__name__}; they must be a list of strings')
+    if not values:
+        raise EntryError('has empty "captions"; leave the key out of an entry without a caption')
+    for place, value in enumerate(values):
+        if not isinstance(value, str) or not value.strip():
+            shown = "blank" if isinstance(value, str) else printable(repr(value)[:40])
+            raise EntryError(f'has "captions" of which number {place} is {shown}; each must be a string')
+    return [value.strip() for value in values]
 
 
 def _interval(record: Mapping[str, Any]) -> Interval | None:

@@ -9,14 +9,12 @@ import numpy as np
 import numpy.typing as npt
 
 from emu3_megatron.data import ShardWriter
+from emu3_megatron.data.format import ALTERNATIVE_MODE, SPAN_MODE, TEXT_MODE
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Dialect, Image, Video
 from emu3_megatron.tokenization.decode import Sample, SampleDecoder
 from emu3_megatron.tokenization.encode import BucketEncoder, Codes
 from emu3_megatron.tokenization.entries import BadEntry, Entry
-
-TEXT_SEGMENT, SPAN_SEGMENT = 0, 1
-"""Modes of segments in a shard."""
 
 
 @dataclass(kw_only=True)
@@ -125,16 +123,15 @@ class ShardMaker:
             report.set_aside(sample)
             return
         entry = sample.entry
-        segments: list[tuple[npt.NDArray[np.int64], int]] = []
-        text = self._dialect.encode_text(entry.text) if entry.text else None
-        if text is not None and len(text):
-            segments.append((text, TEXT_SEGMENT))
-        elif entry.kind == "text":
+        texts = [self._dialect.encode_text(text) for text in (entry.text, *entry.alternatives) if text]
+        texts = [ids for ids in texts if len(ids)]
+        segments = [(ids, ALTERNATIVE_MODE if place else TEXT_MODE) for place, ids in enumerate(texts)]
+        if not segments and entry.kind == "text":
             reason = "has no text left after normalisation"
             report.set_aside(BadEntry(id=entry.id, path=None, reason=reason, error="EntryError"))
             return
         if codes is not None:
-            segments.append((self._span(sample, codes), SPAN_SEGMENT))
+            segments.append((self._span(sample, codes), SPAN_MODE))
         writer.add_document(segments, sample_id=entry.id, task=entry.task)
         report.images += entry.kind == "image"
         report.clips += entry.kind == "video"

@@ -132,6 +132,21 @@ def test_a_rerun_pays_for_nothing_and_a_new_prompt_for_all(
     assert max(max(size) for row in rows(log)[-len(SAMPLES) :] for size in row["sizes"]) == 24
 
 
+def test_several_captions_are_kept_or_all_replaced(server: Start, tmp_path: Path) -> None:
+    url, log = server()
+    save(tmp_path / "a.png", np.zeros((30, 40, 3), dtype=np.uint8))
+    record = {"id": "a", "image": "a.png", "captions": ["one", "two"]}
+    manifest = write_manifest(tmp_path / "manifest.jsonl", [record])
+    assert caption(config_for(manifest, tmp_path / "out", url)) == (0, 0)
+    (kept,) = rows(tmp_path / "out" / "manifest.jsonl")
+    assert kept["captions"] == ["one", "two"]
+    assert caption(config_for(manifest, tmp_path / "out", url, replace=True)) == (1, 0)
+    (replaced,) = rows(tmp_path / "out" / "manifest.jsonl")
+    assert replaced["caption"]
+    assert "captions" not in replaced
+    assert len(rows(log)) == 1
+
+
 def test_what_never_succeeds_is_listed_and_tried_again(server: Start, manifest: Path, tmp_path: Path) -> None:
     url, log = server("500", "500", "500", "400")
     config = config_for(manifest, tmp_path / "out", url, retries=1)

@@ -160,6 +160,10 @@ def test_contamination_by_shared_runs(tmp_path: Any) -> None:
     assert all(found(config, value).reason for value in contaminated)
     assert not any(found(config, value).reason for value in clean)
     assert all(found(config, value).keep for value in contaminated)
+    several = {"caption": clean[0], "captions": [clean[1], "A photo of a cat."]}
+    captioned = Unit(id="a", kind="image", record={"image": "a.png", **several}, path=tmp_path / "a.png")
+    stage = ContaminationStage(config)
+    assert stage.comparer().decide(captioned, {}).reason
     dropping = ContaminationConfig(prompts=(prompts,), drop=True)
     assert not any(found(dropping, value).keep for value in contaminated)
 
@@ -171,6 +175,7 @@ def test_contamination_by_shared_runs(tmp_path: Any) -> None:
         ({"category": "drone", "caption": "a dog"}, "drone"),
         ({"caption": "Two dogs and a cat by the sea"}, "animals"),
         ({"caption": "高山和大海的风景"}, "landscape"),
+        ({"captions": ["a thing", "two dogs by the sea and a cat"]}, "animals"),
         ({"tags": ["minecraft", "gameplay"], "caption": "a man by a tree"}, "games"),
         ({"caption": "abstract shapes"}, "unknown"),
         ({"caption": None, "tags": 3}, "unknown"),

@@ -16,7 +16,8 @@ MakeDataset = Callable[..., Path]
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> MakeDataset:
-    """Writes ``tmp_path/NAME``; kinds in turn: p a pair, t a text, i interleaved, v a long pair."""
+    """Writes ``tmp_path/NAME``; kinds in turn: p a pair, t a text, i interleaved, v a long pair, c a
+    pair of three captions."""
 
     def make(
         name: str,
@@ -40,6 +41,8 @@ def make_dataset(tmp_path: Path) -> MakeDataset:
             for number in range(documents):
                 kind = kinds[number % len(kinds)]
                 segments = [(make_text(rng, int(rng.integers(1, text))), 0)]
+                if kind == "c":
+                    segments += [(make_text(rng, 3), 3), (make_text(rng, 7), 3), (make_span(rng, 5), 1)]
                 if kind in "pv":
                     segments.append((make_span(rng, int(rng.integers(4, 20)) if kind == "p" else 500), 1))
                 if kind == "i":

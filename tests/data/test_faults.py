@@ -30,7 +30,7 @@ def read_everything(folder: Path) -> list[object]:
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_any_flipped_byte_is_reported(make_dataset, suffix: str) -> None:
     """Any byte of any file: `verify` names the file; the reader gives the true tokens or an error."""
-    folder = make_dataset("a", "pti", 7, num_shards=1, text=5)
+    folder = make_dataset("a", "ptic", 7, num_shards=1, text=5)
     truth = read_everything(folder)
     path = folder / f"a-00000-of-00001{suffix}"
     data = path.read_bytes()
@@ -130,7 +130,7 @@ def test_numbers_out_of_range_are_index_errors(make_dataset) -> None:
 
 def test_describe_equals_the_documents(make_dataset) -> None:
     dataset = MultimodalDataset.open(make_dataset("a", "ptiv", 30, num_shards=4))
-    length, caption, kind = dataset.describe(np.arange(30))
+    length, caption, kind, _ = dataset.describe(np.arange(30))
     for number in range(30):
         segments = dataset.document(number)
         modes = [mode for _, mode in segments]

@@ -85,7 +85,7 @@ def test_texts_together_are_written_as_one_by_one(tmp_path: Path) -> None:
 def test_stock_megatron_reads_the_same_tokens_and_modes(make_dataset) -> None:
     from megatron.core.datasets import indexed_dataset as indexed
 
-    folder = make_dataset("a", "pti", 31, num_shards=2)
+    folder = make_dataset("a", "ptic", 31, num_shards=2)
     ours = MultimodalDataset.open(folder)
     for shard in ours.shards:
         stem = str(shard.path(""))
@@ -147,7 +147,7 @@ def test_the_reader_in_the_documentation_reads_the_same(make_dataset) -> None:
     assert len(code.splitlines()) < 60
     scope: dict[str, object] = {}
     exec(code, scope)
-    folder = make_dataset("a", "pti", 20)
+    folder = make_dataset("a", "ptic", 20)
     ours = MultimodalDataset.open(folder)
     theirs = list(scope["read_dataset"](folder))  # type: ignore[operator]
     assert len(theirs) == len(ours)
@@ -246,6 +246,7 @@ def test_record_is_the_sign_of_a_finished_shard(make_dataset) -> None:
         ([(np.array([-1]), 0)], "do not fit"),
         ([(np.array([1, 2]), 1)], "must begin with BOI"),
         ([(np.array([1, 2]), 3)], "mode 3"),
+        ([(np.array([1, 2]), 4)], "mode 4"),
     ],
 )
 def test_bad_documents_are_refused_and_leave_no_trace(

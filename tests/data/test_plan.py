@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from emu3_megatron.data import Mixture, MultimodalDataset, Plan, Source, Template, Window, WindowDataset
 from emu3_megatron.data.bounds import least_windows, least_windows_with_cuts
+from emu3_megatron.data.index import Described
 from emu3_megatron.data.mixture import OpenSource
 from emu3_megatron.data.packing import pack
 from emu3_megatron.data.permutation import permute, uniform
@@ -208,7 +209,8 @@ def test_template_shares_are_met_and_documents_keep_theirs(make_dataset) -> None
     dropped = np.mean([each.caption_tokens == 0 for each in decided])
     assert abs(after - 0.4) < 0.02
     assert abs(dropped - 0.6 * 0.25) < 0.02
-    alone = template.decide(documents[7:8], tuple(each[7:8] for each in described), key=3, capacity=999)
+    one = Described(*(each[7:8] for each in described))
+    alone = template.decide(documents[7:8], one, key=3, capacity=999)
     assert alone.caption_tokens[0] == decided[3].caption_tokens[7]
     expected = template.expected_tokens(described, capacity=999)
     mean = np.mean([each.length for each in decided], axis=0)

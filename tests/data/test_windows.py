@@ -168,7 +168,6 @@ def test_an_id_outside_the_vocabulary_is_reported_with_its_value(tmp_path: Path,
         (
             {
                 "files": np.zeros(2, dtype=np.int32),
-                "bytes": np.zeros(2, dtype=np.int64),
                 "segments": np.array([0, 2, 1]),
                 "caption_after": np.zeros(2, dtype=bool),
                 "caption_tokens": np.zeros(2, dtype=np.int32),

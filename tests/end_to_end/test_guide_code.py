@@ -41,12 +41,13 @@ import numpy as np
 vocabulary = Vocabulary.build("guide", text_size=ByteTokenizer().size, codebook_size=64)
 dialect = Dialect.preset("emu3", vocabulary, ByteTokenizer())
 folder, caption_ids = "photos", [1, 2]
+short_ids, long_ids, chinese_ids = [1], [2, 3, 4], [5]
 span_ids = dialect.encode_span(Image(np.zeros((2, 2), dtype=np.int64)))
 for shard in set(range(64)) - {3}:
     with ShardWriter(folder, "photos", shard=shard, num_shards=64, vocabulary=vocabulary) as writer:
         writer.add_document([(caption_ids, 0)], sample_id=f"other-{shard}")
 """,
-        "assert len(MultimodalDataset.open(folder)) == 64",
+        "assert len(MultimodalDataset.open(folder)) == 65",
     ),
     "inference.md": (
         "",

@@ -6,6 +6,7 @@ import io
 import json
 import tarfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -57,6 +58,31 @@ def test_good_entries(tmp_path: Path) -> None:
     assert (text.id, text.kind, text.text, text.task, text.media) == ("m.jsonl:5", "text", "prose", "t", None)
     assert isinstance(blank, Entry)
     assert blank.text is None
+    assert all(isinstance(each, Entry) and each.alternatives == () for each in read(manifest))
+
+
+@pytest.mark.parametrize(
+    ("record", "captions"),
+    [
+        ({"captions": ["one"]}, ["one"]),
+        ({"captions": [" a ", "b", "a"]}, ["a", "b", "a"]),
+        ({"caption": " b ", "captions": ["a", "b"]}, ["a", "b"]),
+        ({"caption": "c", "captions": ["a", "b"]}, ["c", "a", "b"]),
+        ({"caption": "  ", "captions": ["a", "b"]}, ["a", "b"]),
+        ({"caption": "c", "captions": None}, ["c"]),
+        ({"captions": ["一"] * 256}, ["一"] * 256),
+    ],
+)
+def test_several_captions(tmp_path: Path, record: dict[str, Any], captions: list[str]) -> None:
+    """A list in its order, repeats and all; a `caption` that is not in it comes first."""
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps({kind: "a", **record}) + "\n" for kind in ("image", "video")))
+    path = write_tar(tmp_path / "a.tar", {"0.png": b"picture", "0.json": json.dumps(record).encode()})
+    entries = read(manifest, path)
+    assert len(entries) == 3
+    for entry in entries:
+        assert isinstance(entry, Entry)
+        assert [entry.text, *entry.alternatives] == captions
 
 
 @pytest.mark.parametrize(
@@ -70,6 +96,20 @@ def test_good_entries(tmp_path: Path) -> None:
         ('{"id": "a", "image": 5}', "must be a string"),
         ('{"id": "a", "text": ["b"]}', "must be a string"),
         ('{"id": "a", "image": "a.png", "caption": 5}', "must be a string"),
+        ('{"id": "a", "image": "a.png", "caption": ["b"]}', 'several go under "captions"'),
+        ('{"id": "a", "captions": ["b"]}', 'has a caption but neither "image" nor "video"'),
+        ('{"id": "a", "image": "a.png", "captions": []}', 'has empty "captions"; leave the key out'),
+        ('{"id": "a", "image": "a.png", "captions": "b"}', "must be a list of strings"),
+        ('{"id": "a", "image": "a.png", "captions": ["b", " "]}', "number 1 is blank"),
+        ('{"id": "a", "image": "a.png", "captions": ["b", null]}', "number 1 is None"),
+        (
+            json.dumps({"id": "a", "image": "a.png", "captions": ["b"] * 257}),
+            "has 257 captions; at most 256",
+        ),
+        (
+            json.dumps({"id": "a", "image": "a.png", "caption": "a", "captions": ["b"] * 256}),
+            "has 257 captions; at most 256",
+        ),
         ('["a"]', "an entry is an object"),
         ('{"id": "a", ', "not valid JSON"),
         ("\x00\x01", "not valid JSON"),

@@ -101,6 +101,34 @@ def test_documents_hold_the_codes_of_their_files(
             assert span.seconds == pytest.approx(8 / span.fps, abs=1e-3)
 
 
+def test_several_captions_of_a_picture_and_a_clip_are_stored(
+    tmp_path: Path, corpus: Path, tokenizers: Tokenizers, make_config: MakeConfig
+) -> None:
+    """One span each; what the tokenizer leaves nothing of is left out, as a single caption is."""
+    captions = ["a small cat", "一只小 cat", "a cat on the mat"]
+    records = [
+        {"id": "picture", "image": str(corpus.parent / "0.png"), "captions": captions},
+        {"id": "clip", "video": str(corpus.parent / "0.mp4"), "captions": captions[1:]},
+        {"id": "one", "image": str(corpus.parent / "0.png"), "captions": captions[:1]},
+        {"id": "plain", "image": str(corpus.parent / "0.png"), "caption": captions[0]},
+    ]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert tokenize(make_config(manifest, tmp_path / "data"))
+    dataset = MultimodalDataset.open(tmp_path / "data")
+    text = load_text_tokenizer(tokenizers["text_tokenizer"])
+    documents = {dataset.sample_id(number): dataset.document(number) for number in range(4)}
+    for name, expected in (("picture", captions), ("clip", captions[1:]), ("one", captions[:1])):
+        *stored, (span, mode) = documents[name]
+        assert [text.decode(ids.tolist()) for ids, _ in stored] == expected
+        assert [each for _, each in stored] == [0, 3, 3][: len(expected)]
+        assert (mode, span[0]) == (1, dataset.vocabulary.boi)
+    for (ids, mode), (same, same_mode) in zip(documents["one"], documents["plain"], strict=True):
+        assert np.array_equal(ids, same)
+        assert mode == same_mode
+    assert np.array_equal(documents["picture"][-1][0], documents["plain"][-1][0])
+
+
 def test_sizes_follow_the_pictures(tmp_path: Path, corpus: Path, make_config: MakeConfig) -> None:
     assert tokenize(make_config(corpus, tmp_path / "data"))
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())

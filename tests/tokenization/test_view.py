@@ -111,6 +111,31 @@ def test_conversion_keeps_all_but_the_dialect(dataset: Path, tmp_path: Path, mon
         conversion.convert(dataset, dataset, "emu3", "bytes")
 
 
+def test_several_captions_are_converted_and_shown(dataset: Path, tmp_path: Path, monkeypatch) -> None:
+    """All of them in the new dialect; a page shows one a window."""
+    monkeypatch.setattr(conversion, "load_text_tokenizer", lambda _: ByteTokenizer())
+    old, new = (Dialect.preset(name, VOCABULARY, ByteTokenizer()) for name in ("emu3", "emu3-frames"))
+    captions = [old.encode_text(f"caption {letter}") for letter in "ABC"]
+    codes = np.arange(6).reshape(3, 2)
+    segments = [(captions[0], 0), (captions[1], 3), (captions[2], 3), (old.encode_span(Image(codes)), 1)]
+    with DatasetWriter(
+        tmp_path / "c", "c", vocabulary=VOCABULARY, dialect_name="emu3", dialect_fingerprint=old.fingerprint
+    ) as writer:
+        writer.add_document(segments, "s")
+    conversion.convert(tmp_path / "c", tmp_path / "d", "emu3-frames", "bytes")
+    *stored, (span, mode) = MultimodalDataset.open(tmp_path / "d").document(0)
+    assert [(ids.tolist(), each) for ids, each in stored] == [
+        (ids.tolist(), each) for ids, each in segments[:3]
+    ]
+    assert mode == 1
+    assert np.array_equal(new.parse_span(span).codes, codes)
+    plan = Plan(Mixture([Source(path=str(tmp_path / "d"))]), seed=0, context_length=40, block_draws=3)
+    pages = [windows_page(plan, [index], Decoder(new, None), title="t") for index in range(3)]
+    shown = [letter for page in pages for letter in "ABC" if f"caption {letter}<" in page]
+    assert len(shown) == 3
+    assert set(shown) == set("ABC")
+
+
 def test_lint_finds_what_hurts(dataset: Path, tmp_path: Path) -> None:
     assert list(lint(dataset)) == []
     span = MultimodalDataset.open(dataset).document(0)[1]

@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emu3_megatron.data import PackedWindows, Plan, Template, Window, pack
+from emu3_megatron.data.index import Described
 from emu3_megatron.data.mixture import OpenSource
 from emu3_megatron.data.template import Decisions, Segments
 from emu3_megatron.data.window import WindowBuilder
@@ -53,23 +54,21 @@ class PairTemplate(Template):
     def decide(
         self,
         documents: npt.NDArray[np.int64],
-        described: tuple[npt.NDArray[np.int64], ...],
+        described: Described,
         *,
         key: int,
         capacity: int,
     ) -> Decisions:
         """The room of each pair, `Template.decide`."""
         return Decisions(
-            length=self._room(described[0]),
+            length=self._room(described.length),
             caption_after=np.zeros(len(documents), dtype=np.bool_),
             caption_tokens=np.zeros(len(documents), dtype=np.int64),
         )
 
-    def expected_tokens(
-        self, described: tuple[npt.NDArray[np.int64], ...], *, capacity: int
-    ) -> npt.NDArray[np.float64]:
+    def expected_tokens(self, described: Described, *, capacity: int) -> npt.NDArray[np.float64]:
         """The same, 0 where it is more than a window."""
-        room = self._room(described[0])
+        room = self._room(described.length)
         return np.where(room <= capacity, room, 0).astype(np.float64)
 
     def _room(self, length: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
