@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 CONFIG ?= examples/configs/quickstart.yaml
-SHARED := --numprocesses 2 --dist loadgroup # by tests/conftest.py
+SHARED := --numprocesses 2 --dist loadfile
 export PYTHONUNBUFFERED := 1
 
 .PHONY: help env quickstart test lint types docs prove bench
