@@ -41,37 +41,21 @@ def run_main(main: Callable[[], None]) -> None:
     `ValueError` (so `UserError`) and `OSError` (a missing file, a full disk) are taken as the user's;
     anything else is a defect of ours and keeps its traceback, and so does every error where the environment
     variable ``EMU3_TRACEBACK`` is set. An interrupt exits with 130, as shells expect.
-
-    A process group that `main` leaves behind is closed, after an error too.
     """
     for message, category, module in NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message, category, module)
     if os.environ.get(SHOW_TRACEBACK):
         main()
-        _leave_process_group()
         return
     try:
         main()
-        _leave_process_group()
     except BrokenPipeError:
         _leave_broken_pipe()
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
-        _leave_process_group(after_error=True)
         sys.exit(EXIT_USER_ERROR)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _leave_process_group(after_error: bool = False) -> None:
-    # A thread of gloo may still hold the last collective's tensors, which are Python objects. Freed while the
-    # interpreter shuts down they abort the process ("terminate called without an active exception").
-    distributed = sys.modules.get("torch.distributed")
-    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
-        return
-    # After an error of one rank NCCL would wait for the others' part in what this rank has begun.
-    if not after_error or distributed.get_backend() == "gloo":
-        distributed.destroy_process_group()
 
 
 def _leave_broken_pipe() -> NoReturn:

@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NoReturn
 
 ROOT = Path(__file__).parents[1]
 TRAINING = ("-m", "emu3_megatron.training")
@@ -30,6 +31,9 @@ IMPORTED_ONCE = (
     "emu3_megatron.training.command_line",
     "emu3_megatron.vision.training",
 )
+
+
+PORT_DIGITS = 5
 
 
 @dataclass(frozen=True)
@@ -83,10 +87,7 @@ class Programs:
     def __init__(self, outputs: Path) -> None:
         self._outputs = outputs
         self._count = 0
-        self._server = subprocess.Popen(
-            [sys.executable, __file__], env=environment(), cwd=ROOT,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-        )  # fmt: skip
+        self._server: subprocess.Popen[bytes] | None = None
 
     def __call__(
         self, *arguments: object, processes: int = 1, timeout: float = 500, folder: Path = ROOT
@@ -95,7 +96,6 @@ class Programs:
 
         Several processes find one another as those of a torchrun do; the first that fails ends all.
         """
-        assert self._server.stdin is not None
         self._count += 1
         output = self._outputs / str(self._count)
         output.mkdir()
@@ -106,65 +106,91 @@ class Programs:
             processes=processes,
             environment=environment(),
         )
-        self._server.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
-        self._server.stdin.flush()
-        group = self._answer(timeout)
         try:
-            code = self._answer(timeout)
-        except TimeoutError:
-            os.killpg(group, signal.SIGKILL)
+            code = self._ask(request, timeout)
+        except BaseException:  # the next request finds no answer to this one
+            self.close()
             raise
         return Ended(code, (output / "out").read_text(), (output / "err").read_text())
 
     def close(self) -> None:
-        """End the server."""
+        """End the server; another request starts one again."""
+        if self._server is not None:
+            self._server.kill()
+            self._server.wait()
+            self._server = None
+
+    def _ask(self, request: Request, timeout: float) -> int:
+        if self._server is None:
+            command = [sys.executable, __file__]
+            pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+            self._server = subprocess.Popen(command, env=environment(), cwd=ROOT, **pipes)
         assert self._server.stdin is not None
-        self._server.stdin.close()
-        self._server.wait(timeout=60)
+        self._server.stdin.write(json.dumps(asdict(request)).encode() + b"\n")
+        self._server.stdin.flush()
+        group = self._answer(timeout)
+        try:
+            return self._answer(timeout)
+        except BaseException:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+            raise
 
     def _answer(self, timeout: float) -> int:
+        assert self._server is not None
         stream = self._server.stdout
         assert stream is not None
         if not select.select([stream], [], [], timeout)[0]:
             raise TimeoutError(f"no end after {timeout} s")
         line = b""
         while not line.endswith(b"\n"):
-            line += os.read(stream.fileno(), 1)
+            part = os.read(stream.fileno(), 1)
+            if not part:
+                raise RuntimeError(f"the server ended with {self._server.wait()}")
+            line += part
         return int(line)
 
 
 @functools.cache
 def shared() -> Programs:
-    """One server for all tests of this process; it ends with it, as its input does."""
+    """One server for all tests of this process; it ends with it."""
     folder = tempfile.TemporaryDirectory(prefix="programs-")
     atexit.register(folder.cleanup)
-    return Programs(Path(folder.name))
+    programs = Programs(Path(folder.name))
+    atexit.register(programs.close)
+    return programs
 
 
 def _serve(requests: Iterator[str]) -> None:
     for module in IMPORTED_ONCE:
         __import__(module)
     answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what is printed is no answer
     for line in requests:
         request = Request(**json.loads(line))
         leader = os.fork()
         if leader == 0:
             os.setpgid(0, 0)
             _be_a_launch(request)
-        with contextlib.suppress(PermissionError):
+        with contextlib.suppress(PermissionError, ProcessLookupError):
             os.setpgid(leader, leader)
         print(leader, file=answers, flush=True)
-        _, status = os.waitpid(leader, 0)
+        try:
+            _, status = os.waitpid(leader, 0)
+        finally:  # what the program leaves behind ends too
+            with contextlib.suppress(PermissionError, ProcessLookupError):
+                os.killpg(leader, signal.SIGKILL)
         print(os.waitstatus_to_exitcode(status), file=answers, flush=True)
 
 
-def _be_a_launch(request: Request) -> None:
-    os.environ.clear()
-    os.environ.update(request.environment)
-    os.chdir(request.folder)
+def _be_a_launch(request: Request) -> NoReturn:
     for name, descriptor in (("out", 1), ("err", 2)):
         path = Path(request.output) / name
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    os.environ.clear()
+    os.environ.update(request.environment)
+    os.chdir(request.folder)
     if request.processes == 1:
         _be_a_program(request.arguments)
     reading, writing = os.pipe()
@@ -172,7 +198,10 @@ def _be_a_launch(request: Request) -> None:
     for rank in range(request.processes):
         child = os.fork()
         if child == 0:
-            port = os.read(reading, 5).decode()
+            os.close(writing)
+            port = os.read(reading, PORT_DIGITS).decode()
+            if not port:
+                sys.exit("the launch ended before its processes began")
             os.environ.update(_addresses(rank, request.processes, port))
             _be_a_program(request.arguments)
         ranks.append(child)
@@ -180,8 +209,8 @@ def _be_a_launch(request: Request) -> None:
     from torch.distributed import TCPStore
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    os.write(writing, f"{store.port:5}".encode() * request.processes)
-    os._exit(_end_of_all(ranks))
+    os.write(writing, f"{store.port:{PORT_DIGITS}}".encode() * request.processes)
+    sys.exit(_end_of_all(ranks))
 
 
 def _addresses(rank: int, processes: int, port: str) -> dict[str, str]:
@@ -213,24 +242,16 @@ def _end_of_all(ranks: list[int]) -> int:
     return first
 
 
-def _be_a_program(arguments: list[str]) -> None:
-    """Be the program, and end."""
-    code: object = 0
-    try:
-        if arguments[0] == "-m":
-            sys.argv = arguments[1:]
-            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
-        else:
-            sys.argv = arguments
-            runpy.run_path(arguments[0], run_name="__main__")
-    except SystemExit as ended:
-        code = ended.code
-    except BaseException:
-        sys.excepthook(*sys.exc_info())
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code if isinstance(code, int) else 0 if code is None else 1)
+def _be_a_program(arguments: list[str]) -> NoReturn:
+    """Be the program, and end as it does: the interpreter shuts down, which is a part of it."""
+    if arguments[0] == "-m":
+        sys.argv = arguments[1:]
+        runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = arguments
+        sys.path[0] = str(Path(arguments[0]).resolve().parent)
+        runpy.run_path(arguments[0], run_name="__main__")
+    sys.exit()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -15,6 +16,8 @@ def start() -> None:
     """Meet the other processes of a torchrun; one process alone needs no groups."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         torch.distributed.init_process_group("gloo")
+        # Its threads must not outlive the interpreter, see parallel/groups.py.
+        atexit.register(torch.distributed.destroy_process_group)
 
 
 def rank() -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import gc
 import hashlib
 import os
 from typing import Any, cast
@@ -37,6 +39,7 @@ def initialize_parallel(parallel: ParallelConfig, platform: Platform, seed: int)
     parallel.validate()
     if not torch.distributed.is_initialized():
         _start_distributed(platform)
+        atexit.register(_leave_gloo)
     parallel.data_parallel_size(torch.distributed.get_world_size())
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
@@ -74,9 +77,25 @@ def is_first_to_report(message: str) -> bool:
 
 
 def destroy_parallel() -> None:
-    """Undo `initialize_parallel`, torch.distributed included."""
+    """Undo `initialize_parallel`, torch.distributed included; does nothing where nothing was begun."""
     from megatron.core import parallel_state
 
     parallel_state.destroy_model_parallel()
+    # It forgets some groups, and the threads of a group end with its last reference.
+    for name, value in vars(parallel_state).items():
+        if isinstance(value, torch.distributed.ProcessGroup):
+            setattr(parallel_state, name, None)
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def _leave_gloo() -> None:
+    """At the end of a process, however it comes.
+
+    A thread of gloo may still hold the last collective's tensors, which are Python objects. Freed while the
+    interpreter shuts down they abort the process ("terminate called without an active exception"). NCCL holds
+    none, and after an error of one rank it might wait for the others.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        destroy_parallel()
+        gc.collect()

@@ -117,6 +117,7 @@ def install(name: PlatformName = "auto") -> Platform:
         return Platform(device=device, backend="nccl")
     if not getattr(torch, _MARK, False):
         setattr(torch, _MARK, True)
+        os.environ["TORCH_COMPILE_DISABLE"] = "1"  # for what other versions compile later
         for redirection in REDIRECTIONS:
             redirection.apply()
     return Platform(device=_CPU, backend="gloo")
@@ -154,7 +155,8 @@ def _left_as_it_is(function: Any = None, **options: Any) -> Any:
 
 def _import_uncompiled() -> None:
     if "megatron.core.jit" in sys.modules:  # too late to spare the compiler, not to switch it off
-        sys.modules["torch._dynamo"].config.disable = True
+        if "torch._dynamo" in sys.modules:
+            sys.modules["torch._dynamo"].config.disable = True
         return
     compiler = torch.compile
     torch.compile = _left_as_it_is  # type: ignore[assignment]
