@@ -9,14 +9,16 @@ from pathlib import Path
 from emu3_megatron.errors import run_main
 from emu3_megatron.files import json_lines
 from emu3_megatron.text import train_sentencepiece
+from emu3_megatron.tokenization.entries import Entry, parse_record
 
 
 def texts_of(manifests: list[Path]) -> Iterator[str]:
-    """The captions and texts, in the manifests' order."""
+    """The captions and texts in order, without the entries that tokenization would set aside."""
     for path in manifests:
-        for entry in json_lines(path):
-            yield from (entry[key] for key in ("caption", "text") if entry.get(key))
-            yield from entry.get("captions") or ()
+        for record in json_lines(path):
+            entry = parse_record(record, place=str(path), folder=path.parent)
+            if isinstance(entry, Entry) and entry.text is not None:
+                yield from (entry.text, *entry.alternatives)
 
 
 def main() -> None:

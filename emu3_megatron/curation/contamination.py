@@ -17,7 +17,7 @@ from emu3_megatron.errors import UserError
 from emu3_megatron.media import MediaError, decode_image
 
 PROMPT_KEYS = ("prompt", "text", "caption", "question")
-"""Keys of a JSON Lines file of evaluation prompts, the first present."""
+"""Keys of a JSON Lines file of evaluation prompts, the first present; beside it, all ``captions``."""
 
 SHORTEST_RUN = 4
 """A prompt of fewer tokens is found only where it is the whole text."""
@@ -127,10 +127,13 @@ def read_prompts(path: Path) -> Iterator[str]:
             record = json.loads(line)
         except ValueError as error:
             raise UserError(f"{path}:{number}: is not valid JSON ({error})") from error
-        keys = [key for key in PROMPT_KEYS if isinstance(record, dict) and isinstance(record.get(key), str)]
-        if not keys:
-            raise UserError(f"{path}:{number}: has none of the keys {', '.join(PROMPT_KEYS)}")
-        yield record[keys[0]]
+        known = record if isinstance(record, dict) else {}
+        values = [known[key] for key in PROMPT_KEYS if isinstance(known.get(key), str)][:1]
+        if isinstance(several := known.get("captions"), list):
+            values += [value for value in several if isinstance(value, str)]
+        if not values:
+            raise UserError(f"{path}:{number}: has none of the keys {', '.join(PROMPT_KEYS)}, captions")
+        yield from values
 
 
 def _image_files(paths: Sequence[Path]) -> Iterator[Path]:

@@ -104,7 +104,9 @@ def _describe_lengths(dataset: MultimodalDataset) -> Iterator[str]:
         dataset.describe(np.arange(first, min(first + DESCRIBED_DOCUMENTS, len(dataset))))
         for first in range(0, len(dataset), DESCRIBED_DOCUMENTS)
     ]
-    length, kind, captions = (np.concatenate([part[column] for part in parts]) for column in (0, 2, 3))
+    length = np.concatenate([part.length for part in parts])
+    kind = np.concatenate([part.kind for part in parts])
+    captions = np.concatenate([part.captions for part in parts])
     for number, label in ((Kind.TEXT, "text only"), (Kind.PAIR, "caption + span"), (Kind.OTHER, "other")):
         chosen = length[kind == number]
         if len(chosen):

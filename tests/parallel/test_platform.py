@@ -69,6 +69,20 @@ assert found.backend == "nccl" and found.device == torch.device("cuda", 3) and c
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
+def test_a_cpu_process_does_not_load_the_compiler_and_leaves_it_as_it_was() -> None:
+    """Its import is 40% of a start, for decorators that a CPU run passes over."""
+    script = """
+import sys, torch
+compiler = torch.compile
+from emu3_megatron.parallel import platform
+platform.install("cpu")
+import megatron.core.models.gpt, megatron.core.optimizer, megatron.core.pipeline_parallel
+assert "torch._dynamo" not in sys.modules and "torch._inductor" not in sys.modules
+assert torch.compile is compiler
+"""
+    subprocess.run([sys.executable, "-c", script], check=True)
+
+
 def test_every_redirection_says_what_and_why() -> None:
     assert all(r.target and r.reason for r in platform.REDIRECTIONS)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from emu3_megatron.training import command_line
+from tests import programs
 from tests.training import layouts, runs
 
 STEPS = 8
@@ -116,7 +117,7 @@ def test_layouts_equal_one_process(
         assert lines[-1]["validation_loss"] == pytest.approx(expected[-1]["validation_loss"], rel=1e-4)
 
 
-CONFIGS = runs.ROOT / "examples/configs"
+CONFIGS = programs.ROOT / "examples/configs"
 
 
 @pytest.mark.parametrize("size", ["emu3-8b", "post-training"])

@@ -17,6 +17,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from tests import programs  # noqa: E402
 from tests.training import layouts, runs  # noqa: E402
 
 TOLERANCE = 0.15
@@ -142,7 +143,7 @@ def measure(folder: Path, config: Path, name: str) -> dict[str, object]:
     command = [*start, __file__, "--answer", str(answer), "--config", str(config)]
     done = subprocess.run(
         [*command, "--run_folder", str(folder / name), *options, *further],
-        env=runs.environment(),
+        env=programs.environment(),
         cwd=ROOT,
         capture_output=True,
         text=True,

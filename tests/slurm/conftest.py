@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from tests import programs
 from tests.slurm.cluster import Cluster, missing_programs
 from tests.tokenization.conftest import tokenizers
-from tests.training import runs
 from tests.training.conftest import config_file, tiny_data
 
 __all__ = ["cluster", "config_file", "tiny_data", "tokenizers", "workplace"]
 
-SCRIPTS = runs.ROOT / "examples" / "slurm"
+SCRIPTS = programs.ROOT / "examples" / "slurm"
 
 SETTINGS = """\
 PARTITION=main

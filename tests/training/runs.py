@@ -9,7 +9,6 @@ long). Without ``save`` they write no checkpoints.
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 
 from tests import programs
 
-ROOT = Path(__file__).parents[2]
 TRAINING, PREFERENCES = "emu3_megatron.training", "emu3_megatron.posttraining.preferences"
 STEPS = 20
 GLOBAL_BATCH = 4
@@ -64,11 +62,6 @@ def write_configuration(folder: Path, data: Path) -> Path:
     path = folder / "config.yaml"
     path.write_text(json.dumps(configuration(data)))
     return path
-
-
-def environment() -> dict[str, str]:
-    """One thread for each process, and this checkout first."""
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "EMU3_TRACEBACK": ""}
 
 
 def command(

@@ -12,9 +12,10 @@ import yaml
 from emu3_megatron.errors import UserError
 from emu3_megatron.training import command_line
 from emu3_megatron.training.config import TrainingConfig
+from tests import programs
 from tests.training import runs
 
-TINY = runs.ROOT / "examples" / "configs" / "tiny.yaml"
+TINY = programs.ROOT / "examples" / "configs" / "tiny.yaml"
 
 
 def parse(*arguments: str, world_size: int = 1) -> TrainingConfig:
@@ -92,8 +93,8 @@ def test_an_unknown_key_in_a_file_is_named(tmp_path: Path) -> None:
 def program(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "emu3_megatron.training", *arguments],
-        env=runs.environment(),
-        cwd=runs.ROOT,
+        env=programs.environment(),
+        cwd=programs.ROOT,
         capture_output=True,
         text=True,
         timeout=120,

@@ -8,10 +8,10 @@ from emu3_megatron.training.config import TrainingConfig
 from emu3_megatron.training.estimate import rank_memory
 from emu3_megatron.training.step_time import Cluster, search, step_time
 from emu3_megatron.vocabulary import Vocabulary
-from tests.training import runs
+from tests import programs
 
-STAGE1 = runs.ROOT / "examples/configs/emu3-8b/stage1.yaml"
-STAGE2 = runs.ROOT / "examples/configs/emu3-8b/stage2.yaml"
+STAGE1 = programs.ROOT / "examples/configs/emu3-8b/stage1.yaml"
+STAGE2 = programs.ROOT / "examples/configs/emu3-8b/stage2.yaml"
 EMU3 = Vocabulary.preset("emu3")
 
 

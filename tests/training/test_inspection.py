@@ -7,14 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.training import runs
+from tests import programs
 
 
 def tool(*arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "tools/checkpoint.py", *map(str, arguments)],
-        env=runs.environment(),
-        cwd=runs.ROOT,
+        env=programs.environment(),
+        cwd=programs.ROOT,
         capture_output=True,
         text=True,
         timeout=120,

@@ -16,6 +16,7 @@ import pytest
 
 from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint import Record
+from tests import programs
 from tests.training import runs
 
 LAST_STEP = 1e-4
@@ -24,8 +25,8 @@ LAST_STEP = 1e-4
 def start(*arguments: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         arguments,
-        env=runs.environment(),
-        cwd=runs.ROOT,
+        env=programs.environment(),
+        cwd=programs.ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -64,8 +65,8 @@ def test_kills_in_the_middle_of_saves_lose_nothing() -> None:
     """`make prove NAME=survival`, scaled down."""
     done = subprocess.run(
         [sys.executable, "tests/proofs/survival.py", "--kills", "3"],
-        env=runs.environment(),
-        cwd=runs.ROOT,
+        env=programs.environment(),
+        cwd=programs.ROOT,
         capture_output=True,
         text=True,
         timeout=400,
