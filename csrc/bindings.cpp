@@ -259,14 +259,17 @@ class WindowWriter {
                 at.data()[piece] + length.data()[piece] > canvas_.size)
                 throw std::invalid_argument("piece " + std::to_string(piece) + " stands outside the window");
         const py::gil_scoped_release released;
+        const auto stored = [&](py::ssize_t piece) {
+            const int64_t first = borders[piece];
+            return emu3::Stored{files.data()[piece],    borders[piece + 1] - first, bytes.data() + first,
+                                lengths.data() + first, modes.data() + first,       checksums.data() + first};
+        };
+        for (py::ssize_t piece = 1; piece < count; ++piece) emu3::WindowWriter::ask_ahead(stored(piece));
         emu3::WindowWriter writer(canvas_, rules);
         for (py::ssize_t piece = 0; piece < count; ++piece) {
-            const int64_t first = borders[piece];
-            const emu3::Stored stored{files.data()[piece],    borders[piece + 1] - first, bytes.data() + first,
-                                      lengths.data() + first, modes.data() + first,       checksums.data() + first};
             const emu3::Placement placement{caption_after.data()[piece], caption_tokens.data()[piece],
                                             start.data()[piece], length.data()[piece], at.data()[piece]};
-            const emu3::Damage damage = writer.add(stored, placement);
+            const emu3::Damage damage = writer.add(stored(piece), placement);
             if (damage.kind != emu3::Damage::kNone) {
                 const py::gil_scoped_acquire held;
                 return py::make_tuple(piece, static_cast<int>(damage.kind), damage.where);
