@@ -63,9 +63,14 @@ class Buffer {
         size_ = size;
     }
 
+    // Room for `count` more entries behind end(), to be written before `extend` counts them.
+    void make_room(size_t count) {
+        if (size_ + count > capacity_) reserve(size_ + count + size_ / 4);
+    }
+
     // Room for `count` more entries, not initialised; returns the first.
     T* extend(size_t count) {
-        if (size_ + count > capacity_) reserve(size_ + count + size_ / 4);
+        make_room(count);
         T* first = data_ + size_;
         size_ += count;
         return first;

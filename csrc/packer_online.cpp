@@ -17,8 +17,8 @@ class OnlinePacker {
    public:
     OnlinePacker(const Units& units, int64_t open_windows, int64_t expected)
         : units_(units), limit_(open_windows), rooms_(units.capacity) {
-        out_.document.reserve(static_cast<size_t>(expected));
-        out_.length.reserve(static_cast<size_t>(expected));
+        out_.document.reserve(static_cast<size_t>(expected) + Window::kHere);
+        out_.length.reserve(static_cast<size_t>(expected) + Window::kHere);
         out_.offsets.reserve(static_cast<size_t>(expected) + 1);  // pages never written cost nothing
         out_.offsets.push_back(0);
     }
@@ -139,8 +139,33 @@ class OnlinePacker {
     void close(int32_t number) {
         Window& window = windows_[number];
         const size_t first = out_.document.size(), count = static_cast<size_t>(window.pieces);
-        int32_t* document = out_.document.extend(count);
-        int32_t* length = out_.length.extend(count);
+        out_.document.make_room(count + Window::kHere);
+        out_.length.make_room(count + Window::kHere);
+        if (window.pieces == window.entries && window.entries <= Window::kHere) {
+            // All that could be there is copied: a loop whose end is not known costs more.
+            int32_t *document = out_.document.end(), *length = out_.length.end();
+            for (int32_t place = 0; place < Window::kHere; ++place) {
+                document[place] = window.held[place].first;
+                length[place] = window.held[place].second;
+            }
+        } else {
+            copy_entries(number);
+        }
+        out_.document.extend(count);
+        out_.length.extend(count);
+        out_.offsets.push_back(static_cast<int64_t>(first + count));
+        if (window.entries > Window::kHere) more_[number].clear();
+        window.entries = window.pieces = 0;
+        (window.older < 0 ? oldest_ : windows_[window.older].newer) = window.newer;
+        (window.newer < 0 ? newest_ : windows_[window.newer].older) = window.older;
+        free_.push_back(number);
+        --open_;
+    }
+
+    // Writes the pieces of any window behind what was written before.
+    void copy_entries(int32_t number) {
+        const Window& window = windows_[number];
+        int32_t *document = out_.document.end(), *length = out_.length.end();
         const Entry* more = more_[number].data();
         const auto entry = [&](int32_t place) {
             return place < Window::kHere ? window.held[place] : more[place - Window::kHere];
@@ -156,13 +181,6 @@ class OnlinePacker {
                 *length = entry(++place).first;
             }
         }
-        out_.offsets.push_back(static_cast<int64_t>(first + count));
-        window.entries = window.pieces = 0;
-        more_[number].clear();
-        (window.older < 0 ? oldest_ : windows_[window.older].newer) = window.newer;
-        (window.newer < 0 ? newest_ : windows_[window.newer].older) = window.older;
-        free_.push_back(number);
-        --open_;
     }
 
     Units units_;
