@@ -33,7 +33,7 @@ import numpy.typing as npt
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from emu3_megatron.media import frame_source, probe_video  # noqa: E402
+from emu3_megatron.media import OpenVideo, frame_source  # noqa: E402
 from tests.media.clips import CLIPS, decode_in_order, encode  # noqa: E402
 
 Frames = npt.NDArray[np.uint8]
@@ -92,10 +92,10 @@ def of_ours(name: str) -> Source:
     source = frame_source(name)
 
     def frames(path: Path, indices: Sequence[int]) -> Frames:
-        info = probe_video(path)
-        if not source.supports(info):
-            raise ValueError(f"does not decode {info.codec}")
-        return source.frames(path, info, indices)
+        with OpenVideo(path) as video:
+            if not source.supports(video.info):
+                raise ValueError(f"does not decode {video.info.codec}")
+            return source.frames(video, indices)
 
     return frames
 

@@ -326,24 +326,23 @@ emu3::Plane to_plane(const py::array_t<uint8_t>& plane, py::ssize_t height, py::
 }
 
 // Rows of planes may be padded: the strides say how far they are apart.
-py::array_t<uint8_t> convert_420(const py::array_t<uint8_t>& luma, const py::array_t<uint8_t>& cb,
-                                 const py::array_t<uint8_t>& cr, const std::array<int32_t, 6>& coefficients,
-                                 bool left, int vertical) {
+void convert_420(const py::array_t<uint8_t>& luma, const py::array_t<uint8_t>& cb, const py::array_t<uint8_t>& cr,
+                 py::array_t<uint8_t>& rgb, const std::array<int32_t, 6>& coefficients, bool left, int vertical) {
     if (luma.ndim() != 2 || luma.shape(0) < 2 || luma.shape(1) < 2 || luma.shape(0) % 2 || luma.shape(1) % 2)
         throw std::invalid_argument("luma must have an even number of rows and columns");
     const py::ssize_t height = luma.shape(0), width = luma.shape(1);
     const emu3::Plane planes[] = {to_plane(luma, height, width, "luma"),
                                   to_plane(cb, height / 2, width / 2, "cb"),
                                   to_plane(cr, height / 2, width / 2, "cr")};
+    if (rgb.ndim() != 3 || rgb.shape(0) != height || rgb.shape(1) != width || rgb.shape(2) != 3 ||
+        !(rgb.flags() & py::array::c_style))
+        throw std::invalid_argument("rgb must be contiguous, of shape " + std::to_string(height) + " x " +
+                                    std::to_string(width) + " x 3");
     const auto& c = coefficients;
     const emu3::ColorRule rule{c[0], c[1], c[2], c[3], c[4], c[5]};
-    py::array_t<uint8_t> rgb({height, width, py::ssize_t{3}});
     uint8_t* data = rgb.mutable_data();
-    {
-        const py::gil_scoped_release released;
-        emu3::convert_420(planes[0], planes[1], planes[2], height, width, rule, {left, vertical}, data);
-    }
-    return rgb;
+    const py::gil_scoped_release released;
+    emu3::convert_420(planes[0], planes[1], planes[2], height, width, rule, {left, vertical}, data);
 }
 
 }  // namespace
@@ -389,6 +388,6 @@ PYBIND11_MODULE(_kernels, module) {
                py::arg("scales").noconvert(), py::arg("y").noconvert(), py::arg("threads"),
                "As few_rows, w of int8 with a scale for every row.");
     module.def("convert_420", &convert_420, py::arg("luma").noconvert(), py::arg("cb").noconvert(),
-               py::arg("cr").noconvert(), py::kw_only(), py::arg("coefficients"), py::arg("left"),
-               py::arg("vertical"), "A picture of YCbCr 4:2:0 as RGB.");
+               py::arg("cr").noconvert(), py::arg("rgb").noconvert(), py::kw_only(), py::arg("coefficients"),
+               py::arg("left"), py::arg("vertical"), "Fill rgb [H, W, 3] with a picture of YCbCr 4:2:0.");
 }

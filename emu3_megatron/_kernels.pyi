@@ -142,9 +142,10 @@ def convert_420(
     luma: npt.NDArray[np.uint8],
     cb: npt.NDArray[np.uint8],
     cr: npt.NDArray[np.uint8],
+    rgb: npt.NDArray[np.uint8],
     *,
     coefficients: tuple[int, int, int, int, int, int],
     left: bool,
     vertical: int,
-) -> npt.NDArray[np.uint8]:
-    """A picture of YCbCr 4:2:0 as RGB, uint8 ``[H, W, 3]``, H and W even; planes may have padded rows."""
+) -> None:
+    """Fill `rgb`, uint8 ``[H, W, 3]``, H and W even, with a picture of YCbCr 4:2:0; planes may be padded."""

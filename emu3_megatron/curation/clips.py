@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from emu3_megatron.curation.frames import SOURCE, Picture, info_of
+from emu3_megatron.curation.frames import SOURCE, Picture, open_video
 from emu3_megatron.curation.pool import Handler
 from emu3_megatron.curation.scoring import Announce, Key
 from emu3_megatron.curation.units import Score, Unit
 from emu3_megatron.errors import one_line
-from emu3_megatron.media import MediaError, VideoInfo, write_mp4
+from emu3_megatron.media import MediaError, OpenVideo, write_mp4
 
 
 @dataclass(frozen=True)
@@ -62,18 +62,19 @@ class ClipWriter(Handler):
 def _write(task: ClipTask) -> str | None:
     """Write one clip; a fault that may pass is tried again by running the job again."""
     try:
-        info = info_of(task.source)
-        write_mp4(task.target, steady_frames(task.source, info, *task.frames), info.fps)
+        with open_video(task.source) as video:
+            write_mp4(task.target, steady_frames(video, *task.frames), video.info.fps)
     except MediaError as error:
         return one_line(error)
     return None
 
 
-def steady_frames(path: Path, info: VideoInfo, first: int, stop: int) -> Iterator[Picture]:
+def steady_frames(video: OpenVideo, first: int, stop: int) -> Iterator[Picture]:
     """Frames of a clip at the stream's average rate: what is on display at each instant, with square pixels.
 
     A stream with a constant rate gives each frame once.
     """
+    info = video.info
     rows, columns = info.upright_size
     size = None if info.pixel_aspect == 1.0 else (rows, max(1, round(columns * info.pixel_aspect)))
     times = info.timestamps[first:stop] - info.timestamps[first]
@@ -82,7 +83,7 @@ def steady_frames(path: Path, info: VideoInfo, first: int, stop: int) -> Iterato
     shown = np.maximum(np.searchsorted(times, instants, side="right") - 1, 0)
     wanted = iter([*shown.tolist(), -1])
     following = next(wanted)
-    for place, picture in enumerate(SOURCE.stream(path, info, first=first, stop=stop, size=size)):
+    for place, picture in enumerate(SOURCE.stream(video, first=first, stop=stop, size=size)):
         while following == place:
             yield picture
             following = next(wanted)

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emu3_megatron.curation.units import Unit
-from emu3_megatron.media import VideoInfo, decode_image, probe_video
+from emu3_megatron.media import OpenVideo, VideoInfo, decode_image, probe_video
 from emu3_megatron.media.sources import PyAVSource
 
 Picture = npt.NDArray[np.uint8]
@@ -34,6 +34,11 @@ def info_of(path: Path) -> VideoInfo:
     return probe_video(path)
 
 
+def open_video(path: Path) -> OpenVideo:
+    """The file, to take frames from, without another probe. Raises `MediaError` and `OSError`."""
+    return OpenVideo(path, info_of(path))
+
+
 def frame_range(unit: Unit, info: VideoInfo) -> tuple[int, int]:
     """First frame of a clip or video, and the one after the last."""
     return unit.frames if unit.frames is not None else (0, info.frame_count)
@@ -50,7 +55,8 @@ def small_size(
 
 def clip_frames(unit: Unit, indices: list[int], size: tuple[int, int] | None = None) -> Picture:
     """Frames of a clip by their places in the video, uint8 ``[T, H, W, 3]``."""
-    return SOURCE.frames(unit.file, info_of(unit.file), indices, size=size)
+    with open_video(unit.file) as video:
+        return SOURCE.frames(video, indices, size=size)
 
 
 def spread(first: int, stop: int, count: int) -> list[int]:
@@ -69,8 +75,8 @@ def pictures_of(unit: Unit, count: int) -> list[Picture]:
 @lru_cache(maxsize=1)
 def _spread_frames(path: Path, frames: tuple[int, int], count: int) -> Picture:
     """Frames of a clip; kept, because quality and duplicates look at the same three."""
-    info = info_of(path)
-    return SOURCE.frames(path, info, spread(*frames, count))
+    with open_video(path) as video:
+        return SOURCE.frames(video, spread(*frames, count))
 
 
 def resize(picture: Picture, *, shorter_edge: int | None = None, longer_edge: int | None = None) -> Picture:

@@ -15,10 +15,10 @@ from scenedetect.detector import FlashFilter
 from scenedetect.detectors import ContentDetector, ThresholdDetector
 
 from emu3_megatron.curation.config import SceneConfig
-from emu3_megatron.curation.frames import SOURCE, info_of, small_size
+from emu3_megatron.curation.frames import SOURCE, open_video, small_size
 from emu3_megatron.curation.units import KEEP, Decision, Score, SplittingStage, Unit, drop
 from emu3_megatron.errors import UserError
-from emu3_megatron.media import VideoInfo
+from emu3_megatron.media import OpenVideo
 
 DETECTOR_WIDTH = 256
 """Pixels across of the frames that PySceneDetect sees; it shrinks wider ones itself."""
@@ -42,10 +42,9 @@ class SceneStage(SplittingStage):
 
     def score(self, unit: Unit) -> Score:
         """Per frame: the change and the level, or the probability of a transition."""
-        info = info_of(unit.file)
-        curves = (
-            _transnet(unit, info) if self._config.detector == "transnetv2" else _pyscenedetect(unit, info)
-        )
+        curves_of = _transnet if self._config.detector == "transnetv2" else _pyscenedetect
+        with open_video(unit.file) as video:
+            info, curves = video.info, curves_of(video)
         return {"seconds": [round(float(t), 6) for t in info.timestamps], "fps": info.fps, **curves}
 
     def decide(self, unit: Unit, score: Score) -> Decision:
@@ -119,13 +118,12 @@ class _Change(ContentDetector):
         return float(self._calculate_frame_score(timecode, picture))
 
 
-def _pyscenedetect(unit: Unit, info: VideoInfo) -> dict[str, list[float]]:
+def _pyscenedetect(video: OpenVideo) -> dict[str, list[float]]:
     """Change and level of each frame."""
     detector = _Change()
     change, level = [], []
-    for place, picture in enumerate(
-        SOURCE.stream(unit.file, info, size=small_size(info, width=DETECTOR_WIDTH))
-    ):
+    info = video.info
+    for place, picture in enumerate(SOURCE.stream(video, size=small_size(info, width=DETECTOR_WIDTH))):
         bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
         change.append(round(detector.measure(FrameTimecode(place, fps=info.fps), bgr), 3))
         level.append(round(float(bgr.mean()), 3))
@@ -188,11 +186,11 @@ def _transnet_model() -> Any:
     return TransNetV2(device="cpu").eval()
 
 
-def _transnet(unit: Unit, info: VideoInfo) -> dict[str, list[float]]:
+def _transnet(video: OpenVideo) -> dict[str, list[float]]:
     """Probability of a transition at each frame."""
     import torch
 
-    frames = np.stack(list(SOURCE.stream(unit.file, info, size=TRANSNET_SIZE)))
+    frames = np.stack(list(SOURCE.stream(video, size=TRANSNET_SIZE)))
     single, _ = _transnet_model().predict_frames(torch.from_numpy(frames), quiet=True)
     return {"transition": [round(float(value), 4) for value in single]}
 

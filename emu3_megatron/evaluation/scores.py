@@ -17,7 +17,7 @@ from emu3_megatron.evaluation.models import Clip, Detector, crop
 from emu3_megatron.evaluation.objects import Found, check, objects_by_class, summary
 from emu3_megatron.evaluation.tasks import Task
 from emu3_megatron.files import atomic_write, json_lines
-from emu3_megatron.media import decode_image, frame_source, probe_video
+from emu3_megatron.media import OpenVideo, decode_image, frame_source
 from emu3_megatron.samples import Checker
 from emu3_megatron.samples.world import WorldConfig
 
@@ -74,8 +74,9 @@ def sample_world(folder: Path, tasks: Sequence[Task], world: str) -> Scores:
     marks: dict[str, list[bool]] = {}
     for task, path in tqdm(files_of(folder, tasks), desc="checker", disable=None):
         if task.video:
-            info = probe_video(path)
-            reading = checker.read_clip(frame_source().frames(path, info, range(info.frame_count)))
+            with OpenVideo(path) as video:
+                frames = frame_source().frames(video, range(video.info.frame_count))
+            reading = checker.read_clip(frames)
         else:
             reading = checker.read_image(decode_image(path))
         for name, wanted in task.about["attributes"].items():

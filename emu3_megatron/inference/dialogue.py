@@ -16,6 +16,7 @@ from emu3_megatron.inference.tasks import CAPTION_SAMPLING, Generator, Progress
 from emu3_megatron.media import (
     ClipRule,
     MediaError,
+    OpenVideo,
     Preprocessor,
     ResizeRule,
     VideoInfo,
@@ -106,10 +107,12 @@ class MediaReader:
         factor = self._vision.temporal_factor
         if frames < factor or frames % factor:
             raise UserError(f"frames={frames} must be a multiple of {factor}, the temporal factor")
-        info = self.probe(media)
-        clip = ClipRule(frames=frames, fps=fps).select(info)
+        with OpenVideo(media) as opened:
+            info = opened.info
+            self._check(*info.upright_size)
+            clip = ClipRule(frames=frames, fps=fps).select(info)
+            pictures = frame_source().frames(opened, clip.indices)
         geometry = self._rule.plan(*info.upright_size, pixel_aspect=info.pixel_aspect)
-        pictures = frame_source().frames(media, info, clip.indices)
         (pixels_TCHW,) = self._preprocessor([pictures], [geometry])
         return self._generator.encode_clip(pixels_TCHW, clip.fps, clip.seconds)
 

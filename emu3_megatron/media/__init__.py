@@ -7,9 +7,10 @@ from emu3_megatron.media.geometry import BoundedResizeRule, Geometry, ResizeRule
 from emu3_megatron.media.images import decode_image, decode_images, image_dimensions
 from emu3_megatron.media.load import load_clip, load_stills
 from emu3_megatron.media.preprocess import Preprocessor, to_uint8
-from emu3_megatron.media.probe import VideoInfo, probe_video
+from emu3_megatron.media.probe import VideoInfo
 from emu3_megatron.media.selection import Clip, ClipRule, Interval, frame_range
 from emu3_megatron.media.sources import FrameSource, frame_source
+from emu3_megatron.media.video import OpenVideo, probe_video
 from emu3_megatron.media.write import write_mp4, write_png
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Media",
     "MediaError",
     "MediaFolder",
+    "OpenVideo",
     "Preprocessor",
     "ResizeRule",
     "VideoInfo",

@@ -68,32 +68,38 @@ class RGBConverter:
         """Whether the next frame of the same kind goes through the kernel alone."""
         return len(self._sitings) == 1
 
-    def __call__(self, frame: Any, size: tuple[int, int] | None = None) -> Picture:
-        """A PyAV frame as RGB, uint8 ``[H, W, 3]``, as FFmpeg converts it with `CONVERTER_FLAGS`.
+    def __call__(self, frame: Any, rgb: Picture) -> None:
+        """Fill `rgb` with a PyAV frame as FFmpeg converts it with `CONVERTER_FLAGS`.
 
         Args:
             frame: the frame.
-            size: rows and columns to scale to as it is converted, averaging over what falls away.
+            rgb: uint8 ``[H, W, 3]``, contiguous. Where its size is not the frame's, the frame is scaled as it
+                is converted, averaging over what falls away.
         """
-        if size is not None:
-            return self._by_ffmpeg(frame, width=size[1], height=size[0])
+        if rgb.shape[:2] != (frame.height, frame.width):
+            self._by_ffmpeg(frame, rgb)
+            return
         kind = (frame.format.name, frame.width, frame.height, frame.colorspace, frame.color_range)
         if kind != self._kind:
             self._kind, self._sitings = kind, SITINGS if _suits_kernel(frame) else ()
         if self.uses_kernel:
-            return _by_kernel(frame, self._sitings[0], 0, frame.height)
-        picture = self._by_ffmpeg(frame)
+            _by_kernel(frame, self._sitings[0], 0, rgb)
+            return
+        self._by_ffmpeg(frame, rgb)
         # A flat picture is alike in several ways; the next one decides.
-        self._sitings = tuple(siting for siting in self._sitings if _is_alike(frame, siting, picture))
-        return picture
+        self._sitings = tuple(siting for siting in self._sitings if _is_alike(frame, siting, rgb))
 
-    def _by_ffmpeg(self, frame: Any, **size: int) -> Picture:
+    def _by_ffmpeg(self, frame: Any, rgb: Picture) -> None:
         """FFmpeg's conversion."""
         converted: Any = self._scaler.reformat(
-            frame, format="rgb24", interpolation=CONVERTER_FLAGS, threads=1, **size
+            frame,
+            format="rgb24",
+            width=rgb.shape[1],
+            height=rgb.shape[0],
+            interpolation=CONVERTER_FLAGS,
+            threads=1,
         )
-        picture: Picture = converted.to_ndarray()
-        return picture
+        rgb[...] = converted.to_ndarray()
 
 
 def _suits_kernel(frame: Any) -> bool:
@@ -106,16 +112,19 @@ def _suits_kernel(frame: Any) -> bool:
 def _is_alike(frame: Any, siting: tuple[bool, int], picture: Picture) -> bool:
     """Whether the kernel gives `picture`: asked in a stripe at mid-height first, then everywhere."""
     first = frame.height // 4 * 2
-    stop = min(first + STRIPE_ROWS, frame.height)
-    stripe = _by_kernel(frame, siting, first, stop)[2:-2]  # its edges lack the chroma of their neighbours
-    if not np.array_equal(stripe, picture[first + 2 : stop - 2]):
+    stripe = np.empty_like(picture[first : first + STRIPE_ROWS])
+    _by_kernel(frame, siting, first, stripe)
+    inner = slice(2, len(stripe) - 2)  # the edges lack the chroma of their neighbours
+    if not np.array_equal(stripe[inner], picture[first : first + STRIPE_ROWS][inner]):
         return False
-    return np.array_equal(_by_kernel(frame, siting, 0, frame.height), picture)
+    whole = np.empty_like(picture)
+    _by_kernel(frame, siting, 0, whole)
+    return np.array_equal(whole, picture)
 
 
-def _by_kernel(frame: Any, siting: tuple[bool, int], first: int, stop: int) -> Picture:
-    """The kernel's conversion of some rows, from an even one to before an even one."""
-    width, name = frame.width, frame.format.name
+def _by_kernel(frame: Any, siting: tuple[bool, int], first: int, rgb: Picture) -> None:
+    """The kernel's conversion of as many rows as `rgb` has, an even number, from an even one on."""
+    width, name, stop = frame.width, frame.format.name, first + len(rgb)
     luma, cb, cr = (
         np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
             first // factor : stop // factor, : width // factor
@@ -124,4 +133,5 @@ def _by_kernel(frame: Any, siting: tuple[bool, int], first: int, stop: int) -> P
     )
     full_range = int(frame.color_range) == 2 or name.startswith("yuvj")
     coefficients = kernel_coefficients(matrix_name(int(frame.colorspace), name), full_range)
-    return _kernels.convert_420(luma, cb, cr, coefficients=coefficients, left=siting[0], vertical=siting[1])
+    left, vertical = siting
+    _kernels.convert_420(luma, cb, cr, rgb, coefficients=coefficients, left=left, vertical=vertical)

@@ -11,9 +11,9 @@ from emu3_megatron.media.files import Media
 from emu3_megatron.media.geometry import fixed_geometry
 from emu3_megatron.media.images import decode_images
 from emu3_megatron.media.preprocess import Preprocessor
-from emu3_megatron.media.probe import probe_video
 from emu3_megatron.media.selection import ClipRule
 from emu3_megatron.media.sources import FrameSource, frame_source
+from emu3_megatron.media.video import OpenVideo
 
 
 def load_stills(
@@ -73,8 +73,9 @@ def load_clip(
     """
     rule = ClipRule(frames=frames, fps=fps, position=position)
     try:
-        info = probe_video(path)
-        pictures = (source or frame_source()).frames(path, info, rule.select(info).indices)
+        with OpenVideo(path) as video:
+            info = video.info
+            pictures = (source or frame_source()).frames(video, rule.select(info).indices)
     except MediaError as error:
         raise MediaError(f"{_name(path)}: {error}") from error
     geometry = fixed_geometry(*info.upright_size, size, pixel_aspect=info.pixel_aspect)

@@ -7,10 +7,11 @@ state their rotation.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -18,7 +19,6 @@ import numpy.typing as npt
 
 from emu3_megatron.media.color import matrix_name
 from emu3_megatron.media.errors import MediaError
-from emu3_megatron.media.files import Media, open_media
 
 MAX_FRAME_PIXELS = 1 << 26
 """A frame larger than this (8192 x 8192) is refused before memory is taken for it."""
@@ -57,7 +57,7 @@ class VideoInfo:
     pts: npt.NDArray[np.int64]
     """Presentation time stamps in ticks of the frames that a player shows, ascending, int64 ``[N]``."""
     ordinal: bool
-    """True where the container has no time stamps: `pts` then counts frames in decoding order."""
+    """True where frames bear no time stamps, or wrong ones, and are known by their place alone."""
 
     @property
     def frame_count(self) -> int:
@@ -88,28 +88,33 @@ class VideoInfo:
         return (self.width, self.height) if turned else (self.height, self.width)
 
 
-def probe_video(media: Media) -> VideoInfo:
-    """Read the packets of the first video stream of `media`, and decode one frame.
+class _Packet(NamedTuple):
+    """What is kept of a packet that yields a frame."""
 
-    Raises:
-        MediaError: not a video, damaged, without frames, or with fewer frames than the container promises.
-        OSError: a fault of the file system that may pass.
-    """
-    with open_media(media) as stream:
-        try:
-            with av.open(stream, metadata_errors="replace") as container:
-                return _probe(container)
-        except av.FFmpegError as error:
-            raise MediaError(f"cannot be read as video: {_reason(error)}") from error
+    pts: int | None
+    is_discard: bool
+    is_corrupt: bool
+    is_keyframe: bool
 
 
-def _reason(error: Any) -> str:
-    """FFmpeg's words alone, without its error number and the name of the stream object."""
-    return str(getattr(error, "strerror", None) or error).split(";")[0]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Packets:
+    """What a pass over the packets of a stream tells."""
+
+    pts: npt.NDArray[np.int64]
+    """As `VideoInfo.pts`."""
+    time_base: Fraction
+    """Seconds per tick."""
+    ordinal: bool
+    """As `VideoInfo.ordinal`."""
+    opening: tuple[int | None, ...]
+    """The `position` of the first packet."""
+    second_key: float
+    """Time stamp of the second key frame; infinite where there is none."""
 
 
-def _probe(container: Any) -> VideoInfo:
-    """Probe an open container; see `probe_video`."""
+def check_stream(container: Any) -> Any:
+    """Return the first video stream, if its header allows decoding."""
     if not container.streams.video:
         raise MediaError("has no video stream")
     video = container.streams.video[0]
@@ -120,14 +125,41 @@ def _probe(container: Any) -> VideoInfo:
         raise MediaError(
             f"claims frames of {context.width}x{context.height} pixels, more than {MAX_FRAME_PIXELS} in all"
         )
-    packets = [p for p in container.demux(video) if p.size and _is_shown(p, context.codec.canonical_name)]
+    return video
+
+
+def read_packets(container: Any) -> Packets:
+    """Read an open container to its end, and check that it is whole.
+
+    Raises:
+        MediaError: see `OpenVideo.info`.
+    """
+    video = container.streams.video[0]
+    codec = video.codec_context.codec.canonical_name
+    opening: tuple[int | None, ...] = ()
+    packets = []
+    for packet in container.demux(video):
+        opening = opening or position(packet)
+        if packet.size and _is_shown(packet, codec):
+            packets.append(_Packet(packet.pts, packet.is_discard, packet.is_corrupt, packet.is_keyframe))
     _check_complete(container, video, packets)
-    pts, time_base, ordinal = _frame_table(video, packets)
-    frame = _first_frame(container, video)
+    pts, time_base, ordinal = _frame_table(container, video, packets)
+    keys = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
+    second_key = keys[1] if len(keys) > 1 else math.inf
+    return Packets(pts=pts, time_base=time_base, ordinal=ordinal, opening=opening, second_key=second_key)
+
+
+def position(packet: Any) -> tuple[int | None, ...]:
+    """What tells a packet from the others of its file."""
+    return packet.pos, packet.dts, packet.pts, packet.size
+
+
+def describe(video: Any, packets: Packets, frame: Any) -> VideoInfo:
+    """Put together what packets and the first frame tell of a stream."""
     aspect = float(video.sample_aspect_ratio or 1) or 1.0
     rotation = round(frame.rotation / 90) % 4 * 90
     return VideoInfo(
-        codec=context.codec.canonical_name,
+        codec=video.codec_context.codec.canonical_name,
         width=frame.width,
         height=frame.height,
         pixel_format=frame.format.name,
@@ -135,9 +167,9 @@ def _probe(container: Any) -> VideoInfo:
         pixel_aspect=1 / aspect if rotation in (90, 270) else aspect,
         matrix=matrix_name(int(frame.colorspace), frame.format.name),
         full_range=int(frame.color_range) == 2 or frame.format.name.startswith("yuvj"),
-        time_base=time_base,
-        pts=pts,
-        ordinal=ordinal,
+        time_base=packets.time_base,
+        pts=packets.pts,
+        ordinal=packets.ordinal,
     )
 
 
@@ -146,7 +178,7 @@ def _is_shown(packet: Any, codec: str) -> bool:
     return codec != "vp8" or bool(bytes(packet)[0] & 0x10)
 
 
-def _check_complete(container: Any, video: Any, packets: list[Any]) -> None:
+def _check_complete(container: Any, video: Any, packets: list[_Packet]) -> None:
     """Refuse a stream with damaged packets, or shorter than its container says."""
     if not packets:
         raise MediaError("has a video stream without frames")
@@ -182,8 +214,10 @@ def _promised_seconds(container: Any, video: Any) -> tuple[float | None, float]:
     return None, 0.0
 
 
-def _frame_table(video: Any, packets: list[Any]) -> tuple[npt.NDArray[np.int64], Fraction, bool]:
-    """Time stamps of the shown frames, seconds per tick, and whether they are only ordinals."""
+def _frame_table(
+    container: Any, video: Any, packets: list[_Packet]
+) -> tuple[npt.NDArray[np.int64], Fraction, bool]:
+    """Time stamps of the shown frames, seconds per tick, and whether frames must be counted."""
     kept = [packet for packet in packets if not packet.is_discard]  # an edit list cuts the others away
     if not kept:
         raise MediaError("has no frame that its edit list shows")
@@ -191,13 +225,6 @@ def _frame_table(video: Any, packets: list[Any]) -> tuple[npt.NDArray[np.int64],
         rate = video.average_rate or video.guessed_rate or Fraction(25)
         return np.arange(len(packets), dtype=np.int64), 1 / Fraction(rate), True
     stamps = np.array(sorted({packet.pts for packet in kept}), dtype=np.int64)
-    return stamps, Fraction(video.time_base), False
-
-
-def _first_frame(container: Any, video: Any) -> Any:
-    """Decode one frame from the start, without threads, which take longer to start than this."""
-    video.codec_context.thread_count = 1
-    container.seek(0)
-    for frame in container.decode(video):
-        return frame
-    raise MediaError("has no frame that can be decoded")
+    # AVI stamps packets in the order of decoding; frames that come in another order keep the wrong stamps.
+    counted = container.format.name == "avi" and video.codec_context.has_b_frames > 0
+    return stamps, Fraction(video.time_base), counted and len(stamps) == len(kept)

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
 
-import av
 import numpy as np
 import numpy.typing as npt
 
@@ -19,8 +18,9 @@ from emu3_megatron.media import dali
 from emu3_megatron.media.color import correct_matrix
 from emu3_megatron.media.convert import RGBConverter
 from emu3_megatron.media.errors import MediaError
-from emu3_megatron.media.files import Media, open_media, read_media
+from emu3_megatron.media.files import read_media
 from emu3_megatron.media.probe import VideoInfo
+from emu3_megatron.media.video import OpenVideo
 
 Frames = npt.NDArray[np.uint8]
 """RGB frames, uint8 ``[T, H, W, 3]``, upright."""
@@ -36,7 +36,7 @@ DALI_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 
 
 class FrameSource(Protocol):
-    """Reads exact frames of a probed video."""
+    """Reads exact frames of a video."""
 
     name: str
     """Goes into a dataset's provenance."""
@@ -45,8 +45,8 @@ class FrameSource(Protocol):
         """Whether this source decodes such a stream."""
         ...
 
-    def frames(self, media: Media, info: VideoInfo, indices: Sequence[int]) -> Frames:
-        """Decode the frames at `indices` of ``info.pts`` (ascending, repeats allowed).
+    def frames(self, video: OpenVideo, indices: Sequence[int]) -> Frames:
+        """Decode the frames at `indices` of ``video.info.pts`` (ascending, repeats allowed).
 
         Raises:
             MediaError: a wanted frame is missing or damaged.
@@ -60,43 +60,33 @@ class PyAVSource:
 
     name = f"pyav {version('av')}"
 
-    def __init__(self, *, threads: int = 1) -> None:
-        """Decode with this many threads a file."""
-        self._threads = threads
-
     def supports(self, info: VideoInfo) -> bool:
         """Everything that could be probed."""
         return True
 
     def frames(
-        self,
-        media: Media,
-        info: VideoInfo,
-        indices: Sequence[int],
-        *,
-        size: tuple[int, int] | None = None,
+        self, video: OpenVideo, indices: Sequence[int], *, size: tuple[int, int] | None = None
     ) -> Frames:
         """See `FrameSource.frames`; with `size` (rows, columns, upright) the frames are scaled as they are
         converted, for whoever needs many small ones."""
-        _check_indices(info, indices)
-        wanted = {int(info.pts[i]) for i in indices}
-        try:
-            found = self._decode(media, info, wanted, size, seek=min(indices) > 0 and not info.ordinal)
-            if found.keys() != wanted:
-                # Some containers lie about key frames: transport streams, open groups, fragments.
-                found = self._decode(media, info, wanted, size, seek=False)
-        except av.FFmpegError as error:
-            raise MediaError(f"cannot be decoded: {error.strerror or error}") from error
-        if found.keys() != wanted:
+        _check_indices(video.info, indices)
+        places = sorted(set(indices))
+        pictures = np.empty((len(places), *_coded_size(video.info, size), 3), np.uint8)
+        entry = video.entry(places[0])
+        found = _decode(video, places, pictures, entry)
+        if found < len(places) and entry is not None:
+            # Some containers lie about key frames: transport streams, open groups, fragments.
+            found = _decode(video, places, pictures, None)
+        if found < len(places):
             raise MediaError(
-                f"is damaged: {len(wanted) - len(found)} of {len(wanted)} chosen frames do not decode"
+                f"is damaged: {len(places) - found} of {len(places)} chosen frames do not decode"
             )
-        return np.stack([found[int(info.pts[i])] for i in indices])
+        chosen = pictures if len(places) == len(indices) else pictures[np.searchsorted(places, indices)]
+        return _upright(chosen, video.info)
 
     def stream(
         self,
-        media: Media,
-        info: VideoInfo,
+        video: OpenVideo,
         *,
         first: int = 0,
         stop: int | None = None,
@@ -108,81 +98,79 @@ class PyAVSource:
             MediaError: a frame is missing or damaged; frames before it have been given.
             OSError: a fault of the file system that may pass.
         """
+        info = video.info
         stop = info.frame_count if stop is None else stop
         given = first
-        for seek in ([True] if first > 0 and not info.ordinal else []) + [False]:
+        entry = video.entry(first)
+        for start in (entry,) if entry is None else (entry, None):
             try:
-                for frame in self._stream(media, info, given, stop, size, seek=seek):
-                    yield frame
+                for picture in _stream(video, given, stop, size, start):
+                    yield picture
                     given += 1
-            except av.FFmpegError as error:
-                raise MediaError(f"cannot be decoded: {error.strerror or error}") from error
             except MediaError:
-                if not seek:
+                if start is None:
                     raise
             if given >= stop:
                 return
         raise MediaError(f"is damaged: frame {given} of {info.frame_count} does not decode")
 
-    def _stream(
-        self,
-        media: Media,
-        info: VideoInfo,
-        first: int,
-        stop: int,
-        size: tuple[int, int] | None,
-        *,
-        seek: bool,
-    ) -> Iterator[Frames]:
-        """Frames in order for as long as none is missing; after a seek the first may be."""
-        places = {int(stamp): place for place, stamp in enumerate(info.pts)}
-        convert = RGBConverter()
-        with open_media(media) as opened, av.open(opened, metadata_errors="replace") as container:
-            video = container.streams.video[0]
-            video.codec_context.thread_count = self._threads
-            if seek:
-                container.seek(int(info.pts[first]), stream=video, backward=True, any_frame=False)
-            for ordinal, frame in enumerate(container.decode(video)):
-                place = places.get(ordinal if info.ordinal else frame.pts, -1)
-                if frame.is_corrupt and not (seek and place < first):
-                    raise MediaError(
-                        f"is damaged: the decoder marks the frame at tick {frame.pts} as corrupt"
-                    )
-                if place > first:
-                    return
-                if place == first:
-                    yield _picture(frame, info, convert, size)
-                    first += 1
-                if first >= stop:
-                    return
 
-    def _decode(
-        self, media: Media, info: VideoInfo, wanted: set[int], size: tuple[int, int] | None, *, seek: bool
-    ) -> dict[int, Any]:
-        """Decode from the key frame before the first wanted stamp (or from the start) to the last one."""
-        last = max(wanted)
-        found: dict[int, Any] = {}
-        convert = RGBConverter()
-        with open_media(media) as stream, av.open(stream, metadata_errors="replace") as container:
-            video = container.streams.video[0]
-            video.codec_context.thread_count = self._threads
-            if seek:
-                container.seek(min(wanted), stream=video, backward=True, any_frame=False)
-            for ordinal, frame in enumerate(container.decode(video)):
-                if (
-                    frame.is_corrupt
-                ):  # so is all that refers to it; after a seek it may only lack its reference
-                    if seek:
-                        return {}
-                    raise MediaError(
-                        f"is damaged: the decoder marks the frame at tick {frame.pts} as corrupt"
-                    )
-                stamp = ordinal if info.ordinal else frame.pts
-                if stamp in wanted:
-                    found[stamp] = _picture(frame, info, convert, size)
-                if stamp is not None and stamp >= last and len(found) == len(wanted):
-                    break
-        return found
+def _decode(video: OpenVideo, places: Sequence[int], pictures: Frames, entry: int | None) -> int:
+    """Decode the frames at `places` into `pictures`, as coded; returns how many were found.
+
+    After a seek it gives up where the first of them is passed by, or a frame is damaged, which may only lack
+    what it refers to.
+    """
+    info, convert = video.info, RGBConverter()
+    missing = dict(zip(_names(info, places), pictures, strict=True))
+    first = next(iter(missing))
+    for name, frame in _named(video, entry):
+        if frame.is_corrupt:
+            if entry is not None:
+                break
+            raise _damaged(frame)
+        if name in missing:
+            _convert(frame, info, convert, missing.pop(name))
+        if not missing or (entry is not None and first in missing and name is not None and name > first):
+            break
+    return len(places) - len(missing)
+
+
+def _stream(
+    video: OpenVideo, first: int, stop: int, size: tuple[int, int] | None, entry: int | None
+) -> Iterator[Frames]:
+    """Frames in order for as long as none is missing; after a seek the first may be."""
+    info, convert = video.info, RGBConverter()
+    places = {name: place for place, name in enumerate(_names(info, range(info.frame_count)))}
+    for name, frame in _named(video, entry):
+        place = places.get(name, -1)
+        if frame.is_corrupt and not (entry is not None and place < first):
+            raise _damaged(frame)
+        if place > first:
+            return
+        if place == first:
+            picture = np.empty((*_coded_size(info, size), 3), np.uint8)
+            _convert(frame, info, convert, picture)
+            yield _upright(picture, info)
+            first += 1
+        if first >= stop:
+            return
+
+
+def _names(info: VideoInfo, places: Sequence[int]) -> list[int]:
+    """What decoded frames at these places are known by: their time stamps, or their number."""
+    return list(places) if info.ordinal else [int(info.pts[place]) for place in places]
+
+
+def _named(video: OpenVideo, entry: int | None) -> Iterator[tuple[Any, Any]]:
+    """Frames from an entry on, each with its name."""
+    for number, frame in enumerate(video.decode(entry)):
+        yield (number if video.info.ordinal else frame.pts), frame
+
+
+def _damaged(frame: Any) -> MediaError:
+    """The error for a frame that the decoder could only conceal; so is all that refers to it."""
+    return MediaError(f"is damaged: the decoder marks the frame at tick {frame.pts} as corrupt")
 
 
 class DALISource:
@@ -199,10 +187,11 @@ class DALISource:
         """Whether DALI has the codec on its device, and the container has time stamps."""
         return info.codec in self._codecs and info.pixel_format in DALI_PIXEL_FORMATS and not info.ordinal
 
-    def frames(self, media: Media, info: VideoInfo, indices: Sequence[int]) -> Frames:
+    def frames(self, video: OpenVideo, indices: Sequence[int]) -> Frames:
         """See `FrameSource.frames`."""
+        info = video.info
         _check_indices(info, indices)
-        encoded = np.frombuffer(read_media(media), np.uint8)
+        encoded = np.frombuffer(read_media(video.media), np.uint8)
         try:
             decoded = dali.decode_video(encoded, indices, self._device)
         except RuntimeError as error:
@@ -228,15 +217,15 @@ class AutomaticSource:
         """Everything that could be probed."""
         return True
 
-    def frames(self, media: Media, info: VideoInfo, indices: Sequence[int]) -> Frames:
+    def frames(self, video: OpenVideo, indices: Sequence[int]) -> Frames:
         """See `FrameSource.frames`."""
-        exact = self._device == "gpu" or info.matrix == "bt601"
-        if exact and self._dali.supports(info):
+        exact = self._device == "gpu" or video.info.matrix == "bt601"
+        if exact and self._dali.supports(video.info):
             try:
-                return self._dali.frames(media, info, indices)
+                return self._dali.frames(video, indices)
             except MediaError:
                 pass  # PyAV has the last word, and the better message
-        return self._pyav.frames(media, info, indices)
+        return self._pyav.frames(video, indices)
 
 
 def frame_source(name: str = "auto", *, device: str = "cpu") -> FrameSource:
@@ -264,15 +253,20 @@ def _check_indices(info: VideoInfo, indices: Sequence[int]) -> None:
         raise ValueError(f"frame indices {list(indices)} must lie in 0..{info.frame_count - 1}, at least one")
 
 
-def _picture(frame: Any, info: VideoInfo, convert: RGBConverter, size: tuple[int, int] | None) -> Frames:
-    """One PyAV frame as RGB, uint8 ``[H, W, 3]``, upright, refusing a change of size; `size` is upright."""
+def _coded_size(info: VideoInfo, size: tuple[int, int] | None) -> tuple[int, int]:
+    """Rows and columns before rotation of pictures that are `size` after it; the stream's own for None."""
+    if size is None:
+        return info.height, info.width
+    return size[::-1] if info.rotation in (90, 270) else size
+
+
+def _convert(frame: Any, info: VideoInfo, convert: RGBConverter, picture: Frames) -> None:
+    """Fill `picture` with a PyAV frame as RGB, refusing a change of size."""
     if (frame.height, frame.width) != (info.height, info.width):
         raise MediaError(
             f"changes size midway, from {info.width}x{info.height} to {frame.width}x{frame.height}"
         )
-    if size is not None and info.rotation in (90, 270):
-        size = size[::-1]
-    return _upright(convert(frame, size), info)
+    convert(frame, picture)
 
 
 def _upright(frames: Frames, info: VideoInfo) -> Frames:

@@ -21,10 +21,10 @@ from emu3_megatron.media import (
     Geometry,
     Media,
     MediaError,
+    OpenVideo,
     Preprocessor,
     decode_images,
     frame_source,
-    probe_video,
 )
 from emu3_megatron.tokenization.config import TokenizationConfig
 from emu3_megatron.tokenization.entries import BadEntry, Entry
@@ -152,11 +152,11 @@ class SampleDecoder:
 
     def _video(self, entry: Entry) -> _Pictures:
         """Choose and decode a video's frames."""
-        media = _load(entry)
-        info = probe_video(media)
-        clip = self._clip_rule.select(info, entry.interval)
-        geometry = self._rules["video"].plan(*info.upright_size, pixel_aspect=info.pixel_aspect)
-        return _Pictures(entry, self._source.frames(media, info, clip.indices), geometry, clip)
+        with OpenVideo(_load(entry)) as video:
+            info = video.info
+            clip = self._clip_rule.select(info, entry.interval)
+            geometry = self._rules["video"].plan(*info.upright_size, pixel_aspect=info.pixel_aspect)
+            return _Pictures(entry, self._source.frames(video, clip.indices), geometry, clip)
 
     @property
     def _preprocessor(self) -> Preprocessor:

@@ -9,10 +9,10 @@ import pytest
 
 from emu3_megatron.curation.config import CurationConfig, ProbeConfig, VideoConfig
 from emu3_megatron.curation.job import curate
-from emu3_megatron.media import frame_source, probe_video
+from emu3_megatron.media import probe_video
 from tests.curation.corpus import RATE, Frames, pan, write_manifest
 from tests.curation.test_job import read
-from tests.media.clips import decode_in_order, encode
+from tests.media.clips import decode_in_order, encode, read_frames
 
 ENCODERS: dict[str, tuple[str, dict[str, str]]] = {
     "h264.mp4": ("libx264", {}),
@@ -67,7 +67,7 @@ def test_every_codec_and_rotation_gives_the_same_clips(tmp_path: Path, scenes: F
             assert info.rotation == 0
             assert info.frame_count == SCENE
             assert info.upright_size == original.shape[1:3]
-            found = frame_source("pyav").frames(output / row["video"], info, range(SCENE)).astype(int)
+            found = read_frames("pyav", output / row["video"], range(SCENE)).astype(int)
             apart = [np.abs(found[:-1] - decoded[first + k : stop - 1 + k]).mean() for k in (0, 1)]
             assert apart[0] < 5.0, row["id"]
             assert apart[0] < apart[1] / 2, row["id"]  # they are these frames and not their neighbours

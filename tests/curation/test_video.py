@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 
 from emu3_megatron.curation.clips import steady_frames
 from emu3_megatron.curation.config import MotionConfig, SceneConfig, TextCoverageConfig
-from emu3_megatron.curation.frames import SOURCE, info_of, small_size
+from emu3_megatron.curation.frames import SOURCE, open_video, small_size
 from emu3_megatron.curation.motion import MotionStage
 from emu3_megatron.curation.ocr import TextCoverageStage
 from emu3_megatron.curation.scenes import SceneStage, transitions
 from emu3_megatron.curation.units import Unit
-from emu3_megatron.media import probe_video
+from emu3_megatron.media import OpenVideo
 from tests.curation.corpus import RATE, pan, write_videos
 from tests.media.clips import CLIPS, decode_in_order, encode, moving_picture
 
@@ -171,28 +171,29 @@ def test_text_in_the_picture(videos: dict[str, Path]) -> None:
 
 def test_streams_give_the_frames_of_a_plain_decode(tmp_path: Path, videos: dict[str, Path]) -> None:
     for path in (videos["bikes"], encode(tmp_path / "a.ts", moving_picture(30), rate=12)):
-        info = probe_video(path)
         expected = decode_in_order(path)
-        for first, stop in ((0, None), (17, 23)):
-            frames = list(SOURCE.stream(path, info, first=first, stop=stop))
-            assert len(frames) == len(expected[first:stop])
-            assert all(np.array_equal(a, b) for a, b in zip(frames, expected[first:stop], strict=True))
-        small = next(SOURCE.stream(path, info, size=small_size(info, width=64)))
-        assert small.shape[1] == 64
+        with OpenVideo(path) as video:
+            for first, stop in ((0, None), (17, 23)):
+                frames = list(SOURCE.stream(video, first=first, stop=stop))
+                assert len(frames) == len(expected[first:stop])
+                assert all(np.array_equal(a, b) for a, b in zip(frames, expected[first:stop], strict=True))
+            small = next(SOURCE.stream(video, size=small_size(video.info, width=64)))
+            assert small.shape[1] == 64
 
 
 def test_steady_frames_resample_a_variable_rate(tmp_path: Path) -> None:
     ticks = [0, 100, 200, 600, 700, 800]
     path = encode(tmp_path / "a.mkv", moving_picture(6), encoder="libx264", ticks=ticks)
-    info = info_of(path)
-    frames = list(steady_frames(path, info, 0, 6))
-    decoded = list(SOURCE.stream(path, info))
+    with open_video(path) as video:
+        frames = list(steady_frames(video, 0, 6))
+        decoded = list(SOURCE.stream(video))
     shown = [next(i for i, other in enumerate(decoded) if np.array_equal(frame, other)) for frame in frames]
     assert shown == sorted(shown)
     assert set(shown) >= {0, 2, 5}
     assert shown.count(2) > 1
     constant = encode(tmp_path / "b.mp4", moving_picture(9), rate=12)
-    assert len(list(steady_frames(constant, info_of(constant), 2, 8))) == 6
+    with open_video(constant) as video:
+        assert len(list(steady_frames(video, 2, 8))) == 6
 
 
 def test_a_part_of_a_video_is_scored_alone(videos: dict[str, Path]) -> None:

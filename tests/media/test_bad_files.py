@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from emu3_megatron.media import MediaError, decode_images, frame_source, probe_video
+from emu3_megatron.media import MediaError, OpenVideo, decode_images, frame_source, probe_video
 from emu3_megatron.media import files as media_files
 from tests.media.clips import CLIPS, PHOTOGRAPHS, encode, encode_image, moving_picture
 
@@ -22,8 +22,8 @@ NOBODY = 65534
 
 
 def use_video(path: Path, indices: tuple[int, ...] | None = None) -> None:
-    info = probe_video(path)
-    frame_source("auto").frames(path, info, indices or range(info.frame_count))
+    with OpenVideo(path) as video:
+        frame_source("auto").frames(video, indices or range(video.info.frame_count))
 
 
 def test_bad_paths(tmp_path: Path) -> None:
