@@ -58,7 +58,7 @@ class VideoInfo:
     ordinal: bool
     """True where frames bear no time stamps, or wrong ones, and are known by their place alone."""
     key_frames: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
-    """Places in `pts` where decoding can begin, says the container; ascending, 0 among them; int64 ``[K]``."""
+    """Places in `pts` where decoding can begin, as the container says, ascending from 0 on, int64 ``[K]``."""
 
     @property
     def frame_count(self) -> int:

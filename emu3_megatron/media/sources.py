@@ -226,14 +226,13 @@ class DALISource:
 
 
 class AutomaticSource:
-    """DALI for what it decodes with the stream's own colours, PyAV for the rest and where DALI fails."""
+    """NVDEC for what it decodes, PyAV for the rest and where NVDEC fails."""
 
-    def __init__(self, *, device: str = "cpu") -> None:
-        """Decode on ``cpu`` or ``gpu``."""
-        self._dali = DALISource(device=device)
+    def __init__(self) -> None:
+        """Decode on the GPU."""
+        self._dali = DALISource(device="gpu")
         self._pyav = PyAVSource()
-        self._device = device
-        self.name = f"auto ({self._dali.name} on {device}, {self._pyav.name})"
+        self.name = f"auto ({self._dali.name} on gpu, {self._pyav.name})"
 
     def supports(self, info: VideoInfo) -> bool:
         """Everything that could be probed."""
@@ -241,8 +240,7 @@ class AutomaticSource:
 
     def frames(self, video: OpenVideo, indices: Sequence[int]) -> Frames:
         """See `FrameSource.frames`."""
-        exact = self._device == "gpu" or video.info.matrix == "bt601"
-        if exact and self._dali.supports(video.info):
+        if self._dali.supports(video.info):
             try:
                 return self._dali.frames(video, indices)
             except MediaError:
@@ -254,17 +252,17 @@ def frame_source(name: str = "auto", *, device: str = "cpu") -> FrameSource:
     """Make a source by name.
 
     Args:
-        name: ``auto``, ``dali`` or ``pyav``.
+        name: ``dali``, ``pyav``, or ``auto``: DALI where it is the cheaper one, which is on a GPU.
         device: ``cpu`` or ``gpu``, for DALI.
 
     Raises:
         ValueError: another name, or a GPU where DALI sees none.
     """
-    if name == "auto":
-        return AutomaticSource(device=device)
     if name == "dali":
         return DALISource(device=device)
-    if name == "pyav":
+    if name == "auto" and dali.check_device(device) == "gpu":
+        return AutomaticSource()
+    if name in ("auto", "pyav"):
         return PyAVSource()
     raise ValueError(f"unknown frame source {name!r}; choose auto, dali or pyav")
 
