@@ -15,7 +15,7 @@ struct Plane {
     const uint8_t* row(int64_t number) const { return data + number * stride; }
 };
 
-// Fixed-point coefficients of 13 bits.
+// Fixed-point coefficients of 13 bits; each fits into 16, with its sign.
 struct ColorRule {
     int32_t luma_offset, luma, cr_red, cr_green, cb_green, cb_blue;
 };

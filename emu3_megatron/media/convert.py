@@ -2,16 +2,18 @@
 
 FFmpeg's accurate path has no vector code for interleaved RGB and takes longer than many decoders. The kernel
 computes in its arithmetic. It needs to know where the stream's chroma samples lie, which PyAV does not tell;
-so it is tried in every way on the first frame and used in the one way that gives FFmpeg's bytes; where there
-is none, FFmpeg goes on.
+so it is tried in every way on a part of the first frame and used in the one way that gives FFmpeg's bytes;
+where there is none, FFmpeg goes on.
 """
 
 from __future__ import annotations
 
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from av.filter import Graph
 from av.video.reformatter import VideoReformatter
 
 from emu3_megatron import _kernels
@@ -27,7 +29,7 @@ SITINGS = tuple((left, vertical) for left in (True, False) for vertical in (0, -
 """Places of chroma samples: in the left column or between; between the rows, in the upper or in the lower."""
 
 STRIPE_ROWS = 32
-"""Rows on which a place of chroma is tried before the whole picture."""
+"""Rows on which the places of chroma are tried."""
 
 KERNEL_FORMATS = ("yuv420p", "yuvj420p")
 """Pixel formats that the kernel converts."""
@@ -82,12 +84,26 @@ class RGBConverter:
         kind = (frame.format.name, frame.width, frame.height, frame.colorspace, frame.color_range)
         if kind != self._kind:
             self._kind, self._sitings = kind, SITINGS if _suits_kernel(frame) else ()
+        if len(self._sitings) > 1:
+            # A flat picture is alike in several ways; the next one decides.
+            self._sitings = self._alike(frame)
         if self.uses_kernel:
             _by_kernel(frame, self._sitings[0], 0, rgb)
-            return
-        self._by_ffmpeg(frame, rgb)
-        # A flat picture is alike in several ways; the next one decides.
-        self._sitings = tuple(siting for siting in self._sitings if _is_alike(frame, siting, rgb))
+        else:
+            self._by_ffmpeg(frame, rgb)
+
+    def _alike(self, frame: Any) -> tuple[tuple[bool, int], ...]:
+        """The places of chroma with which the kernel gives FFmpeg's bytes, in a stripe at mid-height."""
+        rows = min(STRIPE_ROWS, frame.height)
+        first = (frame.height - rows) // 4 * 2
+        expected = np.empty((rows, frame.width, 3), np.uint8)
+        self._by_ffmpeg(_stripe(frame, first, rows), expected)
+        found, alike = np.empty_like(expected), []
+        for siting in self._sitings:
+            _by_kernel(frame, siting, first, found)
+            if np.array_equal(found, expected):
+                alike.append(siting)
+        return tuple(alike)
 
     def _by_ffmpeg(self, frame: Any, rgb: Picture) -> None:
         """FFmpeg's conversion."""
@@ -109,17 +125,19 @@ def _suits_kernel(frame: Any) -> bool:
     return even and frame.format.name in KERNEL_FORMATS and matrix in LUMA_WEIGHTS
 
 
-def _is_alike(frame: Any, siting: tuple[bool, int], picture: Picture) -> bool:
-    """Whether the kernel gives `picture`: asked in a stripe at mid-height first, then everywhere."""
-    first = frame.height // 4 * 2
-    stripe = np.empty_like(picture[first : first + STRIPE_ROWS])
-    _by_kernel(frame, siting, first, stripe)
-    inner = slice(2, len(stripe) - 2)  # the edges lack the chroma of their neighbours
-    if not np.array_equal(stripe[inner], picture[first : first + STRIPE_ROWS][inner]):
-        return False
-    whole = np.empty_like(picture)
-    _by_kernel(frame, siting, 0, whole)
-    return np.array_equal(whole, picture)
+def _stripe(frame: Any, first: int, rows: int) -> Any:
+    """Some rows of a frame as a frame, which keeps all that FFmpeg knows of it and copies nothing."""
+    graph = Graph()
+    source = graph.add_buffer(
+        width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)
+    )
+    crop = graph.add("crop", f"{frame.width}:{rows}:0:{first}")
+    sink = graph.add("buffersink")
+    source.link_to(crop)
+    crop.link_to(sink)
+    graph.configure()
+    graph.push(frame)
+    return graph.pull()
 
 
 def _by_kernel(frame: Any, siting: tuple[bool, int], first: int, rgb: Picture) -> None:

@@ -7,11 +7,10 @@ state their rotation.
 
 from __future__ import annotations
 
-import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import av
 import numpy as np
@@ -58,6 +57,8 @@ class VideoInfo:
     """Presentation time stamps in ticks of the frames that a player shows, ascending, int64 ``[N]``."""
     ordinal: bool
     """True where frames bear no time stamps, or wrong ones, and are known by their place alone."""
+    key_frames: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
+    """Places in `pts` where decoding can begin, as the container says, ascending from 0 on, int64 ``[K]``."""
 
     @property
     def frame_count(self) -> int:
@@ -68,6 +69,10 @@ class VideoInfo:
     def timestamps(self) -> npt.NDArray[np.float64]:
         """Seconds from the first frame to each frame, float64 ``[N]``."""
         return (self.pts - self.pts[0]) * float(self.time_base)
+
+    def key_frame(self, place: int) -> int:
+        """Place of the key frame with which decoding begins for the frame at `place`."""
+        return int(self.key_frames[np.searchsorted(self.key_frames, place, side="right") - 1])
 
     @property
     def fps(self) -> float:
@@ -88,29 +93,20 @@ class VideoInfo:
         return (self.width, self.height) if turned else (self.height, self.width)
 
 
-class _Packet(NamedTuple):
-    """What is kept of a packet that yields a frame."""
-
-    pts: int | None
-    is_discard: bool
-    is_corrupt: bool
-    is_keyframe: bool
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class Packets:
-    """What a pass over the packets of a stream tells."""
+    """What a pass over the packets of a stream tells. Time stamps are None where a container has none."""
 
-    pts: npt.NDArray[np.int64]
-    """As `VideoInfo.pts`."""
-    time_base: Fraction
-    """Seconds per tick."""
-    ordinal: bool
-    """As `VideoInfo.ordinal`."""
+    stamps: list[int | None]
+    """Time stamps of the packets that yield frames."""
+    shown: list[int | None]
+    """Those that no edit list cuts away."""
+    keys: list[int | None]
+    """Those of the shown that hold key frames."""
+    corrupt: bool
+    """Whether the container marks some as damaged."""
     opening: tuple[int | None, ...]
-    """The `position` of the first packet."""
-    second_key: float
-    """Time stamp of the second key frame; infinite where there is none."""
+    """The `position` of the first packet, whatever it holds."""
 
 
 def check_stream(container: Any) -> Any:
@@ -129,24 +125,23 @@ def check_stream(container: Any) -> Any:
 
 
 def read_packets(container: Any) -> Packets:
-    """Read an open container to its end, and check that it is whole.
-
-    Raises:
-        MediaError: see `OpenVideo.info`.
-    """
+    """Read the packets of an open container's first video stream to the end."""
     video = container.streams.video[0]
     codec = video.codec_context.codec.canonical_name
+    stamps, shown, keys, corrupt = [], [], [], False
     opening: tuple[int | None, ...] = ()
-    packets = []
     for packet in container.demux(video):
         opening = opening or position(packet)
-        if packet.size and _is_shown(packet, codec):
-            packets.append(_Packet(packet.pts, packet.is_discard, packet.is_corrupt, packet.is_keyframe))
-    _check_complete(container, video, packets)
-    pts, time_base, ordinal = _frame_table(container, video, packets)
-    keys = sorted(packet.pts for packet in packets if packet.is_keyframe and packet.pts is not None)
-    second_key = keys[1] if len(keys) > 1 else math.inf
-    return Packets(pts=pts, time_base=time_base, ordinal=ordinal, opening=opening, second_key=second_key)
+        if not packet.size or not _yields_frame(packet, codec):
+            continue
+        stamp = packet.pts
+        stamps.append(stamp)
+        corrupt = corrupt or packet.is_corrupt
+        if not packet.is_discard:
+            shown.append(stamp)
+            if packet.is_keyframe:
+                keys.append(stamp)
+    return Packets(stamps=stamps, shown=shown, keys=keys, corrupt=corrupt, opening=opening)
 
 
 def position(packet: Any) -> tuple[int | None, ...]:
@@ -154,8 +149,11 @@ def position(packet: Any) -> tuple[int | None, ...]:
     return packet.pos, packet.dts, packet.pts, packet.size
 
 
-def describe(video: Any, packets: Packets, frame: Any) -> VideoInfo:
+def describe(container: Any, packets: Packets, frame: Any) -> VideoInfo:
     """Put together what packets and the first frame tell of a stream."""
+    video = container.streams.video[0]
+    pts, time_base, ordinal = _frame_table(container, packets)
+    keys = [] if ordinal else np.searchsorted(pts, np.array(packets.keys, np.int64))
     aspect = float(video.sample_aspect_ratio or 1) or 1.0
     rotation = round(frame.rotation / 90) % 4 * 90
     return VideoInfo(
@@ -167,29 +165,31 @@ def describe(video: Any, packets: Packets, frame: Any) -> VideoInfo:
         pixel_aspect=1 / aspect if rotation in (90, 270) else aspect,
         matrix=matrix_name(int(frame.colorspace), frame.format.name),
         full_range=int(frame.color_range) == 2 or frame.format.name.startswith("yuvj"),
-        time_base=packets.time_base,
-        pts=packets.pts,
-        ordinal=packets.ordinal,
+        time_base=time_base,
+        pts=pts,
+        ordinal=ordinal,
+        key_frames=np.union1d(np.zeros(1, np.int64), keys).astype(np.int64),
     )
 
 
-def _is_shown(packet: Any, codec: str) -> bool:
+def _yields_frame(packet: Any, codec: str) -> bool:
     """Whether a packet yields a frame: VP8 has packets that only update a reference (RFC 6386, 9.1)."""
     return codec != "vp8" or bool(bytes(packet)[0] & 0x10)
 
 
-def _check_complete(container: Any, video: Any, packets: list[_Packet]) -> None:
+def check_complete(container: Any, packets: Packets) -> None:
     """Refuse a stream with damaged packets, or shorter than its container says."""
-    if not packets:
+    video, count = container.streams.video[0], len(packets.stamps)
+    if not count:
         raise MediaError("has a video stream without frames")
-    if any(packet.is_corrupt for packet in packets):
+    if packets.corrupt:
         raise MediaError("is damaged or truncated: the container marks packets as corrupt")
-    if video.frames and len(packets) < video.frames:
-        raise MediaError(
-            f"is truncated: the container promises {video.frames} frames, {len(packets)} are there"
-        )
+    if video.frames and count < video.frames:
+        raise MediaError(f"is truncated: the container promises {video.frames} frames, {count} are there")
+    if not packets.shown:
+        raise MediaError("has no frame that its edit list shows")
     promised, tolerance = _promised_seconds(container, video)
-    stamps = sorted(packet.pts for packet in packets if packet.pts is not None)
+    stamps = sorted(stamp for stamp in packets.stamps if stamp is not None)
     if not promised or len(stamps) < 2:
         return
     start = min(stamps[0], video.start_time or 0)
@@ -214,17 +214,13 @@ def _promised_seconds(container: Any, video: Any) -> tuple[float | None, float]:
     return None, 0.0
 
 
-def _frame_table(
-    container: Any, video: Any, packets: list[_Packet]
-) -> tuple[npt.NDArray[np.int64], Fraction, bool]:
+def _frame_table(container: Any, packets: Packets) -> tuple[npt.NDArray[np.int64], Fraction, bool]:
     """Time stamps of the shown frames, seconds per tick, and whether frames must be counted."""
-    kept = [packet for packet in packets if not packet.is_discard]  # an edit list cuts the others away
-    if not kept:
-        raise MediaError("has no frame that its edit list shows")
-    if any(packet.pts is None for packet in kept):
+    video = container.streams.video[0]
+    if None in packets.shown:
         rate = video.average_rate or video.guessed_rate or Fraction(25)
-        return np.arange(len(packets), dtype=np.int64), 1 / Fraction(rate), True
-    stamps = np.array(sorted({packet.pts for packet in kept}), dtype=np.int64)
+        return np.arange(len(packets.stamps), dtype=np.int64), 1 / Fraction(rate), True
+    stamps = np.array(sorted(set(packets.shown)), dtype=np.int64)
     # AVI stamps packets in the order of decoding; frames that come in another order keep the wrong stamps.
     counted = container.format.name == "avi" and video.codec_context.has_b_frames > 0
-    return stamps, Fraction(video.time_base), counted and len(stamps) == len(kept)
+    return stamps, Fraction(video.time_base), counted and len(stamps) == len(packets.shown)

@@ -7,6 +7,7 @@ converts with its own kernel: expect differences of one level.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from typing import Any, Protocol
@@ -33,6 +34,10 @@ DALI_GPU_CODECS = frozenset({"h264", "hevc", "av1", "mpeg4", "vp8", "vp9"})
 
 DALI_PIXEL_FORMATS = frozenset({"yuv420p", "yuvj420p"})
 """Chroma layouts that DALI reads the same way on CPU and GPU; H.264 4:2:2 and 4:4:4 are not in NVDEC."""
+
+
+FRAMES_FOR_A_SEEK = 4
+"""A decoder that starts anew costs as much as about so many frames."""
 
 
 class FrameSource(Protocol):
@@ -72,11 +77,16 @@ class PyAVSource:
         _check_indices(video.info, indices)
         places = sorted(set(indices))
         pictures = np.empty((len(places), *_coded_size(video.info, size), 3), np.uint8)
-        entry = video.entry(places[0])
-        found = _decode(video, places, pictures, entry)
-        if found < len(places) and entry is not None:
+        convert, found, sought = RGBConverter(), 0, False
+        for run in _runs(video.info, places):
+            entry = video.entry(run[0])
+            sought = sought or entry is not None
+            before, found = found, found + _decode(video, run, pictures[found:], convert, entry)
+            if found < before + len(run):
+                break
+        if found < len(places) and sought:
             # Some containers lie about key frames: transport streams, open groups, fragments.
-            found = _decode(video, places, pictures, None)
+            found = _decode(video, places, pictures, convert, None)
         if found < len(places):
             raise MediaError(
                 f"is damaged: {len(places) - found} of {len(places)} chosen frames do not decode"
@@ -115,14 +125,26 @@ class PyAVSource:
         raise MediaError(f"is damaged: frame {given} of {info.frame_count} does not decode")
 
 
-def _decode(video: OpenVideo, places: Sequence[int], pictures: Frames, entry: int | None) -> int:
-    """Decode the frames at `places` into `pictures`, as coded; returns how many were found.
+def _runs(info: VideoInfo, places: Sequence[int]) -> list[Sequence[int]]:
+    """Cut `places` where a seek to the next one's key frame passes over frames that nobody wants."""
+    cuts = [
+        number
+        for number in range(1, len(places))
+        if not info.ordinal and info.key_frame(places[number]) - places[number - 1] > FRAMES_FOR_A_SEEK
+    ]
+    return [places[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(places)])]
+
+
+def _decode(
+    video: OpenVideo, places: Sequence[int], pictures: Frames, convert: RGBConverter, entry: int | None
+) -> int:
+    """Decode the frames at `places` into the first of `pictures`, as coded; returns how many were found.
 
     After a seek it gives up where the first of them is passed by, or a frame is damaged, which may only lack
     what it refers to.
     """
-    info, convert = video.info, RGBConverter()
-    missing = dict(zip(_names(info, places), pictures, strict=True))
+    info = video.info
+    missing = dict(zip(_names(info, places), pictures, strict=False))
     first = next(iter(missing))
     for name, frame in _named(video, entry):
         if frame.is_corrupt:
@@ -204,14 +226,13 @@ class DALISource:
 
 
 class AutomaticSource:
-    """DALI for what it decodes with the stream's own colours, PyAV for the rest and where DALI fails."""
+    """NVDEC for what it decodes, PyAV for the rest and where NVDEC fails."""
 
-    def __init__(self, *, device: str = "cpu") -> None:
-        """Decode on ``cpu`` or ``gpu``."""
-        self._dali = DALISource(device=device)
+    def __init__(self) -> None:
+        """Decode on the GPU."""
+        self._dali = DALISource(device="gpu")
         self._pyav = PyAVSource()
-        self._device = device
-        self.name = f"auto ({self._dali.name} on {device}, {self._pyav.name})"
+        self.name = f"auto ({self._dali.name} on gpu, {self._pyav.name})"
 
     def supports(self, info: VideoInfo) -> bool:
         """Everything that could be probed."""
@@ -219,8 +240,7 @@ class AutomaticSource:
 
     def frames(self, video: OpenVideo, indices: Sequence[int]) -> Frames:
         """See `FrameSource.frames`."""
-        exact = self._device == "gpu" or video.info.matrix == "bt601"
-        if exact and self._dali.supports(video.info):
+        if self._dali.supports(video.info):
             try:
                 return self._dali.frames(video, indices)
             except MediaError:
@@ -232,17 +252,17 @@ def frame_source(name: str = "auto", *, device: str = "cpu") -> FrameSource:
     """Make a source by name.
 
     Args:
-        name: ``auto``, ``dali`` or ``pyav``.
+        name: ``dali``, ``pyav``, or ``auto``: DALI where it is the cheaper one, which is on a GPU.
         device: ``cpu`` or ``gpu``, for DALI.
 
     Raises:
         ValueError: another name, or a GPU where DALI sees none.
     """
-    if name == "auto":
-        return AutomaticSource(device=device)
     if name == "dali":
         return DALISource(device=device)
-    if name == "pyav":
+    if name == "auto" and dali.check_device(device) == "gpu":
+        return AutomaticSource()
+    if name in ("auto", "pyav"):
         return PyAVSource()
     raise ValueError(f"unknown frame source {name!r}; choose auto, dali or pyav")
 

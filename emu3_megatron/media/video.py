@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack
 from itertools import chain
@@ -13,7 +12,14 @@ import av
 
 from emu3_megatron.media.errors import MediaError
 from emu3_megatron.media.files import Media, open_media
-from emu3_megatron.media.probe import VideoInfo, check_stream, describe, position, read_packets
+from emu3_megatron.media.probe import (
+    VideoInfo,
+    check_complete,
+    check_stream,
+    describe,
+    position,
+    read_packets,
+)
 
 
 class OpenVideo:
@@ -35,7 +41,6 @@ class OpenVideo:
         self._files = ExitStack()
         self._container: Any = None
         self._frames: Iterator[Any] | None = None
-        self._second_key = -math.inf
 
     def __enter__(self) -> OpenVideo:
         return self
@@ -65,9 +70,9 @@ class OpenVideo:
         info = self.info
         if place == 0 or info.ordinal:
             return None
-        stamp = int(info.pts[place])
-        # The first frame is decoded already; a seek would lead back to it.
-        return None if self._frames is not None and stamp < self._second_key else stamp
+        if self._frames is not None and info.key_frame(place) == 0:
+            return None  # a seek would lead to the first frame, which is here
+        return int(info.pts[place])
 
     def decode(self, stamp: int | None = None) -> Iterator[Any]:
         """PyAV's frames in the order of showing; whatever an earlier call gave has ended.
@@ -119,12 +124,13 @@ class OpenVideo:
         """Read the packets, then decode the first frame, which stays the first of `_frames`."""
         self._open()
         packets = read_packets(self._container)
+        check_complete(self._container, packets)
         frames = self._rewound(packets.opening)
         frame = next(frames, None)
         if frame is None:
             raise MediaError("has no frame that can be decoded")
-        self._frames, self._second_key = chain([frame], frames), packets.second_key
-        return describe(self._container.streams.video[0], packets, frame)
+        self._frames = chain([frame], frames)
+        return describe(self._container, packets, frame)
 
     def _rewound(self, opening: tuple[int | None, ...]) -> Iterator[Any]:
         """The frames from the file's first packet on, which is recognised: not all containers seek to it."""
