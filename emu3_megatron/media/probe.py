@@ -160,7 +160,11 @@ def describe(container: Any, packets: Packets, frame: Any) -> VideoInfo:
     pts, time_base, ordinal = _frame_table(container, packets)
     keys = {0: int(pts[0])}
     if not ordinal:
-        keys |= {int(np.searchsorted(pts, stamp)): tick for stamp, tick in packets.keys if tick is not None}
+        keys |= {
+            int(np.searchsorted(pts, stamp)): tick
+            for stamp, tick in packets.keys
+            if stamp is not None and tick is not None
+        }
     aspect = float(video.sample_aspect_ratio or 1) or 1.0
     rotation = round(frame.rotation / 90) % 4 * 90
     return VideoInfo(
@@ -224,10 +228,11 @@ def _promised_seconds(container: Any, video: Any) -> tuple[float | None, float]:
 def _frame_table(container: Any, packets: Packets) -> tuple[npt.NDArray[np.int64], Fraction, bool]:
     """Time stamps of the shown frames, seconds per tick, and whether frames must be counted."""
     video = container.streams.video[0]
-    if None in packets.shown:
+    known = [stamp for stamp in packets.shown if stamp is not None]
+    if len(known) < len(packets.shown):
         rate = video.average_rate or video.guessed_rate or Fraction(25)
         return np.arange(len(packets.stamps), dtype=np.int64), 1 / Fraction(rate), True
-    stamps = np.array(sorted(set(packets.shown)), dtype=np.int64)
+    stamps = np.array(sorted(set(known)), dtype=np.int64)
     # AVI stamps packets in the order of decoding; frames that come in another order keep the wrong stamps.
     counted = container.format.name == "avi" and video.codec_context.has_b_frames > 0
-    return stamps, Fraction(video.time_base), counted and len(stamps) == len(packets.shown)
+    return stamps, Fraction(video.time_base), counted and len(stamps) == len(known)
