@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from emu3_megatron.curation.config import CaptionConfig
-from emu3_megatron.curation.frames import SOURCE, Picture, image_of, info_of, resize, spread
+from emu3_megatron.curation.frames import Picture, clip_frames, image_of, info_of, resize, spread
 from emu3_megatron.curation.manifest import BadEntry, RawManifest
 from emu3_megatron.curation.units import Unit
 from emu3_megatron.errors import UserError, one_line
@@ -285,7 +285,7 @@ class CaptionJob:
         first, stop = frame_range(info, sample.interval)
         first = min(first, info.frame_count - 1)
         places = spread(first, max(stop, first + 1), self._config.frames)
-        return [resize(frame, longer_edge=edge) for frame in SOURCE.frames(sample.unit.file, info, places)]
+        return [resize(frame, longer_edge=edge) for frame in clip_frames(sample.unit, places)]
 
     def _write(self) -> tuple[int, int]:
         """Write the manifest and the failures, in the order of the entries."""

@@ -26,6 +26,8 @@ TAG_TOLERANCE, HEADER_TOLERANCE = 0.75, 2.5
 """Frames that a Matroska stream may lack before it counts as truncated: against the duration tag of the
 stream, which FFmpeg writes exactly, and against the file's own duration."""
 
+SOUGHT_BY_DTS = frozenset({"mpegts", "mpeg"})
+"""Containers without an index, in which FFmpeg seeks the packet that is decoded, not shown, at an instant."""
 
 DURATION_TAG = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)\s*$")
 """How FFmpeg and mkvmerge write a stream's duration; anybody may write anything there."""
@@ -57,8 +59,9 @@ class VideoInfo:
     """Presentation time stamps in ticks of the frames that a player shows, ascending, int64 ``[N]``."""
     ordinal: bool
     """True where frames bear no time stamps, or wrong ones, and are known by their place alone."""
-    key_frames: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros(1, np.int64))
-    """Places in `pts` where decoding can begin, as the container says, ascending from 0 on, int64 ``[K]``."""
+    key_frames: npt.NDArray[np.int64] = field(default_factory=lambda: np.zeros((1, 2), np.int64))
+    """Where decoding can begin, as the container says: places in `pts`, ascending from 0 on, and the ticks to
+    seek for, int64 ``[K, 2]``."""
 
     @property
     def frame_count(self) -> int:
@@ -70,9 +73,10 @@ class VideoInfo:
         """Seconds from the first frame to each frame, float64 ``[N]``."""
         return (self.pts - self.pts[0]) * float(self.time_base)
 
-    def key_frame(self, place: int) -> int:
-        """Place of the key frame with which decoding begins for the frame at `place`."""
-        return int(self.key_frames[np.searchsorted(self.key_frames, place, side="right") - 1])
+    def key_frame(self, place: int) -> tuple[int, int]:
+        """The key frame from which the frame at `place` is decoded: its place, and the tick to seek for."""
+        key, tick = self.key_frames[np.searchsorted(self.key_frames[:, 0], place, side="right") - 1]
+        return int(key), int(tick)
 
     @property
     def fps(self) -> float:
@@ -101,8 +105,8 @@ class Packets:
     """Time stamps of the packets that yield frames."""
     shown: list[int | None]
     """Those that no edit list cuts away."""
-    keys: list[int | None]
-    """Those of the shown that hold key frames."""
+    keys: list[tuple[int | None, int | None]]
+    """Those of the shown that hold key frames, and the ticks to seek for."""
     corrupt: bool
     """Whether the container marks some as damaged."""
     opening: tuple[int | None, ...]
@@ -128,6 +132,7 @@ def read_packets(container: Any) -> Packets:
     """Read the packets of an open container's first video stream to the end."""
     video = container.streams.video[0]
     codec = video.codec_context.codec.canonical_name
+    by_dts = container.format.name in SOUGHT_BY_DTS
     stamps, shown, keys, corrupt = [], [], [], False
     opening: tuple[int | None, ...] = ()
     for packet in container.demux(video):
@@ -140,7 +145,7 @@ def read_packets(container: Any) -> Packets:
         if not packet.is_discard:
             shown.append(stamp)
             if packet.is_keyframe:
-                keys.append(stamp)
+                keys.append((stamp, packet.dts if by_dts else stamp))
     return Packets(stamps=stamps, shown=shown, keys=keys, corrupt=corrupt, opening=opening)
 
 
@@ -153,7 +158,13 @@ def describe(container: Any, packets: Packets, frame: Any) -> VideoInfo:
     """Put together what packets and the first frame tell of a stream."""
     video = container.streams.video[0]
     pts, time_base, ordinal = _frame_table(container, packets)
-    keys = [] if ordinal else np.searchsorted(pts, np.array(packets.keys, np.int64))
+    keys = {0: int(pts[0])}
+    if not ordinal:
+        keys |= {
+            int(np.searchsorted(pts, stamp)): tick
+            for stamp, tick in packets.keys
+            if stamp is not None and tick is not None
+        }
     aspect = float(video.sample_aspect_ratio or 1) or 1.0
     rotation = round(frame.rotation / 90) % 4 * 90
     return VideoInfo(
@@ -168,7 +179,7 @@ def describe(container: Any, packets: Packets, frame: Any) -> VideoInfo:
         time_base=time_base,
         pts=pts,
         ordinal=ordinal,
-        key_frames=np.union1d(np.zeros(1, np.int64), keys).astype(np.int64),
+        key_frames=np.array(sorted(keys.items()), np.int64),
     )
 
 
@@ -217,10 +228,11 @@ def _promised_seconds(container: Any, video: Any) -> tuple[float | None, float]:
 def _frame_table(container: Any, packets: Packets) -> tuple[npt.NDArray[np.int64], Fraction, bool]:
     """Time stamps of the shown frames, seconds per tick, and whether frames must be counted."""
     video = container.streams.video[0]
-    if None in packets.shown:
+    known = [stamp for stamp in packets.shown if stamp is not None]
+    if len(known) < len(packets.shown):
         rate = video.average_rate or video.guessed_rate or Fraction(25)
         return np.arange(len(packets.stamps), dtype=np.int64), 1 / Fraction(rate), True
-    stamps = np.array(sorted(set(packets.shown)), dtype=np.int64)
+    stamps = np.array(sorted(set(known)), dtype=np.int64)
     # AVI stamps packets in the order of decoding; frames that come in another order keep the wrong stamps.
     counted = container.format.name == "avi" and video.codec_context.has_b_frames > 0
-    return stamps, Fraction(video.time_base), counted and len(stamps) == len(packets.shown)
+    return stamps, Fraction(video.time_base), counted and len(stamps) == len(known)

@@ -130,7 +130,7 @@ def _runs(info: VideoInfo, places: Sequence[int]) -> list[Sequence[int]]:
     cuts = [
         number
         for number in range(1, len(places))
-        if not info.ordinal and info.key_frame(places[number]) - places[number - 1] > FRAMES_FOR_A_SEEK
+        if info.key_frame(places[number])[0] - places[number - 1] > FRAMES_FOR_A_SEEK
     ]
     return [places[start:stop] for start, stop in itertools.pairwise([0, *cuts, len(places)])]
 

@@ -67,26 +67,22 @@ class OpenVideo:
 
     def entry(self, place: int) -> int | None:
         """Where to begin decoding for the sake of the frame at `place`, as `decode` takes it."""
-        info = self.info
-        if place == 0 or info.ordinal:
-            return None
-        if self._frames is not None and info.key_frame(place) == 0:
-            return None  # a seek would lead to the first frame, which is here
-        return int(info.pts[place])
+        key, tick = self.info.key_frame(place)
+        return tick if key else None
 
-    def decode(self, stamp: int | None = None) -> Iterator[Any]:
+    def decode(self, tick: int | None = None) -> Iterator[Any]:
         """PyAV's frames in the order of showing; whatever an earlier call gave has ended.
 
         Args:
-            stamp: begin at the key frame that the container names for this time stamp, which may be the wrong
-                one; None: begin at the first frame.
+            tick: begin at the key frame that the container finds at this tick, which may be the wrong one;
+                None: begin at the first frame.
 
         Raises:
             MediaError: the decoder gives up.
             OSError: a fault of the file system that may pass.
         """
         try:
-            yield from self._from_first() if stamp is None else self._from_key(stamp)
+            yield from self._from_first() if tick is None else self._from_key(tick)
         except av.FFmpegError as error:
             raise MediaError(f"cannot be decoded: {_reason(error)}") from error
 
@@ -95,13 +91,13 @@ class OpenVideo:
         frames, self._frames = self._frames or self._open(), None
         return frames
 
-    def _from_key(self, stamp: int) -> Iterator[Any]:
+    def _from_key(self, tick: int) -> Iterator[Any]:
         """The frames from a key frame on."""
         if self._container is None:
             self._open()
         self._frames = None
         video = self._container.streams.video[0]
-        self._container.seek(stamp, stream=video, backward=True, any_frame=False)
+        self._container.seek(tick, stream=video, backward=True, any_frame=False)
         frames: Iterator[Any] = self._container.decode(video)
         return frames
 

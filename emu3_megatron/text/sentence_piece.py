@@ -15,7 +15,7 @@ import sentencepiece
 
 from emu3_megatron.files import atomic_write
 from emu3_megatron.grammar.meta import CHARACTERS
-from emu3_megatron.text.common import check_ids, fingerprint, id_array, replace_surrogates, settle
+from emu3_megatron.text.common import check_ids, fingerprint, replace_surrogates, settle
 
 SPACE = "▁"
 """How SentencePiece writes a space."""
@@ -61,8 +61,9 @@ class SentencePieceTokenizer:
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.integer[Any]]]:
         """Ids of each text, int32."""
-        encoded = self._processor.encode([replace_surrogates(text) for text in texts], num_threads=1)
-        return [id_array(ids) for ids in encoded]
+        clean = [replace_surrogates(text) for text in texts]
+        # As arrays: lists of Python's integers would take a fifth of the time.
+        return list(self._processor.encode(clean, return_type="numpy", num_threads=1))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; control pieces have none."""
