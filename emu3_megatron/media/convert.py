@@ -8,8 +8,10 @@ where there is none, FFmpeg goes on.
 
 from __future__ import annotations
 
+import threading
 from fractions import Fraction
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +39,7 @@ KERNEL_FORMATS = ("yuv420p", "yuvj420p")
 Picture = npt.NDArray[np.uint8]
 
 
+@lru_cache
 def kernel_coefficients(matrix: str, full_range: bool) -> tuple[int, int, int, int, int, int]:
     """FFmpeg's fixed-point numbers (13 bits) of a matrix of `LUMA_WEIGHTS`.
 
@@ -57,11 +60,41 @@ def kernel_coefficients(matrix: str, full_range: bool) -> tuple[int, int, int, i
     return (offset, luma_13, chroma[0], chroma[1], chroma[2], chroma[3])
 
 
-class RGBConverter:
-    """Converts the frames of one stream, in any order. Not for several threads."""
+class FFmpegConverter(threading.local):
+    """FFmpeg's conversion for any streams; every thread keeps its tables from one to the next."""
 
     def __init__(self) -> None:
         self._scaler = VideoReformatter()
+        self._kind: tuple[Any, ...] = ()
+        self._graph = Graph()
+
+    def __call__(self, frame: Any, rgb: Picture) -> None:
+        """Fill `rgb`, uint8 ``[H, W, 3]`` of any size, with a PyAV frame."""
+        converted: Any = self._scaler.reformat(
+            frame,
+            format="rgb24",
+            width=rgb.shape[1],
+            height=rgb.shape[0],
+            interpolation=CONVERTER_FLAGS,
+            threads=1,
+        )
+        rgb[...] = converted.to_ndarray()
+
+    def stripe(self, frame: Any, first: int, rgb: Picture) -> None:
+        """Fill `rgb` with as many rows of a frame as it has, converted as if there were no others."""
+        kind = (frame.format.name, frame.width, frame.height, first, len(rgb))
+        if kind != self._kind:
+            self._kind, self._graph = kind, _cropping(frame, first, len(rgb))
+        self._graph.push(frame)
+        self(self._graph.pull(), rgb)  # a frame that shares the other's pixels and all that is known of it
+
+
+class RGBConverter:
+    """Converts the frames of one stream, in any order. Not for several threads."""
+
+    def __init__(self, ffmpeg: FFmpegConverter) -> None:
+        """`ffmpeg` may serve other streams too."""
+        self._ffmpeg = ffmpeg
         self._kind: tuple[Any, ...] = ()
         self._sitings: tuple[tuple[bool, int], ...] = ()
 
@@ -79,7 +112,7 @@ class RGBConverter:
                 is converted, averaging over what falls away.
         """
         if rgb.shape[:2] != (frame.height, frame.width):
-            self._by_ffmpeg(frame, rgb)
+            self._ffmpeg(frame, rgb)
             return
         kind = (frame.format.name, frame.width, frame.height, frame.colorspace, frame.color_range)
         if kind != self._kind:
@@ -88,34 +121,22 @@ class RGBConverter:
             # A flat picture is alike in several ways; the next one decides.
             self._sitings = self._alike(frame)
         if self.uses_kernel:
-            _by_kernel(frame, self._sitings[0], 0, rgb)
+            _by_kernel(_planes(frame, 0, frame.height), self._sitings[0], rgb)
         else:
-            self._by_ffmpeg(frame, rgb)
+            self._ffmpeg(frame, rgb)
 
     def _alike(self, frame: Any) -> tuple[tuple[bool, int], ...]:
         """The places of chroma with which the kernel gives FFmpeg's bytes, in a stripe at mid-height."""
         rows = min(STRIPE_ROWS, frame.height)
         first = (frame.height - rows) // 4 * 2
         expected = np.empty((rows, frame.width, 3), np.uint8)
-        self._by_ffmpeg(_stripe(frame, first, rows), expected)
-        found, alike = np.empty_like(expected), []
+        self._ffmpeg.stripe(frame, first, expected)
+        planes, found, alike = _planes(frame, first, rows), np.empty_like(expected), []
         for siting in self._sitings:
-            _by_kernel(frame, siting, first, found)
+            _by_kernel(planes, siting, found)
             if np.array_equal(found, expected):
                 alike.append(siting)
         return tuple(alike)
-
-    def _by_ffmpeg(self, frame: Any, rgb: Picture) -> None:
-        """FFmpeg's conversion."""
-        converted: Any = self._scaler.reformat(
-            frame,
-            format="rgb24",
-            width=rgb.shape[1],
-            height=rgb.shape[0],
-            interpolation=CONVERTER_FLAGS,
-            threads=1,
-        )
-        rgb[...] = converted.to_ndarray()
 
 
 def _suits_kernel(frame: Any) -> bool:
@@ -125,31 +146,42 @@ def _suits_kernel(frame: Any) -> bool:
     return even and frame.format.name in KERNEL_FORMATS and matrix in LUMA_WEIGHTS
 
 
-def _stripe(frame: Any, first: int, rows: int) -> Any:
-    """Some rows of a frame as a frame, which keeps all that FFmpeg knows of it and copies nothing."""
+def _cropping(frame: Any, first: int, rows: int) -> Graph:
+    """FFmpeg's filter that cuts these rows out of frames like this one."""
     graph = Graph()
     source = graph.add_buffer(
         width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)
     )
     crop = graph.add("crop", f"{frame.width}:{rows}:0:{first}")
-    sink = graph.add("buffersink")
     source.link_to(crop)
-    crop.link_to(sink)
+    crop.link_to(graph.add("buffersink"))
     graph.configure()
-    graph.push(frame)
-    return graph.pull()
+    return graph
 
 
-def _by_kernel(frame: Any, siting: tuple[bool, int], first: int, rgb: Picture) -> None:
-    """The kernel's conversion of as many rows as `rgb` has, an even number, from an even one on."""
-    width, name, stop = frame.width, frame.format.name, first + len(rgb)
+class _Planes(NamedTuple):
+    """Some rows of a frame as the kernel takes them."""
+
+    luma: Picture
+    cb: Picture
+    cr: Picture
+    coefficients: tuple[int, int, int, int, int, int]
+
+
+def _planes(frame: Any, first: int, rows: int) -> _Planes:
+    """Rows from an even one on, an even number of them."""
+    width, name = frame.width, frame.format.name
     luma, cb, cr = (
         np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[
-            first // factor : stop // factor, : width // factor
+            first // factor : (first + rows) // factor, : width // factor
         ]
         for plane, factor in zip(frame.planes, (1, 2, 2), strict=True)
     )
     full_range = int(frame.color_range) == 2 or name.startswith("yuvj")
-    coefficients = kernel_coefficients(matrix_name(int(frame.colorspace), name), full_range)
+    return _Planes(luma, cb, cr, kernel_coefficients(matrix_name(int(frame.colorspace), name), full_range))
+
+
+def _by_kernel(planes: _Planes, siting: tuple[bool, int], rgb: Picture) -> None:
+    """Fill `rgb` by the kernel."""
     left, vertical = siting
-    _kernels.convert_420(luma, cb, cr, rgb, coefficients=coefficients, left=left, vertical=vertical)
+    _kernels.convert_420(*planes[:3], rgb, coefficients=planes.coefficients, left=left, vertical=vertical)

@@ -158,13 +158,6 @@ def describe(container: Any, packets: Packets, frame: Any) -> VideoInfo:
     """Put together what packets and the first frame tell of a stream."""
     video = container.streams.video[0]
     pts, time_base, ordinal = _frame_table(container, packets)
-    keys = {0: int(pts[0])}
-    if not ordinal:
-        keys |= {
-            int(np.searchsorted(pts, stamp)): tick
-            for stamp, tick in packets.keys
-            if stamp is not None and tick is not None
-        }
     aspect = float(video.sample_aspect_ratio or 1) or 1.0
     rotation = round(frame.rotation / 90) % 4 * 90
     return VideoInfo(
@@ -179,8 +172,20 @@ def describe(container: Any, packets: Packets, frame: Any) -> VideoInfo:
         time_base=time_base,
         pts=pts,
         ordinal=ordinal,
-        key_frames=np.array(sorted(keys.items()), np.int64),
+        key_frames=_key_frames(pts, [] if ordinal else packets.keys),
     )
+
+
+def _key_frames(
+    pts: npt.NDArray[np.int64], keys: list[tuple[int | None, int | None]]
+) -> npt.NDArray[np.int64]:
+    """`VideoInfo.key_frames` from the time stamps of key frames and the ticks to seek for."""
+    known = sorted((stamp, tick) for stamp, tick in keys if stamp is not None and tick is not None)
+    table = np.array(known, np.int64).reshape(-1, 2)
+    table[:, 0] = np.searchsorted(pts, table[:, 0])
+    if not known or table[0, 0] > 0:
+        table = np.concatenate([np.array([[0, pts[0]]]), table])
+    return table
 
 
 def _yields_frame(packet: Any, codec: str) -> bool:

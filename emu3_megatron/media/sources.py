@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from emu3_megatron.media import dali
 from emu3_megatron.media.color import correct_matrix
-from emu3_megatron.media.convert import RGBConverter
+from emu3_megatron.media.convert import FFmpegConverter, RGBConverter
 from emu3_megatron.media.errors import MediaError
 from emu3_megatron.media.files import read_media
 from emu3_megatron.media.probe import VideoInfo
@@ -65,6 +65,10 @@ class PyAVSource:
 
     name = f"pyav {version('av')}"
 
+    def __init__(self) -> None:
+        """Nothing is opened yet."""
+        self._ffmpeg = FFmpegConverter()
+
     def supports(self, info: VideoInfo) -> bool:
         """Everything that could be probed."""
         return True
@@ -77,7 +81,7 @@ class PyAVSource:
         _check_indices(video.info, indices)
         places = sorted(set(indices))
         pictures = np.empty((len(places), *_coded_size(video.info, size), 3), np.uint8)
-        convert, found, sought = RGBConverter(), 0, False
+        convert, found, sought = RGBConverter(self._ffmpeg), 0, False
         for run in _runs(video.info, places):
             entry = video.entry(run[0])
             sought = sought or entry is not None
@@ -114,7 +118,7 @@ class PyAVSource:
         entry = video.entry(first)
         for start in (entry,) if entry is None else (entry, None):
             try:
-                for picture in _stream(video, given, stop, size, start):
+                for picture in _stream(video, given, stop, size, RGBConverter(self._ffmpeg), start):
                     yield picture
                     given += 1
             except MediaError:
@@ -159,10 +163,15 @@ def _decode(
 
 
 def _stream(
-    video: OpenVideo, first: int, stop: int, size: tuple[int, int] | None, entry: int | None
+    video: OpenVideo,
+    first: int,
+    stop: int,
+    size: tuple[int, int] | None,
+    convert: RGBConverter,
+    entry: int | None,
 ) -> Iterator[Frames]:
     """Frames in order for as long as none is missing; after a seek the first may be."""
-    info, convert = video.info, RGBConverter()
+    info = video.info
     places = {name: place for place, name in enumerate(_names(info, range(info.frame_count)))}
     for name, frame in _named(video, entry):
         place = places.get(name, -1)
