@@ -16,6 +16,7 @@ ORDER = (
     "errors",
     "files",
     "settings",
+    "processes",
     "vocabulary",
     "_kernels",
     "grammar",

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import atexit
 import os
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+
+from emu3_megatron import processes
 
 Result = TypeVar("Result")
 
@@ -15,9 +16,7 @@ Result = TypeVar("Result")
 def start() -> None:
     """Meet the other processes of a torchrun; one process alone needs no groups."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        torch.distributed.init_process_group("gloo")
-        # Its threads must not outlive the interpreter, see parallel/groups.py.
-        atexit.register(torch.distributed.destroy_process_group)
+        processes.join("gloo")
 
 
 def rank() -> int:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import atexit
-import gc
 import hashlib
-import os
-from typing import Any, cast
 
 import torch
 
+from emu3_megatron import processes
 from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.parallel.platform import Platform
 
@@ -38,8 +36,9 @@ def initialize_parallel(parallel: ParallelConfig, platform: Platform, seed: int)
 
     parallel.validate()
     if not torch.distributed.is_initialized():
-        _start_distributed(platform)
-        atexit.register(_leave_gloo)
+        processes.join(platform.backend)
+        if platform.backend == "gloo":
+            atexit.register(destroy_parallel)
     parallel.data_parallel_size(torch.distributed.get_world_size())
     parallel_state.initialize_model_parallel(
         parallel.tensor_model_parallel_size,
@@ -52,14 +51,6 @@ def initialize_parallel(parallel: ParallelConfig, platform: Platform, seed: int)
     own_seed = seed + _SEED_STRIDE_DATA * data_rank + _SEED_STRIDE_PIPELINE * pipeline_rank
     torch.manual_seed(own_seed)
     tensor_parallel.model_parallel_cuda_manual_seed(own_seed)
-
-
-def _start_distributed(platform: Platform) -> None:
-    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        torch.distributed.init_process_group(platform.backend)
-    else:
-        store = cast(Any, torch.distributed).HashStore()
-        torch.distributed.init_process_group(platform.backend, store=store, rank=0, world_size=1)
 
 
 def is_first_to_report(message: str) -> bool:
@@ -85,17 +76,4 @@ def destroy_parallel() -> None:
     for name, value in vars(parallel_state).items():
         if isinstance(value, torch.distributed.ProcessGroup):
             setattr(parallel_state, name, None)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-
-
-def _leave_gloo() -> None:
-    """At the end of a process, however it comes.
-
-    A thread of gloo may still hold the last collective's tensors, which are Python objects. Freed while the
-    interpreter shuts down they abort the process ("terminate called without an active exception"). NCCL holds
-    none, and after an error of one rank it might wait for the others.
-    """
-    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-        destroy_parallel()
-        gc.collect()
+    processes.leave()

@@ -9,12 +9,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from emu3_megatron import processes
+
 
 def set_up_processes() -> torch.device:
     """Join torchrun's process group where there is one; give the device of this process."""
     cuda = torch.cuda.is_available()
-    if "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        dist.init_process_group("nccl" if cuda else "gloo")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        processes.join("nccl" if cuda else "gloo")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         return torch.device("cuda", torch.cuda.current_device())

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from emu3_megatron import processes
 from emu3_megatron.vision.averages import WeightAverages
 from emu3_megatron.vision.codebook import EmaCodebook
 from emu3_megatron.vision.corpus import Batch, VisionDataset, load_manifests
@@ -334,5 +334,4 @@ def train(config: VisionTrainingConfig) -> VisionTokenizer:
     try:
         return VisionTrainer(config, open_dataset(config), device).fit()
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        processes.leave()

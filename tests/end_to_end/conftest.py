@@ -110,6 +110,8 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Quickstart:
     }
     (folder / "quickstart.yaml").write_text(json.dumps(settings))
     ended = start("tools/quickstart.py", "--config", folder / "quickstart.yaml")
+    if ended.code:
+        raise RuntimeError(f"the quickstart ended with {ended.code}: {ended.err[-8000:]}")
     return Quickstart(folder / "quickstart.yaml", folder / "training.yaml", folder / "run", ended)
 
 

@@ -120,7 +120,6 @@ def test_every_page_with_code_is_tested() -> None:
 def test_the_code_of_a_page_runs(
     page: str, program: Programs, quickstart: Quickstart, tmp_path: Path
 ) -> None:
-    assert quickstart.ended.code == 0, quickstart.ended.err[-4000:]
     for name, target in LINKS.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).symlink_to(quickstart.run / target)

