@@ -150,7 +150,7 @@ def test_the_exported_file_holds_the_difference_of_the_weights(
 
 @pytest.mark.parametrize("targets", [["linear_qkv"], LORA.targets], ids=["qkv", "all"])
 def test_peft_loads_the_exported_file(base: Path, tmp_path: Path, targets: list[str]) -> None:
-    peft = pytest.importorskip("peft")
+    import peft
     import transformers
 
     lora = LoRAConfig(rank=3, alpha=5.0, targets=targets)
