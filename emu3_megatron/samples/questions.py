@@ -1,7 +1,9 @@
 """Questions about pictures of the sample world, and their answers: colour, shape, yes or no, counting.
 
-Of every kind, one answer is as likely as another, so that no answer is right more often than chance. Pictures
-of the split ``held-out`` show combinations that training never does.
+Of every kind, one answer is as likely as another, so that no answer is right more often than chance. Counting
+is done aloud, "ring 0, cross 1, cross 2", and its last number is the answer. Asked for that alone, a small
+model learns nothing (27% right where chance gives 25%) while it names 97% of the same shapes. Pictures of the
+split ``held-out`` show combinations that training never does.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -31,8 +34,8 @@ KINDS = ("colour", "shape", "yes or no", "count")
 PICTURES_COUNTED = 3
 """Pictures of a question that asks how many."""
 
-FURTHER_COUNTS = 2
-"""Questions of `follow_ups` that ask how many."""
+LONGER_NAMES = 16
+"""Ids by which wrong names in a count may be longer than the right ones."""
 
 
 @dataclass(frozen=True)
@@ -72,31 +75,18 @@ def pose(kind: str, world: World, split: str, rng: np.random.Generator) -> Quest
     return Question(tuple(scenes), *_how_many(shape, scenes))
 
 
-def follow_ups(question: Question, rng: np.random.Generator) -> list[Question]:
-    """What else training asks about the same pictures, which are not shown again.
+def follow_ups(question: Question) -> list[Question]:
+    """What else training asks about the same picture, which is not shown again: its description.
 
-    What was said before gives no answer away, so that all are learnt from the pictures: of one its
-    description, of several the counts of two other shapes, then all shapes in their order.
+    What was said before gives no answer away, so that all are learnt from the pictures; of several pictures
+    nothing is left to ask, since the answer to how many names them all.
 
     Args:
         question: What was asked first.
-        rng: Decides everything.
     """
-    scenes = question.scenes
-    if len(scenes) == 1:
-        return [Question((), "Describe the picture.", caption(scenes[0]))]
-    asked, more = {question.text}, []
-    for _ in range(FURTHER_COUNTS):
-        by_count: dict[int, list[tuple[str, str]]] = {}
-        for text, answer in (_how_many(shape, scenes) for shape in SHAPES):
-            if text not in asked:
-                by_count.setdefault(int(answer), []).append((text, answer))
-        counts = sorted(by_count)  # first an answer, then a shape: most shapes are in none of the pictures
-        choices = by_count[counts[int(rng.integers(len(counts)))]]
-        more.append(Question((), *choices[int(rng.integers(len(choices)))]))
-        asked.add(more[-1].text)
-    names = ", ".join(scene.shape for scene in scenes)
-    return [*more, Question((), "Which shapes do the pictures show?", names)]
+    if len(question.scenes) > 1:
+        return []
+    return [Question((), "Describe the picture.", caption(question.scenes[0]))]
 
 
 def _ask(kind: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
@@ -113,7 +103,9 @@ def _ask(kind: str, scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 def _how_many(shape: str, scenes: Sequence[Scene]) -> tuple[str, str]:
     """A question about several pictures, and its answer."""
-    return f"How many pictures show a {shape}?", str(sum(each.shape == shape for each in scenes))
+    counts = accumulate(scene.shape == shape for scene in scenes)
+    aloud = (f"{scene.shape} {int(count)}" for scene, count in zip(scenes, counts, strict=True))
+    return f"How many are a {shape}? Count aloud.", ", ".join(aloud)
 
 
 def as_turns(questions: Sequence[Question]) -> tuple[Turn, ...]:
@@ -152,7 +144,7 @@ def write_conversations(
         names = [f"{number:06d}-{place}.png" for place in range(len(question.scenes))]
         for name, scene in zip(names, question.scenes, strict=True):
             write_png(folder / name, world.render(scene))
-        asked = [question, *(follow_ups(question, rng) if further else [])]
+        asked = [question, *(follow_ups(question) if further else [])]
         said = [
             {"from": speaker, "value": words}
             for each in asked
@@ -205,12 +197,21 @@ class Answerer(Protocol):
 
 
 def judge_answers(model: Answerer, prompts: Sequence[Prompt]) -> dict[str, list[bool]]:
-    """Of each prompt, in order, whether its answer is the expected one to the last id; by kind."""
+    """Of each prompt, in order, whether its answer is the expected one to the last id; by kind.
+
+    Of a count only the last number is judged, which is an id before EOS.
+    """
     requests = [
-        Request(prompt=each.ids, sampling=Sampling(temperature=0.0), max_new_tokens=len(each.answer))
+        Request(
+            prompt=each.ids,
+            sampling=Sampling(temperature=0.0),
+            max_new_tokens=len(each.answer) + (LONGER_NAMES if each.kind == "count" else 0),
+        )
         for each in prompts
     ]
     marks: dict[str, list[bool]] = {}
     for prompt, completion in zip(prompts, model.generate(requests), strict=True):
-        marks.setdefault(prompt.kind, []).append(tuple(completion.ids.tolist()) == prompt.answer)
+        judged = slice(-2 if prompt.kind == "count" else 0, None)
+        right = tuple(completion.ids.tolist()[judged]) == prompt.answer[judged]
+        marks.setdefault(prompt.kind, []).append(right)
     return marks

@@ -48,7 +48,7 @@ LOSS_OF_OLD = 0.10
 LOSS_OF_ANSWERS = 0.05
 """Share of right answers that preferences may cost."""
 
-CONVERSATIONS, HELD_OUT_QUESTIONS = 8000, 800
+CONVERSATIONS, HELD_OUT_QUESTIONS = 16_000, 800
 POOL = 4000
 """Pictures that are scored for quality fine-tuning; about half show what their captions say."""
 HELD_OUT_PICTURES = 288

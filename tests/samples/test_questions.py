@@ -38,7 +38,7 @@ ASKED = 1200
 )
 def test_one_answer_is_as_likely_as_another(kind: str, answers: tuple[str, ...]) -> None:
     rng = np.random.default_rng(1)
-    counts = Counter(pose(kind, WORLD, "held-out", rng).answer for _ in range(ASKED))
+    counts = Counter(pose(kind, WORLD, "held-out", rng).answer.split()[-1] for _ in range(ASKED))
     assert set(counts) == set(answers)
     expected = ASKED / len(answers)
     assert all(abs(count - expected) < 5 * np.sqrt(expected) for count in counts.values())
@@ -48,9 +48,11 @@ def truth(text: str, scenes: Sequence[Scene]) -> str:
     """The answer to a question, from its words and what is to be seen."""
     words = text.rstrip("?").split()
     if words[0] == "How":
-        return str(sum(each.shape == words[-1] for each in scenes))
-    if words[1] == "shapes":
-        return ", ".join(each.shape for each in scenes)
+        shape, count, said = words[4].rstrip("?"), 0, []
+        for each in scenes:
+            count += each.shape == shape
+            said.append(f"{each.shape} {count}")
+        return ", ".join(said)
     (scene,) = scenes
     if words[0] == "Is":
         return "yes" if words[-1] == scene.colour else "no"
@@ -70,17 +72,15 @@ def test_answers_are_true_of_pictures_that_training_never_shows() -> None:
 
 def test_further_answers_are_true_and_not_given_away() -> None:
     rng = np.random.default_rng(4)
-    counts: Counter[str] = Counter()
-    for number in range(ASKED):
-        question = pose(KINDS[number % len(KINDS)], WORLD, "train", rng)
-        more = follow_ups(question, rng)
-        assert not any(each.scenes for each in more)
-        assert len({each.text for each in (question, *more)}) == 1 + len(more)
-        for each in more:
-            assert each.answer == truth(each.text, question.scenes)
-        counts.update(each.answer for each in more[:-1])
-        assert more[-1].text.split()[0] in ("Describe", "Which"), "what says everything comes last"
-    assert set(counts) == set("0123")
+    for kind in KINDS:
+        for _ in range(50):
+            question = pose(kind, WORLD, "train", rng)
+            more = follow_ups(question)
+            assert not any(each.scenes for each in more)
+            # A count names all that is to be seen; of one picture there is more to say.
+            assert len(more) == (1 if len(question.scenes) == 1 else 0)
+            for each in more:
+                assert each.answer == truth(each.text, question.scenes)
 
 
 def test_another_kind_is_refused() -> None:
@@ -97,12 +97,12 @@ def test_turns_number_their_pictures_on() -> None:
     )
 
 
-def test_every_turn_but_the_first_shows_nothing(tmp_path: Path) -> None:
+def test_turns_after_the_first_show_nothing(tmp_path: Path) -> None:
     path = write_conversations(tmp_path, WORLD, split="train", count=8, seed=0, further=True)
     for record in json.loads(path.read_text()):
         said = [each["value"] for each in record["conversations"] if each["from"] == "human"]
         assert [words.count("<image>") for words in said] == [len(record["image"])] + [0] * (len(said) - 1)
-        assert len(said) > 1
+        assert len(said) == (2 if len(record["image"]) == 1 else 1)
 
 
 def test_files_are_conversations(tmp_path: Path) -> None:
@@ -138,3 +138,5 @@ def test_stored_conversations_become_prompts_and_are_judged(tmp_path: Path) -> N
     assert [prompt.ids.tolist() for prompt in prompts] == [[vocabulary.bos, 1, 2, n] for n in range(3)]
     assert [prompt.answer for prompt in prompts] == [(*a, vocabulary.eos) for a in ([7], [8, 9], [7])]
     assert judge_answers(Parrot(prompts[0].answer), prompts) == {"colour": [True], "count": [False, True]}
+    # Counting aloud, a wrong name on the way to the right number does no harm.
+    assert judge_answers(Parrot((5, 9, vocabulary.eos)), prompts)["count"] == [True, False]
