@@ -136,6 +136,9 @@ class ModelConfig:
                     f"tensor_model_parallel_size={tensor}; lower the degree"
                 )
         parallel.stage_layers(self.num_layers)
+        if self.attention_backend != "auto":  # auto depends on the machine: decided when the model is built
+            engine = self.attention_backend == "transformer_engine"
+            parallel.context_communication(transformer_engine=engine)
         heads, context = self.num_attention_heads // tensor, parallel.context_parallel_size
         if parallel.cp_comm == "a2a" and heads % context:
             raise LayoutError(

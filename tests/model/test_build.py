@@ -1,4 +1,5 @@
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ platform.install("cpu")
 
 from megatron.core import tensor_parallel  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from emu3_megatron.model import layers  # noqa: E402
+from emu3_megatron.model import build, layers  # noqa: E402
 from emu3_megatron.model.gpt import Emu3Model  # noqa: E402
 from emu3_megatron.model.initialization import global_parameter_names, initialize_weights  # noqa: E402
 
@@ -230,6 +232,36 @@ def test_impossible_builds_are_refused(
 def test_transformer_engine_is_refused_where_it_cannot_run(single_process: ParallelConfig) -> None:
     with pytest.raises(ModelConfigError, match="attention_backend=transformer_engine"):
         _build(single_process, attention_backend="transformer_engine")
+
+
+@pytest.fixture
+def with_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if layers were Transformer Engine's: what is asked of them can be seen without a GPU."""
+    monkeypatch.setattr(build, "uses_transformer_engine", lambda config, *, cuda: True)
+
+
+def _settings(**layout: Any) -> TransformerConfig:
+    return build.transformer_config(ModelConfig.preset("tiny"), ParallelConfig(**layout), "bf16")
+
+
+def test_transformer_engine_exchanges_keys_from_rank_to_rank(
+    single_process: ParallelConfig, with_engine: None
+) -> None:
+    """Of its ways, p2p is the one that knows packed windows in every version since 2.1."""
+    assert _settings(context_parallel_size=2).cp_comm_type == "p2p"
+    assert _settings(context_parallel_size=2, cp_comm="p2p").cp_comm_type == "p2p"
+    for other in ("all_gather", "a2a"):
+        with pytest.raises(
+            LayoutError, match=rf"parallel\.cp_comm={other}: .* Transformer Engine takes only p2p"
+        ):
+            _settings(context_parallel_size=2, cp_comm=other)
+
+
+def test_the_torch_attention_gathers_keys_unless_told_otherwise(single_process: ParallelConfig) -> None:
+    assert _settings(context_parallel_size=2).cp_comm_type == "all_gather"
+    assert _settings(context_parallel_size=2, cp_comm="a2a").cp_comm_type == "a2a"
+    with pytest.raises(LayoutError, match=r"parallel\.cp_comm=p2p: .* torch takes only all_gather and a2a"):
+        _settings(context_parallel_size=2, cp_comm="p2p")
 
 
 def test_eight_bit_products_are_refused_where_there_are_none(single_process: ParallelConfig) -> None:
