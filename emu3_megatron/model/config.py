@@ -92,13 +92,7 @@ class ModelConfig:
             ModelConfigError: a field has an impossible value.
             LayoutError: the shape does not divide over the layout.
         """
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-        ):
+        for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ModelConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
