@@ -6,7 +6,7 @@ The loader needs torch and is imported from `emu3_megatron.data.loader`; everyth
 from emu3_megatron.data.manifest import Manifest, read_shard_record, write_manifest
 from emu3_megatron.data.mixture import Mixture, Source
 from emu3_megatron.data.packing import PackedWindows, pack
-from emu3_megatron.data.plan import Plan, WindowDataset
+from emu3_megatron.data.plan import Plan
 from emu3_megatron.data.reader import MultimodalDataset
 from emu3_megatron.data.statistics import PlanStatistics
 from emu3_megatron.data.template import Template
@@ -25,7 +25,6 @@ __all__ = [
     "Source",
     "Template",
     "Window",
-    "WindowDataset",
     "pack",
     "read_shard_record",
     "write_manifest",

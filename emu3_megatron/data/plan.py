@@ -290,21 +290,6 @@ class Plan:
         return permute(np.arange(size), size, derive_key(purpose, self.seed, number))
 
 
-class WindowDataset:
-    """Windows ``start`` to ``start + length - 1`` of a plan as a sequence, for map-style loaders."""
-
-    def __init__(self, plan: Plan, length: int, start: int = 0) -> None:
-        self.plan, self._length, self._start = plan, length, start
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, number: int) -> Window:
-        if not 0 <= number < self._length:
-            raise IndexError(f"window {number} must lie in [0, {self._length})")
-        return self.plan.window(self._start + number)
-
-
 def _differences(saved: Any, current: Any, path: str = "") -> Iterator[str]:
     """Name the leaves at which two JSON values differ."""
     if isinstance(saved, Mapping) and isinstance(current, Mapping):

@@ -111,6 +111,9 @@ class PackedAttention(MegatronModule):
     ) -> torch.Tensor:
         q = _by_document(query, group.batch, group.queries)
         k, v = (_by_document(x, group.batch, group.keys) for x in (key, value))
+        if query.is_cuda and group.mask is not None:
+            # With a mask and fewer key heads CUDA is left with the kernel that holds whole score matrices.
+            k, v = (x.repeat_interleave(q.size(1) // x.size(1), 1) for x in (k, v))
         out = F.scaled_dot_product_attention(
             q,
             k,

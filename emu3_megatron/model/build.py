@@ -34,13 +34,14 @@ def transformer_config(
 
     Raises:
         ModelConfigError: `precision` is unknown, the shape is impossible, or FP8 cannot be had.
-        LayoutError: the shape does not divide over the layout.
+        LayoutError: the shape does not divide over the layout, or attention does not have its `cp_comm`.
     """
     if precision not in ("fp32", "bf16"):
         raise ModelConfigError(f"precision {precision!r} must be fp32 or bf16")
     config.validate(parallel)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     interleaved = parallel.virtual_pipeline_model_parallel_size is not None
+    engine = uses_transformer_engine(config, cuda=_on_cuda())
     return TransformerConfig(
         num_layers=config.num_layers,
         hidden_size=config.hidden_size,
@@ -69,20 +70,24 @@ def transformer_config(
         num_layers_in_last_pipeline_stage=parallel.layers_in_last_stage,
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
-        cp_comm_type=parallel.cp_comm,
+        cp_comm_type=parallel.context_communication(transformer_engine=engine),
+        # Without them rotary positions are a loop over documents that waits for the GPU, twice a layer. The
+        # torch layers have their own of both.
+        apply_rope_fusion=engine,
+        bias_activation_fusion=engine,
         calculate_per_token_loss=True,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=not interleaved,
         **_recompute(config),
-        **_fp8(config, fp8, fp8_recipe),
+        **_fp8(fp8, fp8_recipe, engine),
     )
 
 
-def _fp8(config: ModelConfig, form: FP8Format, recipe: FP8Recipe) -> dict[str, Any]:
+def _fp8(form: FP8Format, recipe: FP8Recipe, engine: bool) -> dict[str, Any]:
     if form == "off":
         return {}
-    if not uses_transformer_engine(config, cuda=_on_cuda()):
+    if not engine:
         raise ModelConfigError(
             f"trainer.fp8={form} needs Transformer Engine on a GPU; install the `gpu` extra, or set it to off"
         )

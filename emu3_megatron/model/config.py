@@ -92,13 +92,7 @@ class ModelConfig:
             ModelConfigError: a field has an impossible value.
             LayoutError: the shape does not divide over the layout.
         """
-        for name in (
-            "num_layers",
-            "hidden_size",
-            "ffn_hidden_size",
-            "num_attention_heads",
-            "num_query_groups",
-        ):
+        for name in _POSITIVE:
             if getattr(self, name) < 1:
                 raise ModelConfigError(f"model.{name}={getattr(self, name)} must be at least 1")
         if self.kv_channels is None and self.hidden_size % self.num_attention_heads:
@@ -136,6 +130,9 @@ class ModelConfig:
                     f"tensor_model_parallel_size={tensor}; lower the degree"
                 )
         parallel.stage_layers(self.num_layers)
+        if self.attention_backend != "auto":  # auto depends on the machine: decided when the model is built
+            engine = self.attention_backend == "transformer_engine"
+            parallel.context_communication(transformer_engine=engine)
         heads, context = self.num_attention_heads // tensor, parallel.context_parallel_size
         if parallel.cp_comm == "a2a" and heads % context:
             raise LayoutError(

@@ -11,11 +11,19 @@ from typing import Any, NamedTuple
 import torch
 
 _CHUNK_LOGITS = 2**22
-"""Logits of one chunk when no chunk size is given: 16 MiB in fp32."""
+"""Logits of one chunk on a CPU when no chunk size is given: 16 MiB in fp32."""
 
 _LEAST_CHUNK = 128
-"""Tokens of a chunk at least: every chunk reads the whole weight and writes its whole gradient, which must
-pay."""
+"""Tokens of a chunk at least, on a CPU: every chunk reads the whole weight and writes its whole gradient,
+which must pay."""
+
+_GPU_CHUNK_LOGITS = 2**28
+"""The same on a GPU: 1 GiB in fp32."""
+
+_GPU_CHUNKS = (1024, 2048)
+"""Tokens of a chunk at least and at most on a GPU. A weight costs a chunk of C tokens about 16 bytes of
+traffic (itself twice, its gradient in half precision, the sum in fp32) and 6 C operations: on an H100 both
+take as long at some 500 tokens."""
 
 LEAST_FUSED_WEIGHTS = 2**24
 """Weights of a rank's output layer from which its gradient goes straight into megatron-core's buffer. Smaller
@@ -42,8 +50,17 @@ class WeightedLoss(NamedTuple):
     """bool ``[T]``."""
 
 
-def default_chunk_size(rows: int) -> int:
-    """Tokens per chunk so that a chunk of logits over `rows` ids stays near 16 MiB; at least 128 tokens."""
+def default_chunk_size(rows: int, *, cuda: bool) -> int:
+    """Tokens per chunk where none is given.
+
+    Args:
+        rows: Ids of this rank.
+        cuda: Whether the logits are on a GPU: then 1,024 to 2,048 tokens, as near 1 GiB of logits as that
+            allows; else at least 128 tokens, near 16 MiB.
+    """
+    if cuda:
+        least, most = _GPU_CHUNKS
+        return min(most, max(least, _GPU_CHUNK_LOGITS // max(1, rows)))
     return max(_LEAST_CHUNK, _CHUNK_LOGITS // max(1, rows))
 
 
@@ -76,7 +93,7 @@ def vocabulary_parallel_linear_cross_entropy(
     """
     split = _Split.of(weight_shard, vocabulary_size, tp_group)
     rows = _whole_sequence(hidden, split, sequence_parallel)
-    chunk = chunk_size or default_chunk_size(split.real_rows)
+    chunk = chunk_size or default_chunk_size(split.real_rows, cuda=rows.is_cuda)
     losses, correct = _Recomputed.apply(rows, weight_shard, labels.reshape(-1), split, chunk)
     return TokenLosses(losses, correct)
 
@@ -117,7 +134,8 @@ def weighted_linear_cross_entropy(
     """
     split = _Split.of(weight_shard, vocabulary_size, tp_group)
     rows = _whole_sequence(hidden, split, sequence_parallel)
-    plan = _Plan(split, chunk_size or default_chunk_size(split.real_rows), z_loss, weight_gradient)
+    chunk = chunk_size or default_chunk_size(split.real_rows, cuda=rows.is_cuda)
+    plan = _Plan(split, chunk, z_loss, weight_gradient)
     return WeightedLoss(
         *_Weighted.apply(rows, weight_shard, labels.reshape(-1), weights.reshape(-1).float(), plan)
     )

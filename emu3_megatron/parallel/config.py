@@ -7,7 +7,7 @@ from typing import Literal
 
 from emu3_megatron.errors import UserError
 
-ContextCommunication = Literal["all_gather", "a2a"]
+ContextCommunication = Literal["auto", "all_gather", "a2a", "p2p"]
 
 
 class LayoutError(UserError):
@@ -31,8 +31,10 @@ class ParallelConfig:
     """Processes that share every document of a window."""
     sequence_parallel: bool = False
     """Split activations between tensor-parallel regions along the sequence; needs tensor parallelism."""
-    cp_comm: ContextCommunication = "all_gather"
-    """Context parallelism by all-gather of keys and values, or by all-to-all over heads (`a2a`)."""
+    cp_comm: ContextCommunication = "auto"
+    """How ranks of context parallelism exchange keys and values: by all-gather, or by all-to-all over heads
+    (`a2a`), both of the torch attention; from rank to rank (`p2p`), Transformer Engine's way with packed
+    windows. `auto`: `p2p` with Transformer Engine, else `all_gather`."""
 
     @property
     def model_parallel_size(self) -> int:
@@ -40,6 +42,27 @@ class ParallelConfig:
         return (
             self.tensor_model_parallel_size * self.pipeline_model_parallel_size * self.context_parallel_size
         )
+
+    def context_communication(self, *, transformer_engine: bool) -> str:
+        """What `cp_comm` comes to: ``all_gather``, ``a2a`` or ``p2p``.
+
+        Args:
+            transformer_engine: Whether attention is Transformer Engine's.
+
+        Raises:
+            LayoutError: that attention does not have it.
+        """
+        if self.cp_comm == "auto" or self.context_parallel_size == 1:
+            return "p2p" if transformer_engine else "all_gather"
+        if transformer_engine != (self.cp_comm == "p2p"):
+            backend, has = (
+                ("Transformer Engine", "p2p") if transformer_engine else ("torch", "all_gather and a2a")
+            )
+            raise LayoutError(
+                f"parallel.cp_comm={self.cp_comm}: with packed windows the attention of {backend} takes only "
+                f"{has}; set cp_comm to auto, or choose another model.attention_backend"
+            )
+        return self.cp_comm
 
     def data_parallel_size(self, world_size: int) -> int:
         """Data-parallel degree in a world of `world_size` processes.
@@ -87,8 +110,8 @@ class ParallelConfig:
         for name in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size"):
             if getattr(self, name) < 1:
                 raise LayoutError(f"parallel.{name}={getattr(self, name)} must be at least 1")
-        if self.cp_comm not in ("all_gather", "a2a"):
-            raise LayoutError(f"parallel.cp_comm={self.cp_comm!r} must be all_gather or a2a")
+        if self.cp_comm not in ("auto", "all_gather", "a2a", "p2p"):
+            raise LayoutError(f"parallel.cp_comm={self.cp_comm!r} must be auto, all_gather, a2a or p2p")
         if self.sequence_parallel and self.tensor_model_parallel_size == 1:
             raise LayoutError(
                 "parallel.sequence_parallel=true needs tensor_model_parallel_size > 1; set it to false"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import hashlib
+from datetime import timedelta
 
 import torch
 
@@ -15,7 +16,9 @@ _SEED_STRIDE_DATA = 10_007
 _SEED_STRIDE_PIPELINE = 101
 
 
-def initialize_parallel(parallel: ParallelConfig, platform: Platform, seed: int) -> None:
+def initialize_parallel(
+    parallel: ParallelConfig, platform: Platform, seed: int, timeout: timedelta = processes.LONGEST_WAIT
+) -> None:
     """Start torch.distributed if needed, build megatron-core's groups, seed the random states.
 
     Processes find one another by ``MASTER_ADDR``, ``MASTER_PORT``, ``RANK`` and ``WORLD_SIZE``, which
@@ -28,6 +31,7 @@ def initialize_parallel(parallel: ParallelConfig, platform: Platform, seed: int)
         parallel: The layout.
         platform: What `platform.install` returned.
         seed: Base of the random states of dropout. Initial weights do not depend on them.
+        timeout: How long a collective of any group waits for the others before it fails.
 
     Raises:
         LayoutError: the layout is invalid or does not fit the number of processes.
@@ -36,7 +40,7 @@ def initialize_parallel(parallel: ParallelConfig, platform: Platform, seed: int)
 
     parallel.validate()
     if not torch.distributed.is_initialized():
-        processes.join(platform.backend)
+        processes.join(platform.backend, timeout)
         if platform.backend == "gloo":
             atexit.register(destroy_parallel)
     parallel.data_parallel_size(torch.distributed.get_world_size())
@@ -45,6 +49,7 @@ def initialize_parallel(parallel: ParallelConfig, platform: Platform, seed: int)
         parallel.pipeline_model_parallel_size,
         parallel.virtual_pipeline_model_parallel_size,
         context_parallel_size=parallel.context_parallel_size,
+        distributed_timeout_minutes=timeout.total_seconds() / 60,  # torch's default is not megatron-core's
     )
     data_rank = parallel_state.get_data_parallel_rank(with_context_parallel=True)
     pipeline_rank = parallel_state.get_pipeline_model_parallel_rank()

@@ -77,7 +77,7 @@ def train(
         machine = platform.install(config.platform)
     except platform.PlatformError as error:
         raise UserError(str(error)) from error
-    initialize_parallel(config.parallel, machine, config.seed)
+    initialize_parallel(config.parallel, machine, config.seed, config.guard.collective_timeout)
     if is_rank_zero():
         with atomic_write(Path(config.run) / "config.yaml") as stream:
             stream.write(command_line.to_yaml(config).encode())

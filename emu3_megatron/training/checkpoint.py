@@ -456,6 +456,7 @@ def load_model_for_inference(
         parallel=parallel,
         seed=record.config["seed"],
         precision=precision or record.config["trainer"]["precision"],
+        initialize=False,
     )
     adapted = has_adapters(record.config)
     if adapted:

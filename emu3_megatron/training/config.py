@@ -9,6 +9,7 @@ once.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Literal
 
 from emu3_megatron.data import Template
@@ -46,7 +47,8 @@ class LossConfig:
     prompt_weight: float = 0.0
     """Instructions and questions of conversations (paper: answers only)."""
     chunk_size: int | None = None
-    """Tokens whose logits exist at a time; where not set, as many as keep them near 16 MiB, at least 128."""
+    """Tokens whose logits exist at a time; where not set, 1,024 to 2,048 on a GPU; on a CPU as many as keep
+    them near 16 MiB, at least 128."""
     z_loss: float = 0.0
     """Coefficient of the squared logarithm of the softmax's denominator, weighted as the cross entropy and
     trained on, but not counted in `loss`; 1e-4 is common, 0 is off (ours)."""
@@ -319,6 +321,10 @@ class ValidationConfig:
         require(self.windows > 0, f"validation.windows={self.windows} must be positive")
 
 
+_LEAST_COLLECTIVE_MINUTES = 120.0
+"""Before the first step no watchdog runs, and rank 0 may prepare data for long."""
+
+
 @dataclass(kw_only=True)
 class GuardConfig:
     """What to do about steps that would harm the model."""
@@ -340,6 +346,13 @@ class GuardConfig:
         require(factor == 0 or factor > 1, f"guard.spike_factor={factor} must be 0 (off) or larger than 1")
         require(self.hang_minutes >= 0, f"guard.hang_minutes={self.hang_minutes} must not be negative")
         require(self.max_consecutive > 0, f"guard.max_consecutive={self.max_consecutive} must be positive")
+
+    @property
+    def collective_timeout(self) -> timedelta:
+        """How long a collective may wait: longer than `hang_minutes`, whose watchdog writes stacks first."""
+        if not self.hang_minutes:
+            return timedelta(days=7)
+        return timedelta(minutes=max(_LEAST_COLLECTIVE_MINUTES, 2 * self.hang_minutes))
 
 
 @dataclass(kw_only=True)

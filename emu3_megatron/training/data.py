@@ -77,16 +77,6 @@ class TrainingData:
         folder = Path(next(iter(data.sources.values())).path)
         return Manifest.load(folder).vocabulary if (folder / MANIFEST).exists() else None
 
-    @property
-    def source_names(self) -> tuple[str, ...]:
-        """Training sources in the order of `Batch.source`."""
-        return tuple(self.plan.mixture.names)
-
-    @property
-    def validation_names(self) -> tuple[str, ...]:
-        """Held-out sources in the order of `Batch.source`."""
-        return tuple(self.validation_plan.mixture.names) if self.validation_plan else ()
-
     def batches(self, config: TrainingConfig, *, step: int, windows: int) -> Iterator[list[Batch]]:
         """Global batches of this rank for step `step` (from 0) and on, read ahead.
 

@@ -180,7 +180,7 @@ def activation_bytes(config: TrainingConfig, stage: int, padded_size: int) -> fl
 
 def _loss_bytes(config: TrainingConfig, rows: float, width: int) -> float:
     """A chunk of logits, and the output layer's own gradient where it does not go to the buffer at once."""
-    chunk = config.loss.chunk_size or default_chunk_size(int(rows))
+    chunk = config.loss.chunk_size or default_chunk_size(int(rows), cuda=config.platform != "cpu")
     logits = chunk * rows * (BYTES_FP32 if width == BYTES_FP32 else BYTES_FP32 + 2 * width)
     weights = rows * config.model.hidden_size
     if weights < LEAST_FUSED_WEIGHTS:

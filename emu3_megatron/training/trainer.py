@@ -78,6 +78,8 @@ class Trainer:
             (shape.embedding_dropout, shape.attention_dropout, shape.hidden_dropout, config.lora.dropout)
         )
         self._stopwatch = Stopwatch(on_gpu=platform.is_cuda)
+        checkpoints = Path(config.run) / "checkpoints"
+        self._resumed = newest_valid(checkpoints, checksums=config.checkpoint.verify)
         model = build_model(
             config.model,
             vocabulary_padded_size=data.vocabulary.padded_size,
@@ -87,6 +89,7 @@ class Trainer:
             precision=config.trainer.precision,
             fp8=config.trainer.fp8,
             fp8_recipe=config.trainer.fp8_recipe,
+            initialize=self._resumed is None and config.checkpoint.load is None,
         )
         if config.lora.rank:
             from emu3_megatron.model.lora import add_adapters
@@ -98,7 +101,7 @@ class Trainer:
         self._training = self.measuring(config.data.sources)
         self._average = WeightAverage(self.chunks, config.ema.decay) if config.ema.decay else None
         self._checkpointer = Checkpointer(
-            Path(config.run) / "checkpoints",
+            checkpoints,
             config.checkpoint.keep,
             self.chunks,
             self.optimizer,
@@ -215,7 +218,7 @@ class Trainer:
         """Resume the run's newest valid checkpoint, or start from another one's weights, or from scratch."""
         options = self.config.checkpoint
         now = self._record()
-        folder = newest_valid(self._checkpointer.folder, checksums=options.verify)
+        folder = self._resumed
         if folder is not None:
             record = Record.read(folder)
             check_resumable(folder, record, now, accept_changed_data=options.accept_changed_data)

@@ -1,8 +1,10 @@
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 
 from emu3_megatron.parallel import platform
 
@@ -11,7 +13,13 @@ platform.install("cpu")
 from megatron.core import tensor_parallel  # noqa: E402
 
 from emu3_megatron.model.attention import PackedAttention  # noqa: E402
-from emu3_megatron.model.packing import WindowLayout, gather_rows, scatter_rows, window_layout  # noqa: E402
+from emu3_megatron.model.packing import (  # noqa: E402
+    Group,
+    WindowLayout,
+    gather_rows,
+    scatter_rows,
+    window_layout,
+)
 from emu3_megatron.parallel.config import ParallelConfig  # noqa: E402
 
 HEADS, GROUPS, SIZE = 4, 2, 8
@@ -114,6 +122,33 @@ def test_dropout_follows_the_tensor_parallel_random_state(single_process: Parall
         assert torch.equal(torch.get_rng_state(), before)  # the common state is for replicated dropout only
         assert not torch.equal(_run(attention, layout, *heads), draws[-1])
     assert torch.equal(*draws)
+
+
+class OnGPU(torch.Tensor):
+    """A tensor that says so."""
+
+    is_cuda = True
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_masked_call_on_a_gpu_has_as_many_key_heads_as_query_heads(
+    masked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a mask CUDA's kernels that hold no whole scores know no grouped heads (without one they do)."""
+    query, key, value = (x.detach() for x in _heads(20))
+    mask = torch.ones(20, 20).tril().bool()[None, None] if masked else None
+    group = Group(batch=1, queries=20, keys=20, mask=mask)
+    want = _attention().eval()._attend(group, query, key, value)
+    calls = []
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> torch.Tensor:
+        calls.append((k.size(1), v.size(1), options["enable_gqa"]))
+        return scaled_dot_product_attention(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    got = _attention().eval()._attend(group, *(x.as_subclass(OnGPU) for x in (query, key, value)))
+    assert calls == [(HEADS, HEADS, False) if masked else (GROUPS, GROUPS, True)]
+    torch.testing.assert_close(got.as_subclass(torch.Tensor), want)
 
 
 @pytest.mark.parametrize("lengths", WINDOWS.values(), ids=WINDOWS.keys())

@@ -1,4 +1,5 @@
 import contextlib
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +11,14 @@ from emu3_megatron.parallel.context import packed_sequence_parameters
 
 platform.install("cpu")
 
-from megatron.core import tensor_parallel  # noqa: E402
+from megatron.core import parallel_state, tensor_parallel  # noqa: E402
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
+from megatron.core.fusions.fused_bias_swiglu import bias_swiglu_impl  # noqa: E402
+from megatron.core.models.common.embeddings import rope_utils  # noqa: E402
+from megatron.core.transformer import mlp  # noqa: E402
+from megatron.core.transformer.transformer_config import TransformerConfig  # noqa: E402
 
-from emu3_megatron.model import layers  # noqa: E402
+from emu3_megatron.model import build, layers  # noqa: E402
 from emu3_megatron.model.gpt import Emu3Model  # noqa: E402
 from emu3_megatron.model.initialization import global_parameter_names, initialize_weights  # noqa: E402
 
@@ -230,6 +235,76 @@ def test_impossible_builds_are_refused(
 def test_transformer_engine_is_refused_where_it_cannot_run(single_process: ParallelConfig) -> None:
     with pytest.raises(ModelConfigError, match="attention_backend=transformer_engine"):
         _build(single_process, attention_backend="transformer_engine")
+
+
+@pytest.fixture
+def with_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if layers were Transformer Engine's: what is asked of them can be seen without a GPU."""
+    monkeypatch.setattr(build, "uses_transformer_engine", lambda config, *, cuda: True)
+    monkeypatch.setattr(rope_utils, "fused_apply_rotary_pos_emb_thd", _fused_rotary)
+
+
+def _fused_rotary(heads: torch.Tensor, *arguments: Any, **options: Any) -> torch.Tensor:
+    """In the place of Transformer Engine's: marks what it was given."""
+    return heads + 1
+
+
+def _settings(**layout: Any) -> TransformerConfig:
+    return build.transformer_config(ModelConfig.preset("tiny"), ParallelConfig(**layout), "bf16")
+
+
+def test_transformer_engine_exchanges_keys_from_rank_to_rank(
+    single_process: ParallelConfig, with_engine: None
+) -> None:
+    """Of its ways, p2p is the one that knows packed windows in every version since 2.1."""
+    assert _settings(context_parallel_size=2).cp_comm_type == "p2p"
+    assert _settings(context_parallel_size=2, cp_comm="p2p").cp_comm_type == "p2p"
+    for other in ("all_gather", "a2a"):
+        with pytest.raises(
+            LayoutError, match=rf"parallel\.cp_comm={other}: .* Transformer Engine takes only p2p"
+        ):
+            _settings(context_parallel_size=2, cp_comm=other)
+
+
+def test_rotary_positions_of_transformer_engine_do_not_loop_over_documents(
+    single_process: ParallelConfig, with_engine: None
+) -> None:
+    """The loop fetches the documents' lengths from the GPU, for queries and keys of every layer."""
+    heads, cu = torch.zeros(10, 2, 8), torch.tensor([0, 4, 10])
+    rotated = rope_utils.apply_rotary_pos_emb(heads, torch.zeros(6, 1, 1, 8), _settings(), cu_seqlens=cu)
+    assert torch.equal(rotated, heads + 1)
+
+
+def test_the_gated_activation_of_transformer_engines_layers_is_one_operation(
+    single_process: ParallelConfig, with_engine: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = []
+
+    def fused(gated: torch.Tensor, *arguments: Any) -> torch.Tensor:
+        calls.append(gated.shape)
+        return bias_swiglu_impl(gated, *arguments)
+
+    monkeypatch.setattr(mlp, "bias_swiglu_impl", fused)
+    submodules = mlp.MLPSubmodules(
+        linear_fc1=tensor_parallel.ColumnParallelLinear, linear_fc2=tensor_parallel.RowParallelLinear
+    )
+    group = parallel_state.get_tensor_model_parallel_group()
+    layer = mlp.MLP(config=_settings(), submodules=submodules, tp_group=group)
+    layer(torch.zeros(5, 1, layer.config.hidden_size, dtype=torch.bfloat16))
+    assert calls == [(5, 1, 2 * layer.config.ffn_hidden_size)]
+
+
+def test_the_torch_layers_have_fusions_of_their_own(single_process: ParallelConfig) -> None:
+    settings = _settings()
+    assert not settings.apply_rope_fusion
+    assert not settings.bias_activation_fusion
+
+
+def test_the_torch_attention_gathers_keys_unless_told_otherwise(single_process: ParallelConfig) -> None:
+    assert _settings(context_parallel_size=2).cp_comm_type == "all_gather"
+    assert _settings(context_parallel_size=2, cp_comm="a2a").cp_comm_type == "a2a"
+    with pytest.raises(LayoutError, match=r"parallel\.cp_comm=p2p: .* torch takes only all_gather and a2a"):
+        _settings(context_parallel_size=2, cp_comm="p2p")
 
 
 def test_eight_bit_products_are_refused_where_there_are_none(single_process: ParallelConfig) -> None:

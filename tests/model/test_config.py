@@ -1,8 +1,8 @@
 import pytest
 
 from emu3_megatron.model import ModelConfig, ModelConfigError
-from emu3_megatron.model.config import PRESETS
-from emu3_megatron.parallel.config import LayoutError, ParallelConfig
+from emu3_megatron.model.config import PRESETS, AttentionBackend
+from emu3_megatron.parallel.config import ContextCommunication, LayoutError, ParallelConfig
 from emu3_megatron.vocabulary import Vocabulary
 
 
@@ -66,7 +66,7 @@ def test_impossible_shapes_are_refused_in_one_line(overrides: dict[str, object],
         ({"sequence_parallel": True}, ["sequence_parallel", "tensor_model_parallel_size"]),
         ({"virtual_pipeline_model_parallel_size": 2}, ["virtual", "pipeline_model_parallel_size >= 2"]),
         ({"context_parallel_size": 0}, ["context_parallel_size=0"]),
-        ({"cp_comm": "ring"}, ["'ring'", "a2a"]),
+        ({"cp_comm": "ring"}, ["'ring'", "a2a", "p2p"]),
     ],
 )
 def test_layouts_that_do_not_fit_are_refused_in_one_line(layout: dict[str, int], words: list[str]) -> None:
@@ -75,6 +75,25 @@ def test_layouts_that_do_not_fit_are_refused_in_one_line(layout: dict[str, int],
     message = str(raised.value)
     assert "\n" not in message
     assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(
+    ("backend", "cp_comm", "remedy"),
+    [
+        ("transformer_engine", "all_gather", "only p2p; set cp_comm to auto"),
+        ("transformer_engine", "a2a", "only p2p; set cp_comm to auto"),
+        ("torch", "p2p", "only all_gather and a2a; set cp_comm to auto"),
+    ],
+)
+def test_an_exchange_that_the_attention_does_not_have_is_refused_in_one_line(
+    backend: AttentionBackend, cp_comm: ContextCommunication, remedy: str
+) -> None:
+    config = ModelConfig.preset("tiny", attention_backend=backend)
+    config.validate(ParallelConfig(cp_comm=cp_comm))  # nothing is exchanged
+    with pytest.raises(LayoutError, match=remedy) as raised:
+        config.validate(ParallelConfig(context_parallel_size=2, cp_comm=cp_comm))
+    assert "\n" not in str(raised.value)
+    config.validate(ParallelConfig(context_parallel_size=2))
 
 
 def test_a_world_that_cannot_be_divided_is_refused() -> None:

@@ -5,7 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from emu3_megatron.model.loss import vocabulary_parallel_linear_cross_entropy, weighted_linear_cross_entropy
+from emu3_megatron.model import loss as loss_module
+from emu3_megatron.model.loss import (
+    default_chunk_size,
+    vocabulary_parallel_linear_cross_entropy,
+    weighted_linear_cross_entropy,
+)
 
 TOKENS, HIDDEN, ROWS, IN_USE = 150, 24, 512, 467
 
@@ -155,3 +160,33 @@ def test_no_tensor_is_larger_than_a_chunk_of_logits_or_the_weight(fused: bool) -
             ).losses.sum().backward()
     assert largest.elements <= max(chunk * ROWS, weight.numel())
     assert largest.elements < TOKENS * IN_USE
+
+
+@pytest.mark.parametrize("rows", [512, 23_078, 92_311, 184_622, 282_926])
+def test_a_chunk_on_a_gpu_is_large_enough_to_pay_for_its_weights(rows: int) -> None:
+    """Below some 500 tokens the traffic of weight and gradient takes longer than the products."""
+    chunk = default_chunk_size(rows, cuda=True)
+    assert 1024 <= chunk <= 2048
+    assert chunk == 1024 or chunk * rows <= 2**28
+    assert default_chunk_size(rows, cuda=False) == max(128, 2**22 // rows)
+
+
+@pytest.mark.parametrize(
+    "function", [vocabulary_parallel_linear_cross_entropy, weighted_linear_cross_entropy]
+)
+def test_the_default_chunk_is_that_of_the_device(function: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def size(rows: int, *, cuda: bool) -> int:
+        asked.append(cuda)
+        return default_chunk_size(rows, cuda=cuda)
+
+    class OnGPU(torch.Tensor):
+        is_cuda = True
+
+    monkeypatch.setattr(loss_module, "default_chunk_size", size)
+    hidden, weight, labels, weights = (x.detach() for x in _inputs())
+    more = (weights,) if function is weighted_linear_cross_entropy else ()
+    for given in (hidden, hidden.as_subclass(OnGPU)):
+        function(given, weight, labels, *more, vocabulary_size=IN_USE)
+    assert asked == [False, True]

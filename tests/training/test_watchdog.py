@@ -6,13 +6,18 @@ import os
 import time
 from collections.abc import Callable
 from ctypes import PyDLL
+from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from emu3_megatron.parallel.config import ParallelConfig
+from emu3_megatron.training import __main__ as program
 from emu3_megatron.training.callbacks import watchdog
+from emu3_megatron.training.config import GuardConfig
 
 HANG = 1e-5
 """Minutes."""
@@ -71,3 +76,26 @@ def test_a_closed_watchdog_leaves_nothing(tmp_path: Path) -> None:
     callback.on_start(None)
     callback.close()
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("minutes", [0.0, 1e-5, 60.0, 600.0])
+def test_collectives_of_a_run_fail_only_after_the_watchdogs_time(
+    minutes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise they end a run that only waits long, and one that hangs without its stacks."""
+    given: list[timedelta] = []
+
+    class Met(Exception):
+        pass
+
+    def meet(_parallel: Any, _platform: Any, _seed: int, timeout: timedelta) -> None:
+        given.append(timeout)
+        raise Met
+
+    monkeypatch.setattr(program, "initialize_parallel", meet)
+    guard = GuardConfig(hang_minutes=minutes)
+    config: Any = SimpleNamespace(platform="cpu", parallel=ParallelConfig(), seed=0, guard=guard)
+    with pytest.raises(Met):
+        program.train(config)
+    assert given[0] >= timedelta(hours=2)
+    assert given[0] > timedelta(minutes=minutes)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 
 WARM_UP = 10
 """The decay used after k updates is at most (1 + k) / (WARM_UP + k), so that early weights are forgotten."""
+
+
+SLICE = 2**28
+"""Weights that are copied to fp32 at a time, where they are in half precision: 1 GiB."""
 
 
 class WeightAverage(Callback):
@@ -38,7 +42,8 @@ class WeightAverage(Callback):
 
     def restart(self) -> None:
         """Begin again at the present weights, for a run that starts from another one's."""
-        torch._foreach_copy_(self._flat, [parameter.float() for parameter in self._parameters])
+        for average, parameter in zip(self._flat, self._parameters, strict=True):
+            average.copy_(parameter)
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
         """Follow the weights."""
@@ -46,5 +51,22 @@ class WeightAverage(Callback):
             return
         updates = trainer.progress.updates
         decay = min(self._decay, (1 + updates) / (WARM_UP + updates))
-        weights = [p if p.dtype == torch.float32 else p.float() for p in self._parameters]
-        torch._foreach_lerp_(self._flat, weights, 1.0 - decay)
+        for averages, parameters in self._slices():
+            weights = [p if p.dtype == torch.float32 else p.float() for p in parameters]
+            torch._foreach_lerp_(averages, weights, 1.0 - decay)
+            del weights  # or two slices would live while the next one is made
+
+    def _slices(self) -> Iterator[tuple[list[torch.Tensor], list[torch.Tensor]]]:
+        """Averages and their weights, in lists of at most `SLICE` elements; larger ones are cut."""
+        averages: list[torch.Tensor] = []
+        parameters: list[torch.Tensor] = []
+        size = 0
+        for whole in zip(self._flat, self._parameters, strict=True):
+            for average, parameter in zip(*(tensor.view(-1).split(SLICE) for tensor in whole), strict=True):
+                if averages and size + average.numel() > SLICE:
+                    yield averages, parameters
+                    averages, parameters, size = [], [], 0
+                averages.append(average)
+                parameters.append(parameter)
+                size += average.numel()
+        yield averages, parameters
