@@ -137,42 +137,49 @@ def chat_template(name: str) -> ChatTemplate:
         raise UserError(f"{error}; or name one of {', '.join(CHAT_TEMPLATES)}") from error
 
 
-def conversation(messages: Sequence[Message], template: ChatTemplate) -> Document:
-    """The document of a conversation up to the next answer.
-
-    Every question takes the template, earlier ones with their answers; what the system says stands before the
-    question after it. The released models saw one question each.
-
-    Raises `UserError` unless questions and answers alternate and a question comes last.
-    """
-    segments: list[Text | Image | Video] = []
-    said = ""
-    question: Message | None = None
-    for message in messages:
-        if message.role == "system":
-            said += f"{message.text} "
-        elif message.role == "user" and question is None:
-            question = Message("user", said + message.text, message.media)
-            said = ""
-        elif message.role == "assistant" and question is not None:
-            segments += template.render(question.text, question.media, message.text).segments
-            segments.append(Text(" "))
-            question = None
-        else:
-            raise UserError("questions of the user and answers of the assistant must alternate")
-    if question is None or said:
-        raise UserError("the last message must be a question of the user")
-    return Document((*segments, *template.render(question.text, question.media).segments))
-
-
-def text_request(
-    dialect: Dialect, document: Document, *, sampling: Sampling, seed: int, max_new_tokens: int
+def chat_request(
+    dialect: Dialect,
+    messages: Sequence[Message],
+    template: ChatTemplate,
+    *,
+    sampling: Sampling,
+    seed: int,
+    max_new_tokens: int,
 ) -> Request:
-    """Continue `document` with text, up to its end. Raises `UserError` for guidance: it is for spans."""
+    """Answer the last question of a conversation; its ids are those of the conversations of post-training.
+
+    A system message stands first and takes the place of the template's opening; EOS follows every answer, and
+    later questions begin without the opening. The released models saw one question, without a system message.
+
+    Raises:
+        UserError: questions and answers do not alternate, a question does not come last, a system message is
+            not the first, or guidance is asked for, which is for spans.
+    """
     if sampling.guidance != 1.0:
         raise UserError(f"guidance={sampling.guidance}: text is generated without; leave it at 1")
+    system, said = None, list(messages)
+    if said and said[0].role == "system":
+        system, said = said[0].text.strip() or None, said[1:]
+    for number, message in enumerate(said):
+        if message.role == "system":
+            raise UserError("a system message must be the first message, and the only one; join several")
+        if message.role != ("user", "assistant")[number % 2]:
+            raise UserError("questions of the user and answers of the assistant must alternate")
+    if len(said) % 2 == 0:
+        raise UserError("the last message must be a question of the user")
+    ids, history = [np.array([dialect.vocabulary.bos])], 0
+    for number, message in enumerate(said):
+        if message.role == "assistant":
+            ids.append(dialect.encode_text(template.answer(message.text.strip())))
+            ids.append(np.array([dialect.vocabulary.eos]))
+            history = sum(map(len, ids))
+        else:
+            later = number > 0
+            prompt = template.prompt([Text(message.text)], message.media, system=system, later=later)
+            ids.append(dialect.encode(prompt).ids[1:-1])
     return Request(
-        prompt=dialect.encode(document).ids[:-1],
+        prompt=np.concatenate(ids),
+        history=history,
         sampling=sampling,
         seed=seed,
         max_new_tokens=max_new_tokens,
@@ -181,7 +188,7 @@ def text_request(
 
 
 def read_text(dialect: Dialect, ids: Ids) -> str:
-    """The text of the new tokens of a `text_request`."""
+    """The text of the new tokens of a `chat_request`."""
     return dialect.parse_text(ids[ids != dialect.vocabulary.eos]).text
 
 
@@ -198,9 +205,10 @@ def answer(
     """Answer the last question of each conversation."""
     dialect = generator.bundle.dialect
     requests = [
-        text_request(
+        chat_request(
             dialect,
-            conversation(messages, template),
+            messages,
+            template,
             sampling=sampling,
             seed=seed,
             max_new_tokens=max_new_tokens,

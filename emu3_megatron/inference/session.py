@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emu3_megatron.grammar import Allowed, Automaton
+from emu3_megatron.grammar import Allowed, Automaton, State
 from emu3_megatron.inference.decoder import MAX_RUN, CachedDecoder, Ranges
 from emu3_megatron.inference.request import Completion, Ids, Request
 from emu3_megatron.inference.sampling import UniformStream, guide, sample
@@ -54,7 +54,7 @@ class Ticket:
         """New tokens so far."""
         self.pending: list[int] = []
         """Those of them not yet fed."""
-        self.state = automaton.start(request.prompt)
+        self.state = _start(automaton, request, eos)
         self.prompts = [request.prompt]
         if request.guided and request.negative_prompt is not None:
             automaton.start(request.negative_prompt)
@@ -113,6 +113,21 @@ class Ticket:
             self.done = True
         else:
             self.state = self._automaton.advance(self.state, token)
+
+
+def _start(automaton: Automaton, request: Request, eos: int) -> State:
+    """Where a prompt ends in the grammar: every turn of a conversation is a document of its own.
+
+    Raises `GrammarError` where the prompt, or a turn, is none.
+    """
+    if not request.history:
+        return automaton.start(request.prompt)
+    bos, earlier = request.prompt[:1], request.prompt[1 : request.history]
+    if earlier[-1:].tolist() != [eos]:
+        raise ValueError(f"the first {request.history} ids of a prompt are earlier turns; they end with EOS")
+    for turn in np.split(earlier, np.flatnonzero(earlier[:-1] == eos) + 1):
+        automaton.start(np.concatenate([bos, turn]))
+    return automaton.start(np.concatenate([bos, request.prompt[request.history :]]))
 
 
 class Session:

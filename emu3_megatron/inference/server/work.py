@@ -14,7 +14,7 @@ import numpy.typing as npt
 from PIL import Image as PillowImage
 
 from emu3_megatron.grammar import Image, Video
-from emu3_megatron.inference.dialogue import MediaReader, Message, conversation, read_text, text_request
+from emu3_megatron.inference.dialogue import MediaReader, Message, chat_request, read_text
 from emu3_megatron.inference.request import Request
 from emu3_megatron.inference.sampling import Sampling
 from emu3_megatron.inference.server.worker import Event
@@ -230,9 +230,10 @@ class AnswerWork:
             Message(role, text, tuple(self._read(upload) for upload in uploads))
             for role, text, uploads in self._messages
         ]
-        request = text_request(
+        request = chat_request(
             self._dialect,
-            conversation(messages, self._template),
+            messages,
+            self._template,
             sampling=self._sampling,
             seed=self._seed,
             max_new_tokens=self._max_new_tokens,
