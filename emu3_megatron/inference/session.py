@@ -174,6 +174,14 @@ class Session:
         if ticket in self._queue:
             self._queue.remove(ticket)
 
+    def clear(self) -> None:
+        """Give up all requests, and forget what the cache holds, whatever state a failed step left."""
+        for ticket in [*self._queue, *(ticket for ticket, _ in self._rows)]:
+            ticket.done = True
+        self._queue.clear()
+        self._rows = []
+        self._decoder.clear()
+
     @torch.no_grad()
     def step(self) -> None:
         """Admit what fits, and bring every running request one choice further."""

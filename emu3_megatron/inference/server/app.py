@@ -28,7 +28,7 @@ from emu3_megatron.inference.server.body import BoundedBodies, refusal
 from emu3_megatron.inference.server.limits import Limits
 from emu3_megatron.inference.server.schemas import Chat, Clip, Picture, read_upload
 from emu3_megatron.inference.server.work import AnswerWork, ImageWork, VideoWork
-from emu3_megatron.inference.server.worker import Event, Job, Refused, Work, Worker
+from emu3_megatron.inference.server.worker import BROKEN, Down, Event, Job, Refused, Work, Worker
 from emu3_megatron.inference.tasks import Generator
 from emu3_megatron.text.chat import CHAT_TEMPLATES, ChatTemplate
 
@@ -261,9 +261,11 @@ def create_app(
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page)
 
-    @app.get("/status")
-    async def status() -> dict[str, Any]:
-        return service.about()
+    @app.get("/status", response_model=None)
+    async def status() -> Response:
+        if service.worker.broken:
+            return refusal(503, BROKEN)
+        return JSONResponse(service.about())
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -292,6 +294,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
         return refusal(429, one_line(error))
+
+    @app.exception_handler(Down)
+    async def down(_: Request, error: Down) -> Response:
+        return refusal(503, one_line(error))
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> Response:
