@@ -52,7 +52,10 @@ class Service:
         vision = generator.bundle.vision_tokenizer
         self._spatial, self._temporal = vision.spatial_factor, vision.temporal_factor
         self._reader = MediaReader(
-            generator, area=limits.understanding_area, most_pixels=limits.upload_pixels
+            generator,
+            area=limits.understanding_area,
+            most_pixels=limits.upload_pixels,
+            most_clip_pixels=limits.clip_pixels,
         )
 
     def about(self) -> dict[str, Any]:
@@ -96,6 +99,7 @@ class Service:
             clip=clip,
             given_frames=body.given_frames,
             reader=self._reader,
+            most_positions=self._limits.length,
         )
         return await self._answer(work, request, body.stream, _picture_event("video_generation"), _pictures)
 
@@ -108,12 +112,13 @@ class Service:
         work = AnswerWork(
             self._generator,
             self._reader,
-            messages=[message.read(self._limits) for message in body.messages],
+            messages=body.read(self._limits),
             template=self._template,
             frames=body.frames,
             sampling=body.sampling(guidance=1.0, temperature=0.0),
             seed=body.seed,
             max_new_tokens=body.most_tokens(self._limits),
+            most_positions=self._limits.length,
         )
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.model_name}
         return await self._answer(work, request, body.stream, _chunk(about), _completion(about))

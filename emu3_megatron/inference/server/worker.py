@@ -37,6 +37,10 @@ class Refused(Exception):
     """There are as many jobs as the server takes."""
 
 
+class GivenUp(Exception):
+    """Nobody waits for a job any more."""
+
+
 class Down(Exception):
     """The server takes no jobs any more."""
 
@@ -44,8 +48,12 @@ class Down(Exception):
 class Work(Protocol):
     """What a job does on the worker's thread."""
 
-    def requests(self) -> list[tuple[Request, OnTokens]]:
-        """What the engine has to do. Raises `ValueError` for what the client can put right."""
+    def requests(self, check: Callable[[], None]) -> list[tuple[Request, OnTokens]]:
+        """What the engine has to do.
+
+        `check` is called before every piece of work that takes long, and raises `GivenUp` where it is for
+        nothing. Raises `ValueError` for what the client can put right.
+        """
         ...
 
     def preview(self) -> Event | None:
@@ -72,6 +80,16 @@ class Job:
         self.cancelled = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it was cancelled or took too long."""
+        return self.cancelled or time.monotonic() > self.deadline
+
+    def check(self) -> None:
+        """Raise `GivenUp` where it is."""
+        if self.given_up:
+            raise GivenUp
 
     def cancel(self) -> None:
         """Give it up; the worker notices at its next step."""
@@ -185,10 +203,12 @@ class Worker:
                 self._guarded(job, self._follow)
 
     def _begin(self, job: Job) -> None:
-        if job.cancelled:
-            return
-        for request, on_tokens in job.work.requests():
-            job.tickets.append(self._session.submit(request, on_tokens))
+        try:
+            job.check()
+            for request, on_tokens in job.work.requests(job.check):
+                job.tickets.append(self._session.submit(request, on_tokens))
+        except GivenUp:
+            pass  # `_give_up` comes next
 
     def _step(self) -> None:
         """One step of the engine for all; a defect in it ends every job, and not the server.
@@ -229,9 +249,8 @@ class Worker:
 
     def _give_up(self) -> None:
         """End jobs that were cancelled or took too long."""
-        now = time.monotonic()
         for job in list(self._jobs):
-            if job.cancelled or now > job.deadline:
+            if job.given_up:
                 self._end(job)
                 job.fail(504, f"not ready within {self._limits.seconds:g} seconds; ask for less")
 
