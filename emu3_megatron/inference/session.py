@@ -159,7 +159,8 @@ class Session:
         if request.rows > self._decoder.max_rows or request.length > self._decoder.max_length:
             raise ValueError(
                 f"a request of {request.rows} rows of {request.length} positions does not fit in a cache of "
-                f"{self._decoder.max_rows} rows of {self._decoder.max_length}; ask for fewer tokens"
+                f"{self._decoder.max_rows} rows of {self._decoder.max_length}; ask for fewer tokens, or "
+                "for more rows (a guided request takes two)"
             )
         ticket = Ticket(request, self._automaton, self._eos, on_tokens)
         if ticket.done:
