@@ -169,7 +169,8 @@ def generate(arguments: argparse.Namespace) -> None:
     for record in task[arguments.task](generator, arguments, planned):
         record |= {"settings": asdict(read_sampling(arguments)), "checkpoint": str(arguments.checkpoint)}
         record["seconds"] = round(time.perf_counter() - began, 3)
-        print(json.dumps({"task": arguments.task, **record}, ensure_ascii=False), flush=True)
+        record["arguments"] = vars(arguments)
+        print(json.dumps({"task": arguments.task, **record}, ensure_ascii=False, default=str), flush=True)
 
 
 def open_generator(arguments: argparse.Namespace, *, max_rows: int) -> Generator:

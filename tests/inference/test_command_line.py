@@ -158,6 +158,56 @@ def test_questions(capsys, folder: Path) -> None:
     assert said[0] == said[1] != said[2]
 
 
+def repeated(line: dict[str, Any]) -> list[str]:
+    """The command of one result, from its line alone; written beside the first."""
+    given = dict(line["arguments"])
+    given |= {"seed": line["seed"], "samples": None, "prompts": None}
+    given |= {name: [line[name]] for name in ("prompt", "image", "video") if isinstance(line.get(name), str)}
+    if line["task"] == "continue":
+        given["prompt"] = line["prompt"]
+    if "output" in line:
+        output = Path(line["output"])
+        given["output"] = str(output.with_name(f"again-{output.name}"))
+    command = [given.pop("task")]
+    for name, value in given.items():
+        for each in value if isinstance(value, list) else [value]:
+            if each not in (None, False):
+                command += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]
+    return command
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["image", "--prompt", "a", "--prompt", "two", *SIZE, "--weights", "int8", "--guidance", "2"],
+        [
+            *["video", "--prompt", "a", "--samples", "2", "--frames", "4", "--fps", "12", "--ratio", "2:1"],
+            *["--area", "128", "--negative-prompt", "b", "--plain-weights"],
+        ],
+        ["continue", "--video", "clip.mp4", "--frames", "8", "--rounds", "2", "--prompt", "go", *SIZE],
+        ["caption", "--image", "picture.png", *SIZE, "--prefix", "two", "--max-new-tokens", "9"],
+        [
+            *["chat", "--prompt", "a", "--prompt", "b", "--video", "clip.mp4", "--image", "picture.png"],
+            *["--frames", "4", "--fps", "4", "--area", "300", "--max-new-tokens", "7"],
+        ],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_line_is_enough_to_repeat_its_result(
+    capsys, folder: Path, tmp_path: Path, monkeypatch, command: list[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    output = ["--output", str(tmp_path / "out")] if command[0] in ("image", "video", "continue") else []
+    *_, line = run(capsys, folder, *command, "--temperature", "1.5", "--seed", "7", *output)
+    generate(build_parser().parse_args(repeated(line)))
+    (again,) = (json.loads(text) for text in capsys.readouterr().out.splitlines())
+    if output:
+        assert Path(again["output"]) != Path(line["output"])
+        assert Path(again["output"]).read_bytes() == Path(line["output"]).read_bytes()
+    for name in ("caption", "answer", "tokens", "seed"):
+        assert again.get(name) == line.get(name)
+
+
 def test_documents_of_text_and_images(capsys, folder: Path, tmp_path: Path) -> None:
     """What is written are the segments of the line, whole pictures only, the prompt first."""
     command = [
