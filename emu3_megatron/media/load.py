@@ -38,7 +38,9 @@ def load_stills(
         if isinstance(picture, MediaError):
             raise MediaError(f"{_name(path)}: {picture}") from picture
         arrays.append(picture[None])
-    geometries = [_covering(path, *a.shape[1:3], size) for path, a in zip(paths, arrays, strict=True)]
+    geometries = [
+        _covering(path, a.shape[1], a.shape[2], size) for path, a in zip(paths, arrays, strict=True)
+    ]
     if not arrays:
         return torch.empty(0, 3, *size)
     return torch.cat((preprocessor or Preprocessor())(arrays, geometries))
