@@ -8,7 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,12 +163,14 @@ def generate(arguments: argparse.Namespace) -> None:
         "image": _images, "video": _videos, "caption": _captions, "continue": _continuations,
         "chat": _answers, "interleave": _stories,
     }  # fmt: skip
+    planned = _plan(arguments)
     generator = open_generator(arguments, max_rows=arguments.max_rows)
     began = time.perf_counter()
-    for record in task[arguments.task](generator, arguments):
+    for record in task[arguments.task](generator, arguments, planned):
         record |= {"settings": asdict(read_sampling(arguments)), "checkpoint": str(arguments.checkpoint)}
         record["seconds"] = round(time.perf_counter() - began, 3)
-        print(json.dumps({"task": arguments.task, **record}, ensure_ascii=False), flush=True)
+        record["arguments"] = vars(arguments)
+        print(json.dumps({"task": arguments.task, **record}, ensure_ascii=False, default=str), flush=True)
 
 
 def open_generator(arguments: argparse.Namespace, *, max_rows: int) -> Generator:
@@ -184,10 +186,12 @@ def open_generator(arguments: argparse.Namespace, *, max_rows: int) -> Generator
     return Generator(bundle, max_rows=max_rows)
 
 
-def _images(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _images(
+    generator: Generator, arguments: argparse.Namespace, planned: Planned
+) -> Iterator[dict[str, Any]]:
     from emu3_megatron.media import write_png
 
-    prompts = _prompts(arguments)
+    prompts = planned.prompts
     height, width = read_size(generator, arguments)
     with _progress(len(prompts), "image") as bar:
         images = generator.text_to_image(
@@ -200,14 +204,17 @@ def _images(generator: Generator, arguments: argparse.Namespace) -> Iterator[dic
             progress=bar.update,
         )
     if arguments.sheet:
+        arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
         write_png(arguments.sheet, contact_sheet([image.pixels[None] for image in images]))
-    for image, path in zip(images, _outputs(arguments, len(images), ".png"), strict=True):
+    for image, path in zip(images, planned.made(), strict=True):
         write_png(path, image.pixels)
         yield {**_about(image), "negative_prompt": arguments.negative_prompt, "output": str(path)}
 
 
-def _videos(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    prompts = _prompts(arguments)
+def _videos(
+    generator: Generator, arguments: argparse.Namespace, planned: Planned
+) -> Iterator[dict[str, Any]]:
+    prompts = planned.prompts
     height, width = read_size(generator, arguments)
     with _progress(len(prompts), "video") as bar:
         videos = generator.text_to_video(
@@ -221,10 +228,12 @@ def _videos(generator: Generator, arguments: argparse.Namespace) -> Iterator[dic
             negative_prompt=arguments.negative_prompt,
             progress=bar.update,
         )
-    yield from _write_videos(videos, arguments)
+    yield from _write_videos(videos, arguments, planned)
 
 
-def _continuations(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _continuations(
+    generator: Generator, arguments: argparse.Namespace, planned: Planned
+) -> Iterator[dict[str, Any]]:
     from emu3_megatron.media import load_clip
 
     size = read_size(generator, arguments)
@@ -242,11 +251,13 @@ def _continuations(generator: Generator, arguments: argparse.Namespace) -> Itera
             negative_prompt=arguments.negative_prompt,
             progress=bar.update,
         )
-    for path, record in zip(arguments.video, _write_videos(videos, arguments), strict=True):
+    for path, record in zip(arguments.video, _write_videos(videos, arguments, planned), strict=True):
         yield {**record, "video": str(path)}
 
 
-def _captions(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _captions(
+    generator: Generator, arguments: argparse.Namespace, planned: Planned
+) -> Iterator[dict[str, Any]]:
     from emu3_megatron.media import load_stills
 
     images = load_stills(arguments.image, read_size(generator, arguments))
@@ -263,8 +274,10 @@ def _captions(generator: Generator, arguments: argparse.Namespace) -> Iterator[d
         yield {"image": str(path), **_about(caption)}
 
 
-def _answers(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    prompts, template = _prompts(arguments), chat_template(arguments.template)
+def _answers(
+    generator: Generator, arguments: argparse.Namespace, planned: Planned
+) -> Iterator[dict[str, Any]]:
+    prompts, template = planned.prompts, chat_template(arguments.template)
     reader = MediaReader(generator, area=arguments.area)
     clip = partial(reader.video, frames=arguments.frames, fps=arguments.fps)
     media: list[Image | Video] = [_named(path, reader.image) for path in arguments.image]
@@ -290,8 +303,10 @@ def _answers(generator: Generator, arguments: argparse.Namespace) -> Iterator[di
         yield {"prompt": prompt, **about, **record}
 
 
-def _stories(generator: Generator, arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    prompts = _prompts(arguments)
+def _stories(
+    generator: Generator, arguments: argparse.Namespace, planned: Planned
+) -> Iterator[dict[str, Any]]:
+    prompts = planned.prompts
     with _progress(len(prompts), "document") as bar:
         stories = interleave(
             generator,
@@ -301,8 +316,7 @@ def _stories(generator: Generator, arguments: argparse.Namespace) -> Iterator[di
             max_new_tokens=arguments.max_new_tokens,
             progress=bar.update,
         )
-    for index, (prompt, story) in enumerate(zip(prompts, stories, strict=True)):
-        folder = arguments.output / f"{index:05d}" if len(stories) > 1 else arguments.output
+    for prompt, story, folder in zip(prompts, stories, planned.outputs, strict=True):
         segments = write_document(generator, story.document, folder)
         record = {"seed": story.seed, "tokens": story.tokens, "whole": story.finished, "segments": segments}
         yield {"prompt": prompt, "max_new_tokens": arguments.max_new_tokens, **record, "output": str(folder)}
@@ -316,12 +330,15 @@ def _named(path: Path, read: Callable[[Path], Image | Video]) -> Image | Video:
         raise MediaError(f"{path}: {error}") from error
 
 
-def _write_videos(videos: list[GeneratedVideo], arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _write_videos(
+    videos: list[GeneratedVideo], arguments: argparse.Namespace, planned: Planned
+) -> Iterator[dict[str, Any]]:
     from emu3_megatron.media import write_mp4, write_png
 
     if arguments.sheet:
+        arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
         write_png(arguments.sheet, contact_sheet([video.pixels for video in videos]))
-    for video, path in zip(videos, _outputs(arguments, len(videos), ".mp4"), strict=True):
+    for video, path in zip(videos, planned.made(), strict=True):
         write_mp4(path, video.pixels, video.fps)
         yield {**_about(video), "negative_prompt": arguments.negative_prompt, "output": str(path)}
 
@@ -390,18 +407,74 @@ def _frames(generator: Generator, arguments: argparse.Namespace) -> int:
     return math.ceil(arguments.seconds * arguments.fps / factor) * factor
 
 
-def _outputs(arguments: argparse.Namespace, count: int, suffix: str) -> list[Path]:
+@dataclass(frozen=True)
+class Planned:
+    """What is known before the model is opened."""
+
+    prompts: list[str]
+    outputs: list[Path]
+    """Where each result goes; empty where results are lines alone."""
+
+    def made(self) -> list[Path]:
+        """The outputs, in folders that are there."""
+        for output in self.outputs:
+            output.parent.mkdir(parents=True, exist_ok=True)
+        return self.outputs
+
+
+def _plan(arguments: argparse.Namespace) -> Planned:
+    """Check what needs no model. Raises `UserError` or `ValueError` where generating would be for nothing."""
+    read_sampling(arguments)
+    fps = getattr(arguments, "fps", None)
+    if fps is not None and not 0 < fps < math.inf:
+        raise UserError(f"--fps={fps} must be positive")
+    prompts = _prompts(arguments) if hasattr(arguments, "prompts") else []
+    if arguments.task == "interleave":
+        return Planned(prompts, _folders(arguments.output, len(prompts)))
+    if not hasattr(arguments, "output"):
+        return Planned(prompts, [])
+    suffix = ".png" if arguments.task == "image" else ".mp4"
+    count = len(arguments.video) if arguments.task == "continue" else len(prompts)
+    if arguments.sheet is not None:
+        _check_file(arguments.sheet)
+    return Planned(prompts, _files(arguments.output, count, suffix))
+
+
+def _files(output: Path, count: int, suffix: str) -> list[Path]:
     """One path per result: the file named, or numbered files in the folder named."""
-    output: Path = arguments.output
-    if output.suffix == suffix:
+    if output.suffix and not output.is_dir():
+        if output.suffix != suffix:
+            raise UserError(
+                f"{output}: results are {suffix} files; name one, or a folder (one with a dot in its name "
+                "must exist)"
+            )
         if count > 1:
             raise UserError(f"{count} results do not fit in one file {output}; name a folder")
-        output.parent.mkdir(parents=True, exist_ok=True)
+        _check_file(output)
         return [output]
-    if output.suffix:
-        raise UserError(f"{output}: results are {suffix} files; name one, or a folder")
-    output.mkdir(parents=True, exist_ok=True)
-    return [output / f"{index:05d}{suffix}" for index in range(count)]
+    outputs = [output / f"{index:05d}{suffix}" for index in range(count)]
+    for path in outputs:
+        _check_file(path)
+    return outputs
+
+
+def _folders(output: Path, count: int) -> list[Path]:
+    """One folder per result: the one named, or numbered ones in it."""
+    folders = [output / f"{index:05d}" for index in range(count)] if count > 1 else [output]
+    for folder in folders:
+        _check_file(folder / "document.md")
+    return folders
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a path that no file can have."""
+    if path.is_dir():
+        raise UserError(f"{path} is a folder, where a file is to be written; name another")
+    for folder in path.parents:
+        if folder.exists():
+            if not folder.is_dir():
+                raise UserError(f"{folder} is a file, where a folder is needed for {path}; name another")
+            return
 
 
 def _progress(count: int, unit: str) -> Any:

@@ -165,6 +165,11 @@ class CachedDecoder:
             used = cache[..., : self._slots if length is None else length, :]
             used[: len(rows)] = used[index]
 
+    def clear(self) -> None:
+        """Empty the cache in its place: a NaN in it would reach sums through the mask."""
+        for cache in self._cache:
+            cache.zero_()
+
     def _step(self, starts_B: Tensor, first_row: int, rows: int, width: int) -> _Step:
         """Positions, mask and places in the cache of one `feed`."""
         first, last = int(starts_B.min()), int(starts_B.max())

@@ -14,7 +14,9 @@ from emu3_megatron.inference.request import Completion, Request
 from emu3_megatron.inference.sampling import Sampling
 from emu3_megatron.inference.tasks import CAPTION_SAMPLING, Generator, Progress
 from emu3_megatron.media import (
+    Clip,
     ClipRule,
+    Geometry,
     MediaError,
     OpenVideo,
     Preprocessor,
@@ -32,6 +34,9 @@ Ids = npt.NDArray[np.int64]
 
 UNDERSTANDING_AREA = 512 * 512
 """Pixels of an image that is asked about (released: 512x512 to 1024x1024)."""
+
+PASSED_OVER = 64
+"""Most pixels that may be decoded for a clip, in times of those that may be taken."""
 
 ROLES = ("system", "user", "assistant")
 """Who says a message, in OpenAI's names."""
@@ -81,10 +86,22 @@ class MediaReader:
     """Images and clips to vision codes, at their own aspect ratio."""
 
     def __init__(
-        self, generator: Generator, *, area: int = UNDERSTANDING_AREA, most_pixels: int | None = None
+        self,
+        generator: Generator,
+        *,
+        area: int = UNDERSTANDING_AREA,
+        most_pixels: int | None = None,
+        most_clip_pixels: int | None = None,
     ) -> None:
-        """`area`: pixels to bring each picture to, about; a file of more than `most_pixels` is refused."""
-        self._most_pixels = most_pixels
+        """Bounds hold where they are given.
+
+        Args:
+            generator: the model.
+            area: pixels to bring each picture to, about.
+            most_pixels: of an image, or of one frame of a clip.
+            most_clip_pixels: of all frames that are taken from a clip.
+        """
+        self._most_pixels, self._most_clip_pixels = most_pixels, most_clip_pixels
         self._generator = generator
         self._vision = generator.bundle.vision_tokenizer
         self._rule = ResizeRule(area=area, spatial_factor=self._vision.spatial_factor)
@@ -104,23 +121,64 @@ class MediaReader:
         Raises `MediaError`, without the file's name, and `UserError` for a number of frames that the vision
         tokenizer does not take.
         """
-        factor = self._vision.temporal_factor
-        if frames < factor or frames % factor:
-            raise UserError(f"frames={frames} must be a multiple of {factor}, the temporal factor")
+        self._latent_frames(frames)
         with OpenVideo(media) as opened:
             info = opened.info
-            self._check(*info.upright_size)
-            clip = ClipRule(frames=frames, fps=fps).select(info)
+            clip = self._select(info, frames, fps)
             pictures = frame_source().frames(opened, clip.indices)
         geometry = self._rule.plan(*info.upright_size, pixel_aspect=info.pixel_aspect)
         (pixels_TCHW,) = self._preprocessor([pictures], [geometry])
         return self._generator.encode_clip(pixels_TCHW, clip.fps, clip.seconds)
 
-    def probe(self, media: Media) -> VideoInfo:
-        """What a video file holds. Raises `MediaError`, also where its frames are too large."""
+    def plan_image(self, media: Media) -> Image:
+        """What `image` would give, as far as the header shows, with zeros for codes. Raises `MediaError`.
+
+        A picture that its file says to turn may need a few tokens more: every row has an end.
+        """
+        size = image_dimensions(media)
+        self._check(*size)
+        rows, columns = sorted(self._latent(self._rule.plan(*size)))
+        return Image(np.zeros((rows, columns), dtype=np.int64))
+
+    def plan_video(self, media: Media, *, frames: int, fps: float | None = None) -> Video:
+        """What `video` would give, with zeros for codes; one frame is decoded. Raises as `video` does."""
+        steps = self._latent_frames(frames)
         info = probe_video(media)
-        self._check(*info.upright_size)
-        return info
+        clip = self._select(info, frames, fps)
+        geometry = self._rule.plan(*info.upright_size, pixel_aspect=info.pixel_aspect)
+        codes_THW = np.zeros((steps, *self._latent(geometry)), dtype=np.int64)
+        return Video(codes_THW, fps=clip.fps, seconds=round(clip.seconds, 3))
+
+    def check_clip(self, media: Media, *, frames: int, fps: float | None) -> None:
+        """Raise `MediaError` where a clip cannot be had from a video, or is too large."""
+        self._select(probe_video(media), frames, fps)
+
+    def _select(self, info: VideoInfo, frames: int, fps: float | None) -> Clip:
+        """Frames to take, within the bounds."""
+        height, width = info.upright_size
+        self._check(height, width)
+        clip = ClipRule(frames=frames, fps=fps).select(info)
+        if (most := self._most_clip_pixels) is not None:
+            if frames * height * width > most:
+                raise MediaError(f"has {frames} frames of {width}x{height} pixels, more than {most} in all")
+            if (passed := clip.indices[-1] + 1) * height * width > PASSED_OVER * most:
+                raise MediaError(
+                    f"has {passed} frames of {width}x{height} pixels up to the last one wanted, more than "
+                    f"{PASSED_OVER * most} in all; cut it, or ask for a higher rate"
+                )
+        return clip
+
+    def _latent(self, geometry: Geometry) -> tuple[int, int]:
+        """Rows and columns of codes."""
+        factor = self._vision.spatial_factor
+        return geometry.height // factor, geometry.width // factor
+
+    def _latent_frames(self, frames: int) -> int:
+        """Latent frames; raises `UserError` for frames that make none."""
+        factor = self._vision.temporal_factor
+        if frames < factor or frames % factor:
+            raise UserError(f"frames={frames} must be a multiple of {factor}, the temporal factor")
+        return frames // factor
 
     def _check(self, height: int, width: int) -> None:
         if self._most_pixels is not None and height * width > self._most_pixels:
@@ -137,42 +195,49 @@ def chat_template(name: str) -> ChatTemplate:
         raise UserError(f"{error}; or name one of {', '.join(CHAT_TEMPLATES)}") from error
 
 
-def conversation(messages: Sequence[Message], template: ChatTemplate) -> Document:
-    """The document of a conversation up to the next answer.
-
-    Every question takes the template, earlier ones with their answers; what the system says stands before the
-    question after it. The released models saw one question each.
-
-    Raises `UserError` unless questions and answers alternate and a question comes last.
-    """
-    segments: list[Text | Image | Video] = []
-    said = ""
-    question: Message | None = None
-    for message in messages:
-        if message.role == "system":
-            said += f"{message.text} "
-        elif message.role == "user" and question is None:
-            question = Message("user", said + message.text, message.media)
-            said = ""
-        elif message.role == "assistant" and question is not None:
-            segments += template.render(question.text, question.media, message.text).segments
-            segments.append(Text(" "))
-            question = None
-        else:
-            raise UserError("questions of the user and answers of the assistant must alternate")
-    if question is None or said:
-        raise UserError("the last message must be a question of the user")
-    return Document((*segments, *template.render(question.text, question.media).segments))
-
-
-def text_request(
-    dialect: Dialect, document: Document, *, sampling: Sampling, seed: int, max_new_tokens: int
+def chat_request(
+    dialect: Dialect,
+    messages: Sequence[Message],
+    template: ChatTemplate,
+    *,
+    sampling: Sampling,
+    seed: int,
+    max_new_tokens: int,
 ) -> Request:
-    """Continue `document` with text, up to its end. Raises `UserError` for guidance: it is for spans."""
+    """Answer the last question of a conversation; its ids are those of the conversations of post-training.
+
+    A system message stands first and takes the place of the template's opening; EOS follows every answer, and
+    later questions begin without the opening. The released models saw one question, without a system message.
+
+    Raises:
+        UserError: questions and answers do not alternate, a question does not come last, a system message is
+            not the first, or guidance is asked for, which is for spans.
+    """
     if sampling.guidance != 1.0:
         raise UserError(f"guidance={sampling.guidance}: text is generated without; leave it at 1")
+    system, said = None, list(messages)
+    if said and said[0].role == "system":
+        system, said = said[0].text.strip() or None, said[1:]
+    for number, message in enumerate(said):
+        if message.role == "system":
+            raise UserError("a system message must be the first message, and the only one; join several")
+        if message.role != ("user", "assistant")[number % 2]:
+            raise UserError("questions of the user and answers of the assistant must alternate")
+    if len(said) % 2 == 0:
+        raise UserError("the last message must be a question of the user")
+    ids, history = [np.array([dialect.vocabulary.bos])], 0
+    for number, message in enumerate(said):
+        if message.role == "assistant":
+            ids.append(dialect.encode_text(template.answer(message.text.strip())))
+            ids.append(np.array([dialect.vocabulary.eos]))
+            history = sum(map(len, ids))
+        else:
+            later = number > 0
+            prompt = template.prompt([Text(message.text)], message.media, system=system, later=later)
+            ids.append(dialect.encode(prompt).ids[1:-1])
     return Request(
-        prompt=dialect.encode(document).ids[:-1],
+        prompt=np.concatenate(ids),
+        history=history,
         sampling=sampling,
         seed=seed,
         max_new_tokens=max_new_tokens,
@@ -181,7 +246,7 @@ def text_request(
 
 
 def read_text(dialect: Dialect, ids: Ids) -> str:
-    """The text of the new tokens of a `text_request`."""
+    """The text of the new tokens of a `chat_request`."""
     return dialect.parse_text(ids[ids != dialect.vocabulary.eos]).text
 
 
@@ -198,9 +263,10 @@ def answer(
     """Answer the last question of each conversation."""
     dialect = generator.bundle.dialect
     requests = [
-        text_request(
+        chat_request(
             dialect,
-            conversation(messages, template),
+            messages,
+            template,
             sampling=sampling,
             seed=seed,
             max_new_tokens=max_new_tokens,

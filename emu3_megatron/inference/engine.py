@@ -38,8 +38,8 @@ class Engine:
 
         `cache_dtype` is that of keys and values, and so of attention; by default the model's.
         """
-        if max_rows < 2:
-            raise ValueError(f"max_rows={max_rows} must be at least 2: a guided request needs two")
+        if max_rows < 1:
+            raise ValueError(f"max_rows={max_rows} must be at least 1")
         self.model = model
         self.dialect = dialect
         self.max_rows = max_rows

@@ -62,18 +62,22 @@ def _linear(module: Any) -> Function:
     """A projection, summed over the tensor-parallel group where its input is split."""
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
-    if module.bias is not None or not isinstance(module, ColumnParallelLinear | RowParallelLinear):
+    if not isinstance(module, ColumnParallelLinear | RowParallelLinear):
         return partial(_called, module)
-    weight = weight_of(module)
+    weight, bias = weight_of(module), module.bias
+    if bias is not None and not isinstance(weight, Quantized):
+        return partial(_called, module)
     product: Function = weight.product if isinstance(weight, Quantized) else partial(linear, weight=weight)
     group = module.tp_group
-    if isinstance(module, ColumnParallelLinear) or torch.distributed.get_world_size(group) == 1:
+    whole = isinstance(module, ColumnParallelLinear) or torch.distributed.get_world_size(group) == 1
+    if whole and bias is None:
         return product
 
     def summed(x: Tensor) -> Tensor:
         result = product(x)
-        torch.distributed.all_reduce(result, group=group)
-        return result
+        if not whole:
+            torch.distributed.all_reduce(result, group=group)
+        return result if bias is None else result + bias
 
     return summed
 

@@ -20,6 +20,9 @@ from emu3_megatron.inference.few_rows import few_rows_int8
 FORMATS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 """Names to types."""
 
+PROJECTIONS = ("linear_qkv", "linear_proj", "linear_fc1", "linear_fc2")
+"""megatron-core's names for the matrices of a layer."""
+
 
 @dataclass(frozen=True)
 class Quantized:
@@ -61,16 +64,23 @@ class Quantized:
 def quantize(model: torch.nn.Module, name: str) -> None:
     """Replace the projections and the output layer of a model by `Quantized` ones, in place.
 
-    It can generate afterwards and nothing else. Embedding, norms and parts that are not megatron-core's local
-    ones stay, and so does an output layer that shares the embedding's weights.
+    It can generate afterwards and nothing else. Embedding, norms and biases stay, and so does an output layer
+    that shares the embedding's weights.
 
     Raises:
-        UserError: `name` is not a format.
+        UserError: `name` is not a format, or projections are not megatron-core's local ones.
     """
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
     if name not in FORMATS:
         raise UserError(f"weights {name!r} must be one of {', '.join(FORMATS)}")
+    for path, module in model.named_modules():
+        local = isinstance(module, ColumnParallelLinear | RowParallelLinear)
+        if path.rpartition(".")[2] in PROJECTIONS and not local:
+            raise UserError(
+                f"weights {name!r}: {path} is a {type(module).__name__}, and only megatron-core's own layers "
+                "can be reduced; leave --weights out, or generate without Transformer Engine"
+            )
     for module in model.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear) and module.weight is not None:
             module.quantized = Quantized.of(module.weight, name)

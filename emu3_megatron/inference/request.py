@@ -17,7 +17,10 @@ class Request:
     """One sequence to continue. Raises `ValueError` when something is missing or out of range."""
 
     prompt: Ids
-    """Token ids from BOS on; must be a prefix of the grammar."""
+    """Token ids from BOS on; must be a prefix of the grammar, but for `history`."""
+    history: int = 0
+    """Ids of `prompt` that are earlier turns of a conversation, BOS included: each turn is a document that
+    ends with EOS, and only the first has a BOS. What follows continues as after BOS."""
     negative_prompt: Ids | None = None
     """Prefix of the unconditional stream; needed exactly when ``sampling.guidance`` is not 1. It must end in
     the same place of the grammar as `prompt` (same span, same size)."""
@@ -36,6 +39,10 @@ class Request:
         """Check that the parts fit together."""
         if len(self.prompt) == 0:
             raise ValueError("a request needs a prompt of at least one token (BOS)")
+        if not 0 <= self.history < len(self.prompt):
+            raise ValueError(
+                f"history={self.history} must be less than the {len(self.prompt)} ids of the prompt"
+            )
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens={self.max_new_tokens} must be at least 1")
         if self.guided and self.negative_prompt is None:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from emu3_megatron.grammar import Allowed, Automaton
+from emu3_megatron.grammar import Allowed, Automaton, State
 from emu3_megatron.inference.decoder import MAX_RUN, CachedDecoder, Ranges
 from emu3_megatron.inference.request import Completion, Ids, Request
 from emu3_megatron.inference.sampling import UniformStream, guide, sample
@@ -54,7 +54,7 @@ class Ticket:
         """New tokens so far."""
         self.pending: list[int] = []
         """Those of them not yet fed."""
-        self.state = automaton.start(request.prompt)
+        self.state = _start(automaton, request, eos)
         self.prompts = [request.prompt]
         if request.guided and request.negative_prompt is not None:
             automaton.start(request.negative_prompt)
@@ -115,6 +115,21 @@ class Ticket:
             self.state = self._automaton.advance(self.state, token)
 
 
+def _start(automaton: Automaton, request: Request, eos: int) -> State:
+    """Where a prompt ends in the grammar: every turn of a conversation is a document of its own.
+
+    Raises `GrammarError` where the prompt, or a turn, is none.
+    """
+    if not request.history:
+        return automaton.start(request.prompt)
+    bos, earlier = request.prompt[:1], request.prompt[1 : request.history]
+    if earlier[-1:].tolist() != [eos]:
+        raise ValueError(f"the first {request.history} ids of a prompt are earlier turns; they end with EOS")
+    for turn in np.split(earlier, np.flatnonzero(earlier[:-1] == eos) + 1):
+        automaton.start(np.concatenate([bos, turn]))
+    return automaton.start(np.concatenate([bos, request.prompt[request.history :]]))
+
+
 class Session:
     """Requests in their order of arrival, as many at a time as the cache has rows for.
 
@@ -144,7 +159,8 @@ class Session:
         if request.rows > self._decoder.max_rows or request.length > self._decoder.max_length:
             raise ValueError(
                 f"a request of {request.rows} rows of {request.length} positions does not fit in a cache of "
-                f"{self._decoder.max_rows} rows of {self._decoder.max_length}; ask for fewer tokens"
+                f"{self._decoder.max_rows} rows of {self._decoder.max_length}; ask for fewer tokens, or "
+                "for more rows (a guided request takes two)"
             )
         ticket = Ticket(request, self._automaton, self._eos, on_tokens)
         if ticket.done:
@@ -158,6 +174,14 @@ class Session:
         ticket.done = True
         if ticket in self._queue:
             self._queue.remove(ticket)
+
+    def clear(self) -> None:
+        """Give up all requests, and forget what the cache holds, whatever state a failed step left."""
+        for ticket in [*self._queue, *(ticket for ticket, _ in self._rows)]:
+            ticket.done = True
+        self._queue.clear()
+        self._rows = []
+        self._decoder.clear()
 
     @torch.no_grad()
     def step(self) -> None:

@@ -13,6 +13,10 @@ from dataclasses import dataclass
 
 from emu3_megatron.media.errors import MediaError
 
+MAX_CUT = 16
+"""A picture of which less than one part in so many would be left by a crop is refused: it is enlarged as a
+whole before it is cropped, to this many times the memory of the result."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Geometry:
@@ -136,8 +140,17 @@ def _check_aspect(height: int, width: int, shown_width: float, limit: float) -> 
 
 
 def fixed_geometry(height: int, width: int, size: tuple[int, int], *, pixel_aspect: float = 1.0) -> Geometry:
-    """Cover `size` (rows, columns) exactly, at the picture's own ratio, cropping what sticks out."""
+    """Cover `size` (rows, columns) exactly, at the picture's own ratio, cropping what sticks out.
+
+    Raises:
+        MediaError: the picture is too elongated for this size (see `MAX_CUT`).
+    """
     shown_width = width * pixel_aspect
+    stretch = (height * size[1]) / (shown_width * size[0])
+    if max(stretch, 1 / stretch) > MAX_CUT:
+        raise MediaError(
+            f"is {width}x{height} pixels; a crop to {size[1]}x{size[0]} leaves less than 1/{MAX_CUT} of it"
+        )
     cover = max(size[0] / height, size[1] / shown_width)
     return Geometry(
         resized_height=max(size[0], round(height * cover)),

@@ -8,7 +8,7 @@ import torch
 
 from emu3_megatron.media.errors import MediaError
 from emu3_megatron.media.files import Media
-from emu3_megatron.media.geometry import fixed_geometry
+from emu3_megatron.media.geometry import Geometry, fixed_geometry
 from emu3_megatron.media.images import decode_images
 from emu3_megatron.media.preprocess import Preprocessor
 from emu3_megatron.media.selection import ClipRule
@@ -38,7 +38,9 @@ def load_stills(
         if isinstance(picture, MediaError):
             raise MediaError(f"{_name(path)}: {picture}") from picture
         arrays.append(picture[None])
-    geometries = [fixed_geometry(a.shape[1], a.shape[2], size) for a in arrays]
+    geometries = [
+        _covering(path, a.shape[1], a.shape[2], size) for path, a in zip(paths, arrays, strict=True)
+    ]
     if not arrays:
         return torch.empty(0, 3, *size)
     return torch.cat((preprocessor or Preprocessor())(arrays, geometries))
@@ -75,12 +77,20 @@ def load_clip(
     try:
         with OpenVideo(path) as video:
             info = video.info
+            geometry = fixed_geometry(*info.upright_size, size, pixel_aspect=info.pixel_aspect)
             pictures = (source or frame_source()).frames(video, rule.select(info).indices)
     except MediaError as error:
         raise MediaError(f"{_name(path)}: {error}") from error
-    geometry = fixed_geometry(*info.upright_size, size, pixel_aspect=info.pixel_aspect)
     (clip,) = (preprocessor or Preprocessor(batch_size=1))([pictures], [geometry])
     return clip
+
+
+def _covering(media: Media, height: int, width: int, size: tuple[int, int]) -> Geometry:
+    """`fixed_geometry`, whose error names the file."""
+    try:
+        return fixed_geometry(height, width, size)
+    except MediaError as error:
+        raise MediaError(f"{_name(media)}: {error}") from error
 
 
 def _name(media: Media) -> str:

@@ -158,6 +158,56 @@ def test_questions(capsys, folder: Path) -> None:
     assert said[0] == said[1] != said[2]
 
 
+def repeated(line: dict[str, Any]) -> list[str]:
+    """The command of one result, from its line alone; written beside the first."""
+    given = dict(line["arguments"])
+    given |= {"seed": line["seed"], "samples": None, "prompts": None}
+    given |= {name: [line[name]] for name in ("prompt", "image", "video") if isinstance(line.get(name), str)}
+    if line["task"] == "continue":
+        given["prompt"] = line["prompt"]
+    if "output" in line:
+        output = Path(line["output"])
+        given["output"] = str(output.with_name(f"again-{output.name}"))
+    command = [given.pop("task")]
+    for name, value in given.items():
+        for each in value if isinstance(value, list) else [value]:
+            if each not in (None, False):
+                command += [f"--{name.replace('_', '-')}", *([] if each is True else [str(each)])]
+    return command
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["image", "--prompt", "a", "--prompt", "two", *SIZE, "--weights", "int8", "--guidance", "2"],
+        [
+            *["video", "--prompt", "a", "--samples", "2", "--frames", "4", "--fps", "12", "--ratio", "2:1"],
+            *["--area", "128", "--negative-prompt", "b", "--plain-weights"],
+        ],
+        ["continue", "--video", "clip.mp4", "--frames", "8", "--rounds", "2", "--prompt", "go", *SIZE],
+        ["caption", "--image", "picture.png", *SIZE, "--prefix", "two", "--max-new-tokens", "9"],
+        [
+            *["chat", "--prompt", "a", "--prompt", "b", "--video", "clip.mp4", "--image", "picture.png"],
+            *["--frames", "4", "--fps", "4", "--area", "300", "--max-new-tokens", "7"],
+        ],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_line_is_enough_to_repeat_its_result(
+    capsys, folder: Path, tmp_path: Path, monkeypatch, command: list[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    output = ["--output", str(tmp_path / "out")] if command[0] in ("image", "video", "continue") else []
+    *_, line = run(capsys, folder, *command, "--temperature", "1.5", "--seed", "7", *output)
+    generate(build_parser().parse_args(repeated(line)))
+    (again,) = (json.loads(text) for text in capsys.readouterr().out.splitlines())
+    if output:
+        assert Path(again["output"]) != Path(line["output"])
+        assert Path(again["output"]).read_bytes() == Path(line["output"]).read_bytes()
+    for name in ("caption", "answer", "tokens", "seed"):
+        assert again.get(name) == line.get(name)
+
+
 def test_documents_of_text_and_images(capsys, folder: Path, tmp_path: Path) -> None:
     """What is written are the segments of the line, whole pictures only, the prompt first."""
     command = [
@@ -184,9 +234,9 @@ def test_documents_of_text_and_images(capsys, folder: Path, tmp_path: Path) -> N
 
 
 def test_sheets_and_rounds(capsys, folder: Path, tmp_path: Path) -> None:
-    command = ["image", "--prompt", "a", "--samples", 3, *SIZE, "--sheet", tmp_path / "all.png"]
+    command = ["image", "--prompt", "a", "--samples", 3, *SIZE, "--sheet", tmp_path / "new" / "all.png"]
     lines = run(capsys, folder, *command, "--output", tmp_path / "images")
-    sheet = decode_image(tmp_path / "all.png")
+    sheet = decode_image(tmp_path / "new" / "all.png")
     assert sheet.shape == (4 + 2 * 12, 4 + 2 * 16, 3)
     np.testing.assert_array_equal(sheet[4:12, 20:32], decode_image(Path(lines[1]["output"])))
     (line,) = run(
@@ -222,6 +272,42 @@ def test_bad_arguments(
     with pytest.raises(ValueError, match=message):
         run(capsys, folder, *arguments)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["image", "--prompt", "a", "--output", "runs/v1.5"], "must exist"),
+        (["image", "--prompt", "a", "--prompt", "b", "--output", "a.png"], "do not fit"),
+        (["image", "--prompt", "a", "--output", "taken"], "taken is a file"),
+        (["image", "--prompt", "a", "--output", "taken/a.png"], "taken is a file"),
+        (["image", "--prompt", "a", "--output", "there"], "is a folder"),
+        (["image", "--prompt", "a", "--output", "b", "--sheet", "there"], "is a folder"),
+        (["video", "--prompt", "a", "--frames", "8", "--fps", "0", "--output", "a.mp4"], "--fps=0"),
+        (["video", "--prompt", "a", "--frames", "8", "--fps", "nan", "--output", "a.mp4"], "--fps=nan"),
+        (["continue", "--video", "a", "b", "--frames", "8", "--output", "a.mp4"], "do not fit"),
+        (["continue", "--video", "a", "--frames", "8", "--fps", "-1", "--output", "a.mp4"], "--fps=-1"),
+        (["interleave", "--prompt", "a", "--output", "taken"], "taken is a file"),
+        (["interleave", "--prompt", "a", "--samples", "2", "--output", "taken"], "taken is a file"),
+        (["chat", "--prompt", "a", "--fps", "0"], "--fps=0"),
+        (["image", "--prompt", "a", "--top-p", "2", "--output", "x.png"], "top_p"),
+    ],
+)
+def test_arguments_are_checked_before_the_model_is_opened(
+    tmp_path: Path, monkeypatch, arguments: list[str], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("")
+    (tmp_path / "there" / "00000.png").mkdir(parents=True)
+    with pytest.raises(ValueError, match=message):
+        generate(build_parser().parse_args([*arguments, "--checkpoint", "no model"]))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["taken", "there"]
+
+
+def test_a_folder_that_exists_may_have_a_dot(capsys, folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "v1.5").mkdir()
+    command = ["image", "--prompt", "a", "--samples", 2, *SIZE, "--output", tmp_path / "v1.5"]
+    assert len(run(capsys, folder, *command)) == len(list((tmp_path / "v1.5").iterdir())) == 2
 
 
 def test_bad_folders(folder: Path, tmp_path: Path) -> None:

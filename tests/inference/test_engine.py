@@ -280,6 +280,18 @@ def test_training_mode_is_restored(model) -> None:
     model.eval()
 
 
+def test_one_row_is_enough_without_guidance(model, engine) -> None:
+    """Captions are never guided; a guided request is told what it lacks."""
+    from emu3_megatron.inference.engine import Engine
+
+    single = Engine(model, worlds.dialect(), max_rows=1)
+    requests = [image_request("red", seed=seed, sampling=Sampling(guidance=1.0)) for seed in range(2)]
+    for found, expected in zip(single.generate(requests), engine.generate(requests), strict=True):
+        np.testing.assert_array_equal(found.ids, expected.ids)
+    with pytest.raises(ValueError, match="a guided request takes two"):
+        single.generate([image_request("red", sampling=Sampling(guidance=2.0))])
+
+
 def test_bad_requests_are_refused(model, engine) -> None:
     from emu3_megatron.inference.engine import Engine, Request
 
@@ -289,8 +301,8 @@ def test_bad_requests_are_refused(model, engine) -> None:
         Request(prompt=np.array([1]), sampling=Sampling(guidance=2.0))
     with pytest.raises(ValueError, match="max_new_tokens"):
         Request(prompt=np.array([1]), max_new_tokens=0)
-    with pytest.raises(ValueError, match="at least 2"):
-        Engine(model, worlds.dialect(), max_rows=1)
+    with pytest.raises(ValueError, match="at least 1"):
+        Engine(model, worlds.dialect(), max_rows=0)
     with pytest.raises(ValueError, match="position 1"):
         engine.generate([Request(prompt=np.array([worlds.VOCABULARY.bos, worlds.VOCABULARY.eoi]))])
     everything = frozenset(range(worlds.VOCABULARY.size))

@@ -55,12 +55,12 @@ def test_products_are_those_of_the_widened_matrix(name: str, rows: int, columns:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("supported", [True, False])
+@pytest.mark.parametrize(("supported", "biased"), [(True, False), (False, False), (True, True)])
 def test_a_model_of_quantized_weights_computes_what_the_widened_ones_do(
-    name: str, supported: bool, monkeypatch: pytest.MonkeyPatch
+    name: str, supported: bool, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Logits are those of a model whose weights were rounded alike, with the kernel (where there is one) and
-    without; the weights themselves are gone.
+    without, with biases (of models that began as Qwen2) and without; the weights themselves are gone.
     """
     from megatron.core.tensor_parallel import ColumnParallelLinear, RowParallelLinear
 
@@ -69,7 +69,12 @@ def test_a_model_of_quantized_weights_computes_what_the_widened_ones_do(
 
     if not supported:
         monkeypatch.setattr(few_rows, "_SUPPORTED", False)
-    rounded, small = worlds.tiny_model(), worlds.tiny_model()
+    config = worlds.model_config(qkv_bias=biased)
+    rounded, small = worlds.tiny_model(config), worlds.tiny_model(config)
+    for model in (rounded, small):
+        for layer in model.decoder.layers if biased else ():
+            bias = layer.self_attention.linear_qkv.bias
+            bias.data = torch.linspace(-2, 2, len(bias))
     for module in rounded.modules():
         if isinstance(module, ColumnParallelLinear | RowParallelLinear):
             module.weight.data = widened(Quantized.of(module.weight, name))
@@ -89,6 +94,16 @@ def test_a_model_of_quantized_weights_computes_what_the_widened_ones_do(
     request = image_request("red", 2, 3, sampling=Sampling(guidance=3.0), seed=3)
     (completion,) = Engine(small, worlds.dialect()).generate([request])
     assert completion.ids[-1] == worlds.VOCABULARY.eoi
+
+
+def test_foreign_projections_are_refused_before_anything_is_changed() -> None:
+    """Transformer Engine's layers would keep their weights, and nobody would be told."""
+    model = worlds.tiny_model()
+    first, last = model.decoder.layers
+    last.mlp.linear_fc2 = torch.nn.Linear(48, 32)
+    with pytest.raises(UserError, match=r"layers\.1\.mlp\.linear_fc2 is a Linear"):
+        quantize(model, "int8")
+    assert first.self_attention.linear_qkv.weight is not None
 
 
 def test_another_format_is_refused() -> None:

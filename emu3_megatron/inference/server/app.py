@@ -28,7 +28,7 @@ from emu3_megatron.inference.server.body import BoundedBodies, refusal
 from emu3_megatron.inference.server.limits import Limits
 from emu3_megatron.inference.server.schemas import Chat, Clip, Picture, read_upload
 from emu3_megatron.inference.server.work import AnswerWork, ImageWork, VideoWork
-from emu3_megatron.inference.server.worker import Event, Job, Refused, Work, Worker
+from emu3_megatron.inference.server.worker import BROKEN, Down, Event, Job, Refused, Work, Worker
 from emu3_megatron.inference.tasks import Generator
 from emu3_megatron.text.chat import CHAT_TEMPLATES, ChatTemplate
 
@@ -52,7 +52,10 @@ class Service:
         vision = generator.bundle.vision_tokenizer
         self._spatial, self._temporal = vision.spatial_factor, vision.temporal_factor
         self._reader = MediaReader(
-            generator, area=limits.understanding_area, most_pixels=limits.upload_pixels
+            generator,
+            area=limits.understanding_area,
+            most_pixels=limits.upload_pixels,
+            most_clip_pixels=limits.clip_pixels,
         )
 
     def about(self) -> dict[str, Any]:
@@ -96,6 +99,7 @@ class Service:
             clip=clip,
             given_frames=body.given_frames,
             reader=self._reader,
+            most_positions=self._limits.length,
         )
         return await self._answer(work, request, body.stream, _picture_event("video_generation"), _pictures)
 
@@ -108,12 +112,13 @@ class Service:
         work = AnswerWork(
             self._generator,
             self._reader,
-            messages=[message.read(self._limits) for message in body.messages],
+            messages=body.read(self._limits),
             template=self._template,
             frames=body.frames,
             sampling=body.sampling(guidance=1.0, temperature=0.0),
             seed=body.seed,
             max_new_tokens=body.most_tokens(self._limits),
+            most_positions=self._limits.length,
         )
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.model_name}
         return await self._answer(work, request, body.stream, _chunk(about), _completion(about))
@@ -261,9 +266,11 @@ def create_app(
     async def show_page() -> HTMLResponse:
         return HTMLResponse(page)
 
-    @app.get("/status")
-    async def status() -> dict[str, Any]:
-        return service.about()
+    @app.get("/status", response_model=None)
+    async def status() -> Response:
+        if service.worker.broken:
+            return refusal(503, BROKEN)
+        return JSONResponse(service.about())
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
@@ -292,6 +299,10 @@ def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(Refused)
     async def refused(_: Request, error: Refused) -> Response:
         return refusal(429, one_line(error))
+
+    @app.exception_handler(Down)
+    async def down(_: Request, error: Down) -> Response:
+        return refusal(503, one_line(error))
 
     @app.exception_handler(HTTPException)
     async def other(_: Request, error: HTTPException) -> Response:

@@ -23,6 +23,10 @@ class Limits:
     """Largest body; an upload is a third longer than its file (413)."""
     upload_pixels: int = 1 << 25
     """Most pixels of an uploaded image, or of one frame of an uploaded clip."""
+    clip_pixels: int = 1 << 27
+    """Most pixels of all frames that are taken from an uploaded clip (64 frames of 1920 x 1080)."""
+    uploads: int = 8
+    """Most files of one request."""
     understanding_area: int = 512 * 512
     """Pixels that an uploaded picture is brought to."""
     pixels: int = 1 << 20

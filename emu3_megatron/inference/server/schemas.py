@@ -162,6 +162,14 @@ class Chat(Sampler):
     frames: int = Field(default=8, ge=1)
     """First frames of a clip that the model sees."""
 
+    def read(self, limits: Limits) -> list[tuple[str, str, list[Upload]]]:
+        """The messages. Raises `UserError` for too many files, before any is read."""
+        contents = [message.content for message in self.messages if not isinstance(message.content, str)]
+        files = sum(part.type != "text" for content in contents for part in content)
+        if files > limits.uploads:
+            raise UserError(f"the messages hold {files} files, more than {limits.uploads}; send fewer")
+        return [message.read(limits) for message in self.messages]
+
     def most_tokens(self, limits: Limits) -> int:
         """Longest answer."""
         asked = self.max_completion_tokens or self.max_tokens or 512

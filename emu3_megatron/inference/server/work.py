@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,8 +13,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image as PillowImage
 
+from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Image, Video
-from emu3_megatron.inference.dialogue import MediaReader, Message, conversation, read_text, text_request
+from emu3_megatron.inference.dialogue import MediaReader, Message, chat_request, read_text
 from emu3_megatron.inference.request import Request
 from emu3_megatron.inference.sampling import Sampling
 from emu3_megatron.inference.server.worker import Event
@@ -68,7 +69,7 @@ class ImageWork:
         self._shown = [0] * len(self._seeds)
         self._told = 0
 
-    def requests(self) -> list[tuple[Request, OnTokens]]:
+    def requests(self, check: Callable[[], None]) -> list[tuple[Request, OnTokens]]:
         """One for each picture."""
         span = self._dialect.open_span(self._rows, self._columns)
         requests = self._generator.span_requests(
@@ -144,32 +145,42 @@ class VideoWork:
         clip: bytes | None,
         given_frames: int,
         reader: MediaReader,
+        most_positions: int,
     ) -> None:
         self._generator, self._dialect = generator, generator.bundle.dialect
         self._prompt, self._negative_prompt = prompt, negative_prompt
         self._size, self._frames, self._fps = size, frames, fps
         self._sampling, self._seed = sampling, seed
         self._clip, self._given_frames, self._reader = clip, given_frames, reader
+        self._most_positions = most_positions
         self._span = np.empty(0, dtype=np.int64)
         self._length, self._count, self._told = 1, 0, 0
 
-    def requests(self) -> list[tuple[Request, OnTokens]]:
-        """One."""
+    def requests(self, check: Callable[[], None]) -> list[tuple[Request, OnTokens]]:
+        """One; its length is checked before the given frames are decoded."""
         vision = self._generator.bundle.vision_tokenizer
         rows, columns = (side // vision.spatial_factor for side in self._size)
         steps = self._frames // vision.temporal_factor
         shape = (rows, columns, steps, self._fps, self._frames / self._fps)
+        _check_length(self._request(shape), self._most_positions)
         codes = None
         if self._clip is not None:
-            self._reader.probe(self._clip)
+            self._reader.check_clip(self._clip, frames=self._given_frames, fps=self._fps)
+            check()
             pixels_TCHW = load_clip(self._clip, self._given_frames, self._size, fps=self._fps)
             codes = vision.encode(pixels_TCHW[None])[0].cpu().numpy()
+        return [(self._request(shape, codes), self._take)]
+
+    def _request(
+        self, shape: tuple[int, int, int, float, float], codes: npt.NDArray[np.int64] | None = None
+    ) -> Request:
+        """For a clip that begins with `codes`; its length is the same whatever they are."""
         self._span = self._dialect.open_span(*shape, codes)
         self._length = self._dialect.span_length(*shape) - len(self._span)
-        requests = self._generator.span_requests(
+        (request,) = self._generator.span_requests(
             [self._prompt], [self._span], self._length, self._sampling, [self._seed], self._negative_prompt
         )
-        return [(requests[0], self._take)]
+        return request
 
     def _take(self, tokens: list[int]) -> None:
         self._count += len(tokens)
@@ -217,27 +228,43 @@ class AnswerWork:
         sampling: Sampling,
         seed: int,
         max_new_tokens: int,
+        most_positions: int,
     ) -> None:
         self._dialect, self._reader = generator.bundle.dialect, reader
+        self._most_positions = most_positions
         self._messages, self._template, self._frames = messages, template, frames
         self._sampling, self._seed, self._max_new_tokens = sampling, seed, max_new_tokens
         self._ids: list[int] = []
         self._seen, self._text = 0, ""
 
-    def requests(self) -> list[tuple[Request, OnTokens]]:
-        """One."""
-        messages = [
-            Message(role, text, tuple(self._read(upload) for upload in uploads))
-            for role, text, uploads in self._messages
-        ]
-        request = text_request(
+    def requests(self, check: Callable[[], None]) -> list[tuple[Request, OnTokens]]:
+        """One; its length is checked before any file is decoded and encoded."""
+        _check_length(self._request(self._plan, check), self._most_positions)
+        return [(self._request(self._read, check), self._ids.extend)]
+
+    def _request(self, read: Callable[[Upload], Image | Video], check: Callable[[], None]) -> Request:
+        """With what `read` makes of the files."""
+
+        def checked(upload: Upload) -> Image | Video:
+            check()
+            return read(upload)
+
+        return chat_request(
             self._dialect,
-            conversation(messages, self._template),
+            [
+                Message(role, text, tuple(checked(upload) for upload in uploads))
+                for role, text, uploads in self._messages
+            ],
+            self._template,
             sampling=self._sampling,
             seed=self._seed,
             max_new_tokens=self._max_new_tokens,
         )
-        return [(request, self._ids.extend)]
+
+    def _plan(self, upload: Upload) -> Image | Video:
+        if upload.kind == "image":
+            return self._reader.plan_image(upload.data)
+        return self._reader.plan_video(upload.data, frames=self._frames)
 
     def _read(self, upload: Upload) -> Image | Video:
         if upload.kind == "image":
@@ -270,6 +297,15 @@ class AnswerWork:
         return {
             "type": "done", "text": text, "rest": rest, "finished": ticket.finished, "tokens": usage(tickets),
         }  # fmt: skip
+
+
+def _check_length(request: Request, most: int) -> None:
+    """Refuse what no sequence of this server holds."""
+    if request.length > most:
+        raise UserError(
+            f"the request takes {request.length} positions, files and new tokens included, more than the "
+            f"{most} of this server; send less, or ask for fewer tokens"
+        )
 
 
 def usage(tickets: Sequence[Ticket]) -> dict[str, int]:

@@ -26,6 +26,9 @@ log = logging.getLogger(__name__)
 Event = dict[str, Any]
 """``{"type": ...}`` and more; the last of a job has the type ``done`` or ``error``."""
 
+CLOSING = "the server is closing"
+BROKEN = "the server is broken and must be restarted; its log has more"
+
 PREVIEW_SHARE = 0.04
 """Most of the worker's time that goes into pictures of unfinished images."""
 
@@ -34,11 +37,23 @@ class Refused(Exception):
     """There are as many jobs as the server takes."""
 
 
+class GivenUp(Exception):
+    """Nobody waits for a job any more."""
+
+
+class Down(Exception):
+    """The server takes no jobs any more."""
+
+
 class Work(Protocol):
     """What a job does on the worker's thread."""
 
-    def requests(self) -> list[tuple[Request, OnTokens]]:
-        """What the engine has to do. Raises `ValueError` for what the client can put right."""
+    def requests(self, check: Callable[[], None]) -> list[tuple[Request, OnTokens]]:
+        """What the engine has to do.
+
+        `check` is called before every piece of work that takes long, and raises `GivenUp` where it is for
+        nothing. Raises `ValueError` for what the client can put right.
+        """
         ...
 
     def preview(self) -> Event | None:
@@ -65,6 +80,16 @@ class Job:
         self.cancelled = False
         self._loop = asyncio.get_running_loop()
         self._events: asyncio.Queue[Event] = asyncio.Queue()
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it was cancelled or took too long."""
+        return self.cancelled or time.monotonic() > self.deadline
+
+    def check(self) -> None:
+        """Raise `GivenUp` where it is."""
+        if self.given_up:
+            raise GivenUp
 
     def cancel(self) -> None:
         """Give it up; the worker notices at its next step."""
@@ -104,7 +129,7 @@ class Worker:
         self._new: list[Job] = []
         self._jobs: list[Job] = []
         self._open = 0
-        self._closed = False
+        self._closed = self._broken = False
         self._worked = self._previewed = self._last = 0.0
         self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
 
@@ -112,6 +137,11 @@ class Worker:
     def jobs(self) -> int:
         """Jobs that run or wait."""
         return self._open
+
+    @property
+    def broken(self) -> bool:
+        """Whether the thread has ended by a defect; nothing is generated until the server is restarted."""
+        return self._broken
 
     def start(self) -> None:
         """Begin to work."""
@@ -126,8 +156,10 @@ class Worker:
         self._thread.join()
 
     def add(self, job: Job) -> None:
-        """Take a job. Raises `Refused` where there are too many."""
+        """Take a job. Raises `Refused` where there are too many, and `Down` where nobody would begin it."""
         with self._wake:
+            if self._broken or self._closed:
+                raise Down(BROKEN if self._broken else CLOSING)
             if self._open >= self._limits.jobs:
                 raise Refused(
                     f"the server is busy with {self._open} requests, and takes no more than "
@@ -137,14 +169,30 @@ class Worker:
             self._new.append(job)
             self._wake.notify()
 
-    @torch.no_grad()
     def _run(self) -> None:
+        """Work until closed; however the thread ends, no job is left waiting for it."""
+        reason = CLOSING
+        try:
+            self._work()
+        except BaseException:  # who calls a thread hears of nothing
+            reason = BROKEN
+            log.exception("the server's thread has ended by a defect")
+        finally:
+            with self._wake:
+                self._broken = reason == BROKEN
+                left = [*self._jobs, *self._new]
+                self._jobs, self._new, self._open = [], [], 0
+            for job in left:
+                job.fail(503, reason)
+
+    @torch.no_grad()
+    def _work(self) -> None:
         while True:
             with self._wake:
                 while not (self._closed or self._new or self._jobs):
                     self._wake.wait()
                 if self._closed:
-                    break
+                    return
                 new, self._new = self._new, []
             for job in new:
                 self._jobs.append(job)
@@ -153,28 +201,34 @@ class Worker:
             self._step()
             for job in list(self._jobs):
                 self._guarded(job, self._follow)
-        for job in [*self._jobs, *self._new]:
-            job.fail(503, "the server is closing")
 
     def _begin(self, job: Job) -> None:
-        if job.cancelled:
-            return
-        for request, on_tokens in job.work.requests():
-            job.tickets.append(self._session.submit(request, on_tokens))
+        try:
+            job.check()
+            for request, on_tokens in job.work.requests(job.check):
+                job.tickets.append(self._session.submit(request, on_tokens))
+        except GivenUp:
+            pass  # `_give_up` comes next
 
     def _step(self) -> None:
-        """One step of the engine for all; a defect in it ends every job, and not the server."""
+        """One step of the engine for all; a defect in it ends every job, and not the server.
+
+        Memory may be what was short, so that nothing is allocated anew: the session keeps its cache.
+        """
         if not self._session.busy:
             return
         began = time.perf_counter()
+        failed = False
         try:
             self._session.step()
         except Exception:
             log.exception("a step of generation failed")
+            failed = True
+        if failed:  # not above: the error would hold what the step had in memory
             for job in list(self._jobs):
                 self._end(job)
                 job.fail(500, "generation failed; the server's log has more")
-            self._session = self._engine.session(max_rows=self._limits.rows, max_length=self._limits.length)
+            self._session.clear()
         self._worked += time.perf_counter() - began
 
     def _follow(self, job: Job) -> None:
@@ -195,9 +249,8 @@ class Worker:
 
     def _give_up(self) -> None:
         """End jobs that were cancelled or took too long."""
-        now = time.monotonic()
         for job in list(self._jobs):
-            if job.cancelled or now > job.deadline:
+            if job.given_up:
                 self._end(job)
                 job.fail(504, f"not ready within {self._limits.seconds:g} seconds; ask for less")
 

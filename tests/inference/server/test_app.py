@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from starlette.testclient import TestClient
 
@@ -45,8 +46,8 @@ def png_bytes(height: int = 16, width: int = 16) -> bytes:
     return stream.getvalue()
 
 
-def clip_bytes(folder: Path) -> bytes:
-    pixels = np.random.default_rng(0).integers(0, 256, (12, 16, 16, 3), dtype=np.uint8)
+def clip_bytes(folder: Path, frames: int = 12, height: int = 16, width: int = 16) -> bytes:
+    pixels = np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), dtype=np.uint8)
     write_mp4(folder / "clip.mp4", pixels, 8.0)
     return (folder / "clip.mp4").read_bytes()
 
@@ -346,6 +347,66 @@ def test_a_defect_ends_the_job_and_not_the_server(generator: Generator, monkeypa
         answer = client.post(IMAGES, json=PICTURE)
         assert (answer.status_code, "memory" in answer.text) == (500, False)
         assert client.post(IMAGES, json=PICTURE).status_code == 200
+
+
+def test_a_failed_step_needs_no_new_memory(generator: Generator, monkeypatch) -> None:
+    """Where it fails for want of memory, another cache could not be had either; results stay the same."""
+    from emu3_megatron.inference.decoder import CachedDecoder
+    from emu3_megatron.inference.session import Session
+
+    app = create_app(generator, limits=LIMITS)
+    choose = Session._choose
+    broken = [True]
+
+    def stumble(session: Session, *arguments: Any) -> None:
+        if broken.pop() if broken else False:
+            for cache in session._decoder._cache:
+                cache.fill_(float("nan"))  # what half a step may leave
+            raise torch.OutOfMemoryError("out of memory")
+        choose(session, *arguments)
+
+    def no_memory(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("out of memory")
+
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        expected = client.post(IMAGES, json=PICTURE).json()["data"]
+        monkeypatch.setattr(Session, "_choose", stumble)
+        monkeypatch.setattr(CachedDecoder, "__init__", no_memory)
+        assert client.post(IMAGES, json=PICTURE).status_code == 500
+        assert client.get("/status").json()["jobs"] == 0
+        assert client.post(IMAGES, json=PICTURE).json()["data"] == expected
+
+
+def test_a_server_whose_thread_has_ended_says_so(generator: Generator, monkeypatch) -> None:
+    """The job under way, the next one and the status: nobody waits for a thread that is not there."""
+    from emu3_megatron.inference.session import Session
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError("the device is lost")
+
+    app = create_app(generator, limits=LIMITS)
+    with TestClient(app, base_url="http://localhost", raise_server_exceptions=False) as client:
+        assert client.get("/status").status_code == 200
+        monkeypatch.setattr(Session, "step", fail)
+        monkeypatch.setattr(Session, "clear", fail)
+        assert client.post(IMAGES, json=PICTURE).status_code == 500
+        for _ in range(2):  # it may end a moment after its last answer
+            events = client.post(IMAGES, json=PICTURE)
+            assert (events.status_code, "restarted" in events.text) == (503, True)
+        assert client.get("/status").status_code == 503
+        assert client.get("/v1/models").status_code == 200
+
+
+def test_a_defect_outside_of_a_step_leaves_nobody_waiting(generator: Generator, monkeypatch) -> None:
+    from emu3_megatron.inference.server.worker import Worker
+
+    def fail(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Worker, "_give_up", fail)
+    with TestClient(create_app(generator, limits=LIMITS), base_url="http://localhost") as client:
+        assert client.post(IMAGES, json=PICTURE).status_code == 503
+        assert client.post(IMAGES, json=PICTURE).status_code == 503
 
 
 def test_a_body_that_does_not_arrive_is_given_up(generator: Generator) -> None:
