@@ -138,7 +138,7 @@ def test_a_save_that_fails_does_not_end_the_run(tmp_path: Path, config_file: Pat
     in_the_way.write_text("a file where a folder should be")
     done = runs.train(config_file, run)
     assert done.returncode == 0, done.stderr
-    assert "step-00000010 could not be made" in done.stderr
+    assert "step-00000010 could not be written" in done.stderr
     assert [path.name for path in files.committed_folders(run / "checkpoints")] == ["step-00000020"]
     assert runs.largest_difference(runs.metrics(run), runs.metrics(reference)) == 0.0
 
