@@ -233,7 +233,7 @@ class WindowLoader:
             iterator._shutdown_workers()
 
 
-class _StepReader(Dataset["_Step | UserError"]):
+class _StepReader(Dataset["_Step | UserError | OSError"]):
     """What the workers hold: the first window of a step in, this rank's micro-batches out."""
 
     def __init__(
@@ -261,10 +261,10 @@ class _StepReader(Dataset["_Step | UserError"]):
         self.plan.build_ahead(first + self._step_windows)
         return batches
 
-    def __getitem__(self, first: Any) -> _Step | UserError:
+    def __getitem__(self, first: Any) -> _Step | UserError | OSError:
         try:
             return _Step.join(self.read(first))
-        except UserError as error:
+        except (UserError, OSError) as error:
             return error  # as a value: the loader would put a worker's traceback into the message
 
 

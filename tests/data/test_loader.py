@@ -213,6 +213,17 @@ def test_workers_ignore_the_signals_of_a_scheduler(plan: Plan) -> None:
     assert not any(Path(f"/proc/{pid}/stat").exists() for pid in workers), "the workers outlived their loader"
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_cannot_be_read_is_named_without_a_traceback(
+    plan: Plan, tmp_path: Path, workers: int
+) -> None:
+    for path in list(tmp_path.glob("a/*.bin")):
+        path.unlink()
+        path.mkdir()  # it opens, and reading it fails
+    with pytest.raises(OSError, match=r"^\[Errno 21\] Is a directory: '.*\.bin'$"):
+        steps_of(plan, 3, num_workers=workers)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
