@@ -118,8 +118,8 @@ def install(name: PlatformName = "auto") -> Platform:
         except RuntimeError as error:
             raise PlatformError(
                 f"platform: this process wants {device} (LOCAL_RANK={device.index}), this machine shows "
-                f"{torch.cuda.device_count()} GPUs ({str(error).splitlines()[0]}); start no more processes on a "
-                f"machine than it has GPUs"
+                f"{torch.cuda.device_count()} GPUs ({str(error).splitlines()[0]}); start no more "
+                f"processes on a machine than it has GPUs"
             ) from error
         return Platform(device=device, backend="nccl")
     if not getattr(torch, _MARK, False):

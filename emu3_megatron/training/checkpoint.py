@@ -24,7 +24,7 @@ from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint_files import CheckpointError
 from emu3_megatron.training.config import Precision
-from emu3_megatron.training.modules import is_rank_zero, unwrap
+from emu3_megatron.training.modules import unwrap
 from emu3_megatron.training.optimizer import Optimizer, buffered_parameters
 from emu3_megatron.vocabulary import Vocabulary
 

@@ -71,7 +71,7 @@ assert found.backend == "nccl" and found.device == torch.device("cuda", 3) and c
 
 def test_more_processes_than_gpus_are_refused_in_one_line(no_cuda: pytest.MonkeyPatch) -> None:
     def set_device(device: torch.device) -> None:
-        raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be reported later.\n")
+        raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be reported later.")
 
     no_cuda.setattr(torch.cuda, "is_available", lambda: True)
     no_cuda.setattr(torch.cuda, "device_count", lambda: 2)

@@ -39,7 +39,7 @@ def _main(config: str, run: str, names: Sequence[str]) -> None:
 
     def refuse_to_save(value: Any, path: Any, *rest: Any, **options: Any) -> None:
         if left and left[0] == Path(str(path)).name:
-            raise RuntimeError(f"{path}: enforce fail at inline_container.cc")  # what torch says of a full disk
+            raise RuntimeError(f"{path}: enforce fail at inline_container.cc")  # torch's own
         save(value, path, *rest, **options)
 
     if os.environ["RANK"] == "0":
