@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
+from megatron.core import dist_checkpointing, parallel_state
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
 from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
 
 from emu3_megatron.training import checkpoint_files as files
@@ -51,7 +53,7 @@ def _share(folder: Path, problem: str | None) -> None:
 
 
 class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
-    """megatron-core's way to save, with what is left to do at the end kept here.
+    """megatron-core's way to save, shared by the ranks that hold equal copies, with its end left to us.
 
     Its own end leaves all other ranks waiting where rank 0 cannot write a file.
     """
@@ -66,6 +68,9 @@ class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
     def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
         self.is_asked = True
         _share(Path(checkpoint_dir), None)
+        # Left alone, the first rank of every data-parallel group would write all that the group holds.
+        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        FullyParallelSaveStrategyWrapper(self, group).apply_saving_parallelization(sharded_state_dict)
         return super().async_save(sharded_state_dict, checkpoint_dir)
 
     def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
@@ -93,17 +98,16 @@ class BackgroundWrite:
         self._problem: str | None = None
         # megatron-core would start a process to hold this queue; nothing is put into it here.
         filesystem_async._results_queue = queue.Queue()
+        live = _host_storages(state)
         request = self._plan(state, content_metadata)
         self._thread: threading.Thread | None = None
         if request.async_fn is not None:
             transforms = request.async_fn.args[0]
-            _, live, _ = request.async_fn_args
-            buckets = [_own_copy(bucket) for bucket in live]
+            buckets = [_own_copy(bucket, live) for bucket in request.async_fn_args[1]]
             # No daemon: ended half way through torch's C++, it would abort the process (see BlockStore).
-            self._thread = threading.Thread(
-                target=self._write, args=(transforms, buckets), name="checkpoint"
-            )
+            self._thread = threading.Thread(target=self._write, args=(transforms, buckets), name="checkpoint")
             self._thread.start()
+        self._strategy.planned[0].write_buckets = None  # or the writer would hold tensors until the end
 
     @property
     def is_writing(self) -> bool:
@@ -158,20 +162,39 @@ class BackgroundWrite:
     def _write(self, transforms: list[Any], buckets: list[Any]) -> None:
         """The thread: every file of this rank, one after another."""
         try:
-            for number, bucket in enumerate(buckets):
-                outcome = _write_bucket(transforms, number, bucket)
+            paths = [Path(name) for name, _, _ in buckets]
+            for number in range(len(paths)):
+                outcome = _write_bucket(transforms, number, buckets.pop(0))  # gone once it is written
                 if isinstance(outcome, Exception):
                     raise outcome
                 self._results += outcome
-            self._sealed = files.seal(self.folder, [Path(name) for name, _, _ in buckets])
+            self._sealed = files.seal(self.folder, paths)
         except Exception as error:
             self._problem = str(error) or type(error).__name__  # `finish` tells it to all ranks
 
 
-def _own_copy(bucket: Any) -> Any:
-    """A bucket whose tensors are in host memory that nothing else writes to."""
+def _host_storages(state: dict[str, Any]) -> set[int]:
+    """Addresses of host memory that training may write to after the save began.
+
+    Where weights are on a GPU there is none: what is in host memory then was gathered there for the save.
+    """
+    data = (getattr(value, "data", None) for value in nested_values(state))
+    tensors = [tensor for tensor in data if isinstance(tensor, torch.Tensor)]
+    if any(tensor.is_cuda for tensor in tensors):
+        return set()
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+
+def _own_copy(bucket: Any, live: set[int]) -> Any:
+    """A bucket whose tensors are in host memory that nothing else writes to.
+
+    megatron-core has copied those already that were a part of a larger piece of host memory.
+    """
     name, key, (plain, tensors) = bucket
-    copies = [(item, tensor.clone() if tensor.is_cpu else tensor.cpu()) for item, tensor in tensors]
+    copies = [
+        (item, tensor.clone() if tensor.untyped_storage().data_ptr() in live else tensor.cpu())
+        for item, tensor in tensors
+    ]
     return name, key, (plain, copies)
 
 
