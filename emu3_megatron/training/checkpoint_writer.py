@@ -52,7 +52,7 @@ def _share(folder: Path, problem: str | None) -> None:
         )
 
 
-class _Strategy(TorchDistSaveShardedStrategy):  # type: ignore[misc]
+class _Strategy(TorchDistSaveShardedStrategy):
     """megatron-core's way to save, shared by the ranks that hold equal copies, with its end left to us.
 
     Its own end leaves all other ranks waiting where rank 0 cannot write a file.
