@@ -6,7 +6,7 @@ import atexit
 import itertools
 import signal
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -84,6 +84,49 @@ class Batch:
     def num_documents(self) -> int:
         """Segments that hold documents."""
         return int((self.source != NO_SOURCE).sum())
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Step:
+    """The micro-batches of a step, joined: how a worker sends them.
+
+    Every tensor that crosses a process costs a descriptor for as long as it lives, and a handshake; a step of
+    512 micro-batches would have 3,072 of them.
+    """
+
+    fields: dict[str, torch.Tensor]
+    """Each tensor of `Batch`, over all micro-batches along its last dimension."""
+    sizes: dict[str, list[int]]
+    """Its length in each of them."""
+    rest: list[dict[str, Any]]
+    """What else each of them holds."""
+
+    @classmethod
+    def join(cls, batches: list[Batch]) -> _Step:
+        """Lay micro-batches end to end."""
+        tensors: dict[str, list[torch.Tensor]] = {}
+        rest: list[dict[str, Any]] = [{} for _ in batches]
+        for batch, others in zip(batches, rest, strict=True):
+            for field in fields(Batch):
+                value = getattr(batch, field.name)
+                if isinstance(value, torch.Tensor):
+                    tensors.setdefault(field.name, []).append(value)
+                else:
+                    others[field.name] = value
+        return cls(
+            fields={name: torch.cat(parts, dim=-1) for name, parts in tensors.items()},
+            sizes={name: [part.shape[-1] for part in parts] for name, parts in tensors.items()},
+            rest=rest,
+        )
+
+    def split(self) -> list[Batch]:
+        """The micro-batches, as views."""
+        names = list(self.fields)
+        parts = [self.fields[name].split(self.sizes[name], dim=-1) for name in names]
+        return [
+            Batch(**dict(zip(names, tensors, strict=True)), **others)
+            for tensors, others in zip(zip(*parts, strict=True), self.rest, strict=True)
+        ]
 
 
 class WindowLoader:
@@ -180,17 +223,17 @@ class WindowLoader:
         # generator to the very end of the process, only this hook keeps the process from waiting for ever.
         atexit.register(iterator._shutdown_workers)
         try:
-            for batches in iterator:
-                if isinstance(batches, UserError):
-                    raise batches
+            for step in iterator:
+                if isinstance(step, Exception):
+                    raise step
                 self.windows_consumed += self._step_windows
-                yield batches
+                yield step.split()
         finally:
             atexit.unregister(iterator._shutdown_workers)
             iterator._shutdown_workers()
 
 
-class _StepReader(Dataset["list[Batch] | UserError"]):
+class _StepReader(Dataset["_Step | UserError | OSError"]):
     """What the workers hold: the first window of a step in, this rank's micro-batches out."""
 
     def __init__(
@@ -218,10 +261,10 @@ class _StepReader(Dataset["list[Batch] | UserError"]):
         self.plan.build_ahead(first + self._step_windows)
         return batches
 
-    def __getitem__(self, first: Any) -> list[Batch] | UserError:
+    def __getitem__(self, first: Any) -> _Step | UserError | OSError:
         try:
-            return self.read(first)
-        except UserError as error:
+            return _Step.join(self.read(first))
+        except (UserError, OSError) as error:
             return error  # as a value: the loader would put a worker's traceback into the message
 
 

@@ -109,11 +109,18 @@ def install(name: PlatformName = "auto") -> Platform:
 
     Raises:
         ValueError: `name` is unknown.
-        PlatformError: the platform cannot be used, see `choose`.
+        PlatformError: the platform cannot be used, see `choose`, or there are more processes than GPUs.
     """
     if choose(name) == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
+        try:
+            torch.cuda.set_device(device)
+        except RuntimeError as error:
+            raise PlatformError(
+                f"platform: this process wants {device} (LOCAL_RANK={device.index}), this machine shows "
+                f"{torch.cuda.device_count()} GPUs ({str(error).splitlines()[0]}); start no more "
+                f"processes on a machine than it has GPUs"
+            ) from error
         return Platform(device=device, backend="nccl")
     if not getattr(torch, _MARK, False):
         setattr(torch, _MARK, True)

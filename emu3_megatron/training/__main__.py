@@ -10,11 +10,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from emu3_megatron.errors import EXIT_USER_ERROR, UserError, one_line, run_main
-from emu3_megatron.files import atomic_write
 from emu3_megatron.parallel import platform
 from emu3_megatron.parallel.groups import destroy_parallel, initialize_parallel, is_first_to_report
 from emu3_megatron.parallel.platform import Platform
@@ -23,7 +21,6 @@ from emu3_megatron.training.capabilities import report
 from emu3_megatron.training.config import TrainingConfig
 from emu3_megatron.training.data import TrainingData
 from emu3_megatron.training.estimate import describe
-from emu3_megatron.training.modules import is_rank_zero
 from emu3_megatron.training.objective import NextToken, ObjectiveFactory
 from emu3_megatron.training.trainer import Trainer
 
@@ -78,9 +75,6 @@ def train(
     except platform.PlatformError as error:
         raise UserError(str(error)) from error
     initialize_parallel(config.parallel, machine, config.seed, config.guard.collective_timeout)
-    if is_rank_zero():
-        with atomic_write(Path(config.run) / "config.yaml") as stream:
-            stream.write(command_line.to_yaml(config).encode())
     Trainer(config, machine, data(config, machine), objective).fit()
     destroy_parallel()
 

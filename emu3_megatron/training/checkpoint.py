@@ -24,7 +24,7 @@ from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint_files import CheckpointError
 from emu3_megatron.training.config import Precision
-from emu3_megatron.training.modules import is_rank_zero, unwrap
+from emu3_megatron.training.modules import unwrap
 from emu3_megatron.training.optimizer import Optimizer, buffered_parameters
 from emu3_megatron.vocabulary import Vocabulary
 
@@ -132,24 +132,20 @@ class Checkpointer:
         together.
 
         Raises:
-            CheckpointError: the save before is not finished, or rank 0 cannot make the folder; all ranks
-                raise it.
+            CheckpointError: the save before is not finished, or rank 0 cannot make the folder or its first
+                file; all ranks raise it.
         """
-        from emu3_megatron.training.checkpoint_writer import BackgroundWrite
+        from emu3_megatron.training.checkpoint_writer import BackgroundWrite, on_rank_zero
 
         if self._writing is not None:
             raise CheckpointError(f"{self._writing[0].folder} is still being written; finish it first")
         folder = files.step_folder(self.folder, record.progress.step)
-        problem: list[str | None] = [None]
-        if is_rank_zero():
-            try:
-                files.remove(folder)  # what an interrupted save of the same step left
-                folder.mkdir(parents=True)
-            except OSError as error:
-                problem = [str(error)]
-        torch.distributed.broadcast_object_list(problem)
-        if problem[0] is not None:
-            raise CheckpointError(f"{folder} could not be made ({problem[0]}); make room or repair the disk")
+
+        def make() -> None:
+            files.remove(folder)  # what an interrupted save of the same step left
+            folder.mkdir(parents=True)
+
+        on_rank_zero(folder, make)
         state, models = self._model_state()
         if record.progress.updates:
             state["optimizer"] = self._optimizer_state(models, is_loading=False)[0]
@@ -165,18 +161,24 @@ class Checkpointer:
         """Wait for the save that `begin` started, commit it, and prune. All ranks call it together.
 
         Raises:
-            CheckpointError: nothing was begun, or a rank could not write its files.
+            CheckpointError: nothing was begun, or a rank could not write its files; all ranks raise it.
         """
         if self._writing is None:
             raise CheckpointError("no save was begun")
+        from emu3_megatron.training.checkpoint_writer import on_rank_zero
+
         (write, record), self._writing = self._writing, None
-        write.finish()
-        if is_rank_zero():
-            write_json_atomic(write.folder / files.RECORD, record)
-        _commit_together(write.folder, write.sealed, record["progress"]["step"])
-        if is_rank_zero():
+        sealed, folder = write.finish(), write.folder
+
+        def commit() -> None:
+            write_json_atomic(folder / files.RECORD, record)
+            rest = [path for path in files.payload(folder) if str(path.relative_to(folder)) not in sealed]
+            sealed.update(files.seal(folder, rest))
+            files.commit(folder, dict(sorted(sealed.items())), record["progress"]["step"])
             files.prune(self.folder, self._keep)
-        return write.folder
+
+        on_rank_zero(folder, commit)
+        return folder
 
     def restore(self, folder: Path, record: Record) -> None:
         """Load weights, optimizer and averages of a checkpoint of this run, saved under any layout."""
@@ -373,18 +375,6 @@ def replace_data(sharded: Any, key: str, data: torch.Tensor) -> Any:
     if hasattr(sharded, "dtype"):
         changes["dtype"] = data.dtype
     return replace(sharded, **changes)
-
-
-def _commit_together(folder: Path, sealed: dict[str, dict[str, int | str]], step: int) -> None:
-    """Gather what each rank wrote and sealed; rank 0 seals the rest and commits."""
-    gathered: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(gathered, sealed)
-    if is_rank_zero():
-        everything = {name: entry for part in gathered for name, entry in part.items()}
-        rest = [path for path in files.payload(folder) if str(path.relative_to(folder)) not in everything]
-        everything.update(files.seal(folder, rest))
-        files.commit(folder, dict(sorted(everything.items())), step)
-    torch.distributed.barrier()
 
 
 def newest_valid(checkpoints: Path, *, checksums: bool) -> Path | None:

@@ -82,7 +82,7 @@ def check_resumable(folder: Path, old: Record, new: Record, *, accept_changed_da
         accept_changed_data: Go on although the plan changed, with a warning.
 
     Raises:
-        CheckpointError: another model, vocabulary, precision, or (unless accepted) another plan.
+        CheckpointError: another model, vocabulary, precision, optimizer, or (unless accepted) another plan.
     """
     check_weights_fit(folder, old, new)
     if (new.config["lora"]["rank"] > 0) != bool(old.config.get("lora", {}).get("rank")):
@@ -93,9 +93,15 @@ def check_resumable(folder: Path, old: Record, new: Record, *, accept_changed_da
     before, now = (record.config["trainer"]["precision"] for record in (old, new))
     if before != now:
         raise CheckpointError(
-            f"{folder} was trained with trainer.precision={before}, this run has {now}; set "
-            f"it back, or start a new "
-            f"new `run` with checkpoint.load={folder}"
+            f"{folder} was trained with trainer.precision={before}, this run has {now}; set it back, or "
+            f"start a new `run` with checkpoint.load={folder}"
+        )
+    # Files of before there was a choice do not say.
+    before, now = (record.config["optimizer"].get("kind", "adam") for record in (old, new))
+    if before != now:
+        raise CheckpointError(
+            f"{folder} was trained with optimizer.kind={before}, this run has {now}; set it back, or "
+            f"start a new `run` with checkpoint.load={folder}"
         )
     if old.plan_fingerprint == new.plan_fingerprint:
         return

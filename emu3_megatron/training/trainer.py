@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from emu3_megatron.data.loader import Batch
+from emu3_megatron.files import atomic_write
 from emu3_megatron.parallel.platform import Platform
-from emu3_megatron.training import checkpoint_files
+from emu3_megatron.training import checkpoint_files, command_line
 from emu3_megatron.training.callbacks import Callback, WeightAverage, build_callbacks, spread
 from emu3_megatron.training.checkpoint import Checkpointer, Progress, Record, newest_valid
 from emu3_megatron.training.config import SourceConfig, TrainingConfig
@@ -232,7 +233,10 @@ class Trainer:
             self._announce(f"started from the weights of {folder}")
         if self._average is not None and not (folder and self.progress.updates and Record.read(folder).ema):
             self._average.restart()
-
+        # Not before: what describes a run outlives a start that is refused.
+        if is_rank_zero():
+            with atomic_write(Path(self.config.run) / "config.yaml") as stream:
+                stream.write(command_line.to_yaml(self.config).encode())
         if self.progress.step >= self.config.trainer.steps:
             self._announce(f"the run has all its {self.progress.step} steps; raise trainer.steps to go on")
 

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import multiprocessing
 import os
 import random
+import resource
 import signal
 import time
 from collections.abc import Iterator
+from dataclasses import fields
+from multiprocessing.queues import SimpleQueue
 from pathlib import Path
 
 import pytest
@@ -17,6 +22,8 @@ from emu3_megatron.data import Mixture, Plan, Source
 from emu3_megatron.data.loader import Batch, WindowLoader
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Modality
+
+FORK = multiprocessing.get_context("fork")
 
 
 @pytest.fixture
@@ -149,6 +156,40 @@ def test_batches_are_windows_end_to_end(plan: Plan) -> None:
     assert set((batch.cu_seqlens % 128 == 0).nonzero().flatten().tolist()) >= {0}
 
 
+@pytest.mark.parametrize("micro", [1, 4])
+def test_a_step_of_many_micro_batches_needs_few_files(plan: Plan, micro: int) -> None:
+    """Steps of 256 windows from two workers, under a limit of 96 descriptors: equal to the bit."""
+
+    def digests(workers: int) -> list[str]:
+        loader = WindowLoader(plan, global_batch_size=256, micro_batch_size=micro, num_workers=workers)
+        held = list(itertools.islice(loader, 3))  # a trainer may keep what it was given
+        return [digest_of(batch) for step in held for batch in step]
+
+    def limited(answer: SimpleQueue[str]) -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (96, 96))
+        answer.put("|".join(digests(2)))
+
+    answer: SimpleQueue[str] = FORK.SimpleQueue()
+    process = FORK.Process(target=limited, args=(answer,))
+    process.start()
+    process.join(60)
+    process.kill()
+    assert process.exitcode == 0
+    assert answer.get() == "|".join(digests(0))
+
+
+def digest_of(batch: Batch) -> str:
+    """Of every field: type, shape, memory order and values."""
+    digest = hashlib.sha256()
+    for field in fields(Batch):
+        value = getattr(batch, field.name)
+        if isinstance(value, torch.Tensor):
+            assert value.is_contiguous()
+            value = (value.dtype, value.shape, value.numpy().tobytes())
+        digest.update(repr((field.name, value)).encode())
+    return digest.hexdigest()
+
+
 def test_workers_ignore_the_signals_of_a_scheduler(plan: Plan) -> None:
     """SIGTERM, SIGINT and SIGUSR1 reach the process group; the workers go on until the trainer is done."""
 
@@ -170,6 +211,17 @@ def test_workers_ignore_the_signals_of_a_scheduler(plan: Plan) -> None:
     while any(Path(f"/proc/{pid}/stat").exists() for pid in workers) and time.monotonic() < deadline:
         time.sleep(0.05)
     assert not any(Path(f"/proc/{pid}/stat").exists() for pid in workers), "the workers outlived their loader"
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_file_that_cannot_be_read_is_named_without_a_traceback(
+    plan: Plan, tmp_path: Path, workers: int
+) -> None:
+    for path in list(tmp_path.glob("a/*.bin")):
+        path.unlink()
+        path.mkdir()  # it opens, and reading it fails
+    with pytest.raises(OSError, match=r"^\[Errno 21\] Is a directory: '.*\.bin'$"):
+        steps_of(plan, 3, num_workers=workers)
 
 
 @pytest.mark.parametrize(

@@ -69,6 +69,19 @@ assert found.backend == "nccl" and found.device == torch.device("cuda", 3) and c
     subprocess.run([sys.executable, "-c", script], check=True, env=environment)
 
 
+def test_more_processes_than_gpus_are_refused_in_one_line(no_cuda: pytest.MonkeyPatch) -> None:
+    def set_device(device: torch.device) -> None:
+        raise RuntimeError("CUDA error: invalid device ordinal\nCUDA kernel errors might be reported later.")
+
+    no_cuda.setattr(torch.cuda, "is_available", lambda: True)
+    no_cuda.setattr(torch.cuda, "device_count", lambda: 2)
+    no_cuda.setattr(torch.cuda, "set_device", set_device)
+    no_cuda.setenv("LOCAL_RANK", "2")
+    with pytest.raises(platform.PlatformError, match=r"LOCAL_RANK=2.*shows 2 GPUs") as raised:
+        platform.install("cuda")
+    assert "\n" not in str(raised.value)
+
+
 def test_a_cpu_process_does_not_load_the_compiler_and_leaves_it_as_it_was() -> None:
     """Its import is 40% of a start, for decorators that a CPU run passes over."""
     script = """

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from emu3_megatron.training import checkpoint_files as files
+from emu3_megatron.training import command_line
 from emu3_megatron.training.checkpoint import Record
 from tests import programs
 from tests.training import runs
@@ -138,7 +139,7 @@ def test_a_save_that_fails_does_not_end_the_run(tmp_path: Path, config_file: Pat
     in_the_way.write_text("a file where a folder should be")
     done = runs.train(config_file, run)
     assert done.returncode == 0, done.stderr
-    assert "step-00000010 could not be made" in done.stderr
+    assert "step-00000010 could not be written" in done.stderr
     assert [path.name for path in files.committed_folders(run / "checkpoints")] == ["step-00000020"]
     assert runs.largest_difference(runs.metrics(run), runs.metrics(reference)) == 0.0
 
@@ -149,9 +150,11 @@ def test_changed_data_is_refused_by_name_unless_accepted(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(reference / "checkpoints" / "step-00000010", run / "checkpoints" / "step-00000010")
+    shutil.copy(reference / "config.yaml", run / "config.yaml")
     changed = ["--data.sources.stills.weight", "3"]
     refused = runs.train(config_file, run, *changed)
     assert refused.returncode == 2
+    assert (run / "config.yaml").read_bytes() == (reference / "config.yaml").read_bytes()
     errors = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
     assert len(errors) == 1
     assert "stills.weight: 2.0 -> 3.0" in errors[0]
@@ -160,6 +163,8 @@ def test_changed_data_is_refused_by_name_unless_accepted(
     accepted = runs.train(config_file, run, *changed)
     assert accepted.returncode == 0, accepted.stderr
     assert [line["step"] for line in runs.metrics(run)] == [11, 12]
+    kept = command_line.parse(["--config", str(run / "config.yaml")]).config
+    assert kept.data.sources["stills"].weight == 3
 
 
 @pytest.mark.slow

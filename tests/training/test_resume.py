@@ -1,0 +1,43 @@
+"""Which checkpoints a run goes on from."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from emu3_megatron.training import command_line
+from emu3_megatron.training.checkpoint import Progress, Record
+from emu3_megatron.training.checkpoint_files import CheckpointError
+from emu3_megatron.training.resume import check_resumable
+
+FOLDER = Path("RUN/checkpoints/step-00000010")
+MUON = ["--optimizer.kind", "muon", "--optimizer.use_distributed_optimizer", "false"]
+
+
+def record(config_file: Path, *options: str) -> Record:
+    config = asdict(command_line.parse(["--config", str(config_file), *options]).config)
+    return Record(progress=Progress(), vocabulary={}, plan_fingerprint="", plan={}, config=config)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (MUON, "optimizer.kind=adam, this run has muon"),
+        (["--trainer.precision", "bf16"], "trainer.precision=fp32, this run has bf16"),
+    ],
+)
+def test_another_state_is_refused_in_one_plain_line(
+    config_file: Path, options: list[str], message: str
+) -> None:
+    old, new = record(config_file), record(config_file, *options)
+    with pytest.raises(CheckpointError, match=message) as raised:
+        check_resumable(FOLDER, old, new, accept_changed_data=False)
+    assert str(raised.value).endswith(f"start a new `run` with checkpoint.load={FOLDER}")
+
+
+def test_a_run_of_before_there_was_a_choice_of_optimizers_goes_on(config_file: Path) -> None:
+    old, new = record(config_file), record(config_file)
+    del old.config["optimizer"]["kind"]
+    check_resumable(FOLDER, old, new, accept_changed_data=False)
