@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic publication, and checksums; JSON Lines, and names of their entries.
+"""Files that are either whole or absent: atomic publication, checksums; JSON Lines, names of their entries.
 
 Every file that another process may read is written under a temporary name beside its target, flushed to the
 disk, and renamed; then the folder is flushed too. A process killed at any moment leaves either the old file,
