@@ -235,8 +235,11 @@ class SampleDecoder:
     def _preprocessor(self) -> Preprocessor:
         """This thread's preprocessing graph."""
         if not hasattr(self._local, "preprocessor"):
-            device = self._config.media_device
-            self._local.preprocessor = Preprocessor(device=device, batch_size=CHUNK_ENTRIES)
+            self._local.preprocessor = Preprocessor(
+                device=self._config.media_device,
+                device_index=self._config.device_index,
+                batch_size=CHUNK_ENTRIES,
+            )
         preprocessor: Preprocessor = self._local.preprocessor
         return preprocessor
 
@@ -244,7 +247,10 @@ class SampleDecoder:
     def _source(self) -> FrameSource:
         """This thread's frame source."""
         if not hasattr(self._local, "source"):
-            self._local.source = frame_source(self._config.frame_source, device=self._config.media_device)
+            config = self._config
+            self._local.source = frame_source(
+                config.frame_source, device=config.media_device, device_index=config.device_index
+            )
         source: FrameSource = self._local.source
         return source
 

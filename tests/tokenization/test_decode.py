@@ -12,7 +12,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from emu3_megatron.media import write_mp4, write_png
+from emu3_megatron.media import MediaError, write_mp4, write_png
 from emu3_megatron.tokenization import TokenizationConfig, tokenize
 from emu3_megatron.tokenization import decode as decoding
 from emu3_megatron.tokenization.decode import SampleDecoder
@@ -114,3 +114,52 @@ def test_the_bounds_change_no_byte(
         monkeypatch.setattr(decoding, name, 1)
     assert tokenize(make_config(corpus, tmp_path / "tight", num_shards=2, decode_threads=threads))
     assert contents(tmp_path / "tight") == contents(tmp_path / "usual")
+
+
+@pytest.mark.parametrize(
+    ("device", "media_device", "index"),
+    [
+        ("cuda:3", "gpu", 3),
+        ("cuda", "gpu", 0),
+        ("cpu", "gpu", 0),
+        ("cuda:3", "cpu", None),
+        ("cpu", "cpu", None),
+    ],
+)
+def test_threads_resize_and_decode_on_the_gpu_of_the_encoder(
+    tmp_path: Path,
+    make_config: MakeConfig,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    media_device: str,
+    index: int | None,
+) -> None:
+    """What reaches the two constructors; whether a GPU does it only a GPU can show."""
+    seen: list[tuple[object, object]] = []
+
+    def note(*_: object, **settings: object) -> Any:
+        seen.append((settings["device"], settings["device_index"]))
+        raise MediaError("no GPU")
+
+    monkeypatch.setattr(decoding, "Preprocessor", note)
+    monkeypatch.setattr(decoding, "frame_source", note)
+    write_mp4(tmp_path / "clip.mp4", moving_picture(9, 64, 64), 8)
+    write_png(tmp_path / "still.png", moving_picture(1, 64, 64)[0])
+    config = make_config(Path("m.jsonl"), tmp_path, device=device, media_device=media_device)
+    with SampleDecoder(config, 8) as decoder:
+        list(decoder(entries("video", tmp_path / "clip.mp4", 1, [])))
+        with pytest.raises(MediaError, match="no GPU"):
+            list(decoder(entries("image", tmp_path / "still.png", 1, [])))
+    assert seen == [(media_device, index)] * 2
+
+
+def test_the_workers_of_a_job_may_encode_on_several_devices_of_one_kind(
+    tmp_path: Path, make_config: MakeConfig
+) -> None:
+    identity, same, other = (
+        make_config(Path("m.jsonl"), tmp_path, device=device).identity()
+        for device in ("cuda:0", "cuda:7", "cpu")
+    )
+    assert identity == same
+    assert identity != other
+    assert other["device"] == "cpu"
