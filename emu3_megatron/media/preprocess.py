@@ -57,7 +57,7 @@ class Preprocessor:
         on_gpu = dali.check_device(device) == "gpu"
         if on_gpu and device_index is None:
             device_index = torch.cuda.current_device()
-        self._device = torch.device("cuda", device_index) if on_gpu else None
+        self._device = torch.device(f"cuda:{device_index}") if on_gpu else None
         self._pipeline = _graph(
             device,
             batch_size=batch_size,

@@ -195,8 +195,8 @@ class SampleDecoder:
         images = [(n, e) for n, e in enumerate(entries) if isinstance(e, Entry) and e.kind == "image"]
         for batch in _image_batches(images):
             pictures = retry(decode_images, [media for *_, media in batch if isinstance(media, bytes)])[::-1]
-            for place, entry, media in batch:
-                yield place, self._outcome(entry, media if isinstance(media, MediaError) else pictures.pop())
+            for place, image, media in batch:
+                yield place, self._outcome(image, media if isinstance(media, MediaError) else pictures.pop())
         for place, entry in enumerate(entries):
             if isinstance(entry, BadEntry):
                 yield place, entry
