@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: atomic publication, and checksums; and JSON Lines, line by line.
+"""Files that are either whole or absent: atomic publication, checksums; JSON Lines, names of their entries.
 
 Every file that another process may read is written under a temporary name beside its target, flushed to the
 disk, and renamed; then the folder is flushed too. A process killed at any moment leaves either the old file,
@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -113,3 +113,26 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
                     f"{path}, line {number}: a JSON {type(value).__name__}; the file has one object a line"
                 )
             yield value
+
+
+def entry_id(record: Mapping[str, Any], place: str) -> str:
+    """What an entry of a manifest is called, the same by every program: samples are found again by it.
+
+    Args:
+        record: the entry.
+        place: file and line, the name where the key ``id`` holds neither a number nor a string with something
+            in it. 0 is a number.
+
+    Returns:
+        The name, which UTF-8 can hold.
+    """
+    given = record.get("id")
+    return printable(str(given) if isinstance(given, (str, int)) and str(given) else place)
+
+
+def printable(text: str) -> str:
+    """`text` with whatever UTF-8 cannot hold spelled out: names go into reports and shards as UTF-8.
+
+    JSON may hold lone surrogates, and names of files any bytes, which Python shows as surrogates.
+    """
+    return text.encode("utf-8", "backslashreplace").decode()

@@ -16,7 +16,7 @@ from tqdm import tqdm
 from emu3_megatron.curation.categories import category_of
 from emu3_megatron.curation.clips import ClipTask, ClipWriter, clip_name, is_part
 from emu3_megatron.curation.config import CurationConfig
-from emu3_megatron.curation.manifest import BadEntry, RawManifest, printable
+from emu3_megatron.curation.manifest import BadEntry, RawManifest
 from emu3_megatron.curation.pipeline import Pipeline, Step, look_ahead
 from emu3_megatron.curation.pool import run_tasks
 from emu3_megatron.curation.report import Report, headlines
@@ -24,7 +24,7 @@ from emu3_megatron.curation.scoring import ChunkScorer, MissingScore, read_score
 from emu3_megatron.curation.sheets import write_sheets
 from emu3_megatron.curation.units import Comparer, Score, Stage, Unit
 from emu3_megatron.errors import UserError
-from emu3_megatron.files import TEMPORARY_SUFFIX, atomic_write, write_json_atomic
+from emu3_megatron.files import TEMPORARY_SUFFIX, atomic_write, printable, write_json_atomic
 
 JOB_FILE, MANIFEST_FILE, QUARANTINE_FILE = "job.json", "manifest.jsonl", "quarantine.jsonl"
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from emu3_megatron.curation.units import Unit
 from emu3_megatron.errors import UserError
+from emu3_megatron.files import entry_id, printable
 
 KINDS = ("image", "video", "text")
 """Keys of which an entry has exactly one."""
@@ -131,13 +132,12 @@ def parse_line(line: bytes, place: str, folder: Path, *, repeated: bool = False)
         folder: paths are relative to it.
         repeated: an earlier entry has the same name.
     """
-    name, path = place, None
+    name, path = printable(place), None
     try:
         record = _object(line)
-        if isinstance(identifier := record.get("id"), (str, int)) and str(identifier):
-            name = printable(str(identifier))
+        name = entry_id(record, place)
         if repeated:
-            name, earlier = place, name
+            name, earlier = printable(place), name
             raise EntryError(f"has the id {earlier!r} of an earlier entry; every id must be new")
         kinds = [key for key in KINDS if record.get(key) is not None]
         if len(kinds) != 1:
@@ -153,11 +153,6 @@ def parse_line(line: bytes, place: str, folder: Path, *, repeated: bool = False)
         return Unit(id=name, kind=kind, record=record, path=path)
     except EntryError as error:
         return BadEntry(name, None if path is None else printable(str(path)), str(error), "EntryError")
-
-
-def printable(text: str) -> str:
-    """`text` with whatever UTF-8 cannot hold spelled out: JSON may hold lone surrogates."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _object(line: bytes) -> dict[str, Any]:

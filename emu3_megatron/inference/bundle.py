@@ -23,7 +23,7 @@ from emu3_megatron.grammar import Dialect
 from emu3_megatron.inference.quantized import quantize
 from emu3_megatron.model import ModelConfig
 from emu3_megatron.parallel.config import ParallelConfig
-from emu3_megatron.text import load_text_tokenizer
+from emu3_megatron.text import TextTokenizer, load_text_tokenizer
 from emu3_megatron.training.checkpoint_files import resolve
 from emu3_megatron.vision import VisionTokenizer
 from emu3_megatron.vocabulary import Vocabulary
@@ -93,34 +93,43 @@ def open_bundle(
         missing = "--text-tokenizer" if text_tokenizer is None else "--vision-tokenizer"
         raise UserError(f"{folder} is a training run, which holds no tokenizers; give {missing}")
     language = Dialect.preset(dialect or named or "emu3", vocabulary, load_text_tokenizer(text_tokenizer))
-    vision = VisionTokenizer.from_pretrained(vision_tokenizer).to(next(model.parameters()).device)
+    vision = VisionTokenizer.from_pretrained(vision_tokenizer)
     if vision.config.codebook_size != vocabulary.codebook_size:
         raise UserError(
             f"{vision_tokenizer} has {vision.config.codebook_size} codes, the model's vocabulary "
             f"{vocabulary.codebook_size}; give the vision tokenizer that the model was trained with"
         )
-    given = {
-        "text tokenizer": (text_tokenizer, language.text_tokenizer.fingerprint),
-        "vision tokenizer": (vision_tokenizer, vision.fingerprint),
+    given: dict[str, tuple[StrPath, TextTokenizer | VisionTokenizer]] = {
+        "text tokenizer": (text_tokenizer, language.text_tokenizer),
+        "vision tokenizer": (vision_tokenizer, vision),
     }
     _check_tokenizers(folder, given, trained_with)
     if weights is not None:
         quantize(model, weights)
-    return ModelBundle(model, config, language, vision.eval())
+    return ModelBundle(model, config, language, _prepared(vision, next(model.parameters()).device))
+
+
+def _prepared(vision: VisionTokenizer, device: torch.device) -> VisionTokenizer:
+    """The vision tokenizer on its device; on CUDA laid out for speed, in fp32, since its codes and pixels are
+    to be those of tokenization. On a CPU the layout would change roundings, and results are kept."""
+    vision = vision.to(device).eval()
+    return vision.for_inference() if device.type == "cuda" else vision
 
 
 def _check_tokenizers(
-    folder: Path, given: Mapping[str, tuple[StrPath, str]], trained_with: Mapping[str, str]
+    folder: Path,
+    given: Mapping[str, tuple[StrPath, TextTokenizer | VisionTokenizer]],
+    trained_with: Mapping[str, str],
 ) -> None:
     """Raise `UserError` where a tokenizer is not the one behind a run's data.
 
     Args:
         folder: the run.
-        given: path and fingerprint of the tokenizer of each kind.
+        given: path and tokenizer of each kind; it is hashed only where there is something to compare with.
         trained_with: fingerprints by kind, as far as they are known.
     """
-    for kind, (path, fingerprint) in given.items():
-        if trained_with.get(kind, fingerprint) != fingerprint:
+    for kind, (path, tokenizer) in given.items():
+        if kind in trained_with and trained_with[kind] != (fingerprint := tokenizer.fingerprint):
             raise UserError(
                 f"{path} is not the {kind} that {folder} was trained with ({fingerprint[:12]}, not "
                 f"{trained_with[kind][:12]}); its ids mean other things: give that one"

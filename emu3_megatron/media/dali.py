@@ -61,14 +61,17 @@ def decode_images(encoded: Sequence[npt.NDArray[np.uint8]]) -> list[npt.NDArray[
 
 
 def decode_video(
-    encoded: npt.NDArray[np.uint8], indices: Sequence[int], device: str
+    encoded: npt.NDArray[np.uint8], indices: Sequence[int], device: str, device_index: int | None = None
 ) -> npt.NDArray[np.uint8]:
     """Decode chosen frames of a video file held in memory to RGB, uint8 ``[T, H, W, 3]``.
+
+    `device` is ``cpu`` or ``gpu``, and `device_index` which GPU (the thread's current one where None).
 
     Raises `RuntimeError` on a codec that this device lacks, on damage, and on an index past the end
     (``pad_mode`` none; the default would invent black frames).
     """
+    place = device if device_index is None else f"{device}:{device_index}"
     decoded: Any = ndd.decoders.video(
-        ndd.as_tensor(encoded), device=device, frames=[int(i) for i in indices], pad_mode="none"
+        ndd.as_tensor(encoded), device=place, frames=[int(i) for i in indices], pad_mode="none"
     )
     return np.array(decoded.cpu())

@@ -136,4 +136,4 @@ def _bad_image(error: Exception) -> Exception:
     """What PIL's `error` amounts to. It raises many types; the bytes in memory are to blame for each."""
     if isinstance(error, MemoryError):
         return error
-    return MediaError(f"cannot be decoded as an image: {error or type(error).__name__}")
+    return MediaError(f"cannot be decoded as an image: {str(error) or type(error).__name__}")

@@ -39,11 +39,14 @@ def _graph(device: str) -> Any:
 class Preprocessor:
     """Runs the graph on batches; keep one for each thread."""
 
-    def __init__(self, *, device: str = "cpu", batch_size: int = 64, threads: int = 1) -> None:
+    def __init__(
+        self, *, device: str = "cpu", device_index: int | None = None, batch_size: int = 64, threads: int = 1
+    ) -> None:
         """Build the graph.
 
         Args:
             device: ``cpu`` or ``gpu``.
+            device_index: which GPU, as CUDA counts them; the calling thread's current one where None.
             batch_size: clips in one run of the graph; longer lists are cut.
             threads: CPU threads of the graph.
 
@@ -52,12 +55,15 @@ class Preprocessor:
         """
         self._batch_size = batch_size
         on_gpu = dali.check_device(device) == "gpu"
+        if on_gpu and device_index is None:
+            device_index = torch.cuda.current_device()
+        self._device = torch.device(f"cuda:{device_index}") if on_gpu else None
         self._pipeline = _graph(
             device,
             batch_size=batch_size,
             num_threads=threads,
             # Without a GPU DALI takes None only; 0 fails even for a graph that runs on the CPU.
-            device_id=torch.cuda.current_device() if on_gpu else None,
+            device_id=device_index if on_gpu else None,
         )
         self._pipeline.build()
 
@@ -91,7 +97,11 @@ class Preprocessor:
         feed("crop", [np.array([g.height, g.width], np.float32) for g in geometries])
         (output,) = self._pipeline.run()
         # The graph reuses its output's memory in the next run, hence the copies.
-        return [from_dlpack(output[i]).clone() for i in range(len(clips))]
+        results = [from_dlpack(output[i]).clone() for i in range(len(clips))]
+        if self._device is not None:
+            # On a GPU they wait in torch's stream, behind the encoder's work; the next run is in another one.
+            torch.cuda.current_stream(self._device).synchronize()
+        return results
 
 
 def to_uint8(pixels: torch.Tensor) -> npt.NDArray[np.uint8]:

@@ -209,9 +209,10 @@ class DALISource:
 
     name = f"dali {version(dali.distribution())}"
 
-    def __init__(self, *, device: str = "cpu") -> None:
-        """Decode on ``cpu`` or ``gpu``."""
+    def __init__(self, *, device: str = "cpu", device_index: int | None = None) -> None:
+        """Decode on ``cpu`` or ``gpu``: on the GPU of that index, or the thread's current one where None."""
         self._device = dali.check_device(device)
+        self._index = device_index if device == "gpu" else None
         self._codecs = DALI_GPU_CODECS if self._device == "gpu" else DALI_CPU_CODECS
 
     def supports(self, info: VideoInfo) -> bool:
@@ -224,7 +225,7 @@ class DALISource:
         _check_indices(info, indices)
         encoded = np.frombuffer(read_media(video.media), np.uint8)
         try:
-            decoded = dali.decode_video(encoded, indices, self._device)
+            decoded = dali.decode_video(encoded, indices, self._device, self._index)
         except RuntimeError as error:
             raise MediaError(f"cannot be decoded by DALI: {dali.reason(error)}") from error
         # NVDEC drops the last row and column of odd sizes; DALI ignores rotation and knows only BT.601.
@@ -237,9 +238,9 @@ class DALISource:
 class AutomaticSource:
     """NVDEC for what it decodes, PyAV for the rest and where NVDEC fails."""
 
-    def __init__(self) -> None:
-        """Decode on the GPU."""
-        self._dali = DALISource(device="gpu")
+    def __init__(self, *, device_index: int | None = None) -> None:
+        """Decode on the GPU of that index, or the thread's current one where None."""
+        self._dali = DALISource(device="gpu", device_index=device_index)
         self._pyav = PyAVSource()
         self.name = f"auto ({self._dali.name} on gpu, {self._pyav.name})"
 
@@ -257,20 +258,21 @@ class AutomaticSource:
         return self._pyav.frames(video, indices)
 
 
-def frame_source(name: str = "auto", *, device: str = "cpu") -> FrameSource:
+def frame_source(name: str = "auto", *, device: str = "cpu", device_index: int | None = None) -> FrameSource:
     """Make a source by name.
 
     Args:
         name: ``dali``, ``pyav``, or ``auto``: DALI where it is the cheaper one, which is on a GPU.
         device: ``cpu`` or ``gpu``, for DALI.
+        device_index: which GPU, as CUDA counts them; the current one of the thread that decodes where None.
 
     Raises:
         ValueError: another name, or a GPU where DALI sees none.
     """
     if name == "dali":
-        return DALISource(device=device)
+        return DALISource(device=device, device_index=device_index)
     if name == "auto" and dali.check_device(device) == "gpu":
-        return AutomaticSource()
+        return AutomaticSource(device_index=device_index)
     if name in ("auto", "pyav"):
         return PyAVSource()
     raise ValueError(f"unknown frame source {name!r}; choose auto, dali or pyav")

@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from emu3_megatron.tokenization.entries import BadEntry, Entry, EntryError, MediaPointer, printable
+from emu3_megatron.files import entry_id, printable
+from emu3_megatron.tokenization.entries import BadEntry, Entry, EntryError, MediaPointer
 
 ROLES = {
     "human": "question",
@@ -80,8 +81,7 @@ def parse_conversation(record: Any, *, place: str, folder: Path) -> Conversation
         folder: Paths are relative to it.
     """
     known: Mapping[str, Any] = record if isinstance(record, dict) else {}
-    name, split = known.get("id"), known.get("split")
-    identifier = printable(str(name) if isinstance(name, (str, int)) and str(name) else place)
+    identifier, split = entry_id(known, place), known.get("split")
     split = printable(split) if isinstance(split, str) else None
     try:
         if not isinstance(record, dict):

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from emu3_megatron.errors import UserError
-from emu3_megatron.files import atomic_write
+from emu3_megatron.files import atomic_write, entry_id
 
 MEDIA = ("image", "video")
 """Keys of a manifest that hold a path."""
@@ -81,7 +81,8 @@ def select(config: SelectionConfig) -> Selection:
     """Write the manifest of the chosen entries.
 
     Raises:
-        UserError: a manifest cannot be read, a line is no entry, or a score is missing.
+        UserError: a manifest cannot be read, a line is no entry, a score is missing, or the name of an entry
+            does not fit into `left_out`.
     """
     averages = averaged(_scores(config), config.scale)
     chosen = _chosen(averages, config)
@@ -89,7 +90,7 @@ def select(config: SelectionConfig) -> Selection:
     with atomic_write(config.output) as stream:
         for number, (path, line, entry) in enumerate(_entries(config.manifest)):
             if not chosen[number]:
-                left.append(str(entry.get("id") or f"{path.name}:{line}"))
+                left.append(entry_id(entry, f"{path.name}:{line}"))
                 continue
             moved = {
                 key: os.path.relpath(path.parent / entry[key], config.output.parent)
@@ -99,11 +100,23 @@ def select(config: SelectionConfig) -> Selection:
             scores = {**entry["scores"], PREFERENCE: round(float(averages[number]), 6)}
             record = {**entry, **moved, "scores": scores}
             stream.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+        if config.left_out is not None:
+            _check_names(left)
     if config.left_out is not None:
         with atomic_write(config.left_out) as stream:
             stream.writelines(f"{name}\n".encode() for name in left)
     least = float(averages[chosen].min()) if chosen.any() else math.nan
     return Selection(len(averages), int(chosen.sum()), int(np.isnan(averages).sum()), least)
+
+
+def _check_names(names: list[str]) -> None:
+    """Refuse names that a takedown list, read by `data.mixture.read_takedown`, would not give back."""
+    for name in names:
+        if [name] != name.splitlines() or name != name.strip() or name.startswith("#"):
+            raise UserError(
+                f"the entry {name!r} cannot be named in left_out, which has an id on each line: an id there "
+                "has no line break, does not begin or end with a space, and does not begin with #; change it"
+            )
 
 
 def averaged(scores: npt.NDArray[np.float64], scale: str) -> npt.NDArray[np.float64]:

@@ -118,6 +118,15 @@ class TokenizationConfig:
             return self.encode_pixels
         return CPU_BATCH_PIXELS if self.device == "cpu" else GPU_BATCH_PIXELS
 
+    @property
+    def device_index(self) -> int | None:
+        """Which GPU decodes and resizes where `media_device` is ``gpu``: that of `device`, the first for a
+        `device` without a number; None for ``cpu``. Threads do not inherit a current device."""
+        if self.media_device != "gpu":
+            return None
+        kind, _, number = self.device.partition(":")
+        return int(number) if kind == "cuda" and number.isdecimal() else 0
+
     def clip_rule(self) -> ClipRule:
         """Which frames make a clip."""
         return ClipRule(frames=self.video_frames, fps=self.video_fps, position=self.video_position)
@@ -131,4 +140,6 @@ class TokenizationConfig:
         """The settings that decide the bytes of the shards, but for the files, which the job adds."""
         files = ("manifest", "text_tokenizer", "vision_tokenizer", "name")
         fields = {key: value for key, value in asdict(self).items() if key not in NOT_IN_BYTES + files}
-        return {**fields, "name": self.dataset_name, "encode_pixels": self.batch_pixels}
+        # Workers of one job encode on several devices of one kind.
+        device = self.device.partition(":")[0]
+        return {**fields, "device": device, "name": self.dataset_name, "encode_pixels": self.batch_pixels}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emu3_megatron.data.format import MAX_CAPTIONS
+from emu3_megatron.files import entry_id, printable
 from emu3_megatron.media import Interval, Media, MediaError
 
 CONTENT_KEYS = ("image", "video", "text")
@@ -19,14 +20,6 @@ CAPTION_KEYS = ("caption", "captions")
 
 MAX_SECONDS = 1e9
 """No video is longer."""
-
-
-def printable(text: str) -> str:
-    """`text` with whatever UTF-8 cannot hold spelled out: names go into reports and shards as UTF-8.
-
-    JSON may hold lone surrogates, and names of files any bytes, which Python shows as surrogates.
-    """
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -114,8 +107,7 @@ def parse_record(record: Any, *, place: str, folder: Path) -> Entry | BadEntry:
         folder: paths are relative to it.
     """
     known: Mapping[str, Any] = record if isinstance(record, dict) else {}
-    name = known.get("id")
-    identifier = printable(str(name) if isinstance(name, (str, int)) and str(name) else place)
+    identifier = entry_id(known, place)
     split, task = (
         printable(v) if isinstance(v := known.get(key), str) else None for key in ("split", "task")
     )

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Protocol
 
 from emu3_megatron.errors import UserError
-from emu3_megatron.files import sha256_file
+from emu3_megatron.files import printable, sha256_file
 from emu3_megatron.media import MediaError
-from emu3_megatron.tokenization.entries import BadEntry, Entry, MediaPointer, parse_record, printable
+from emu3_megatron.tokenization.entries import BadEntry, Entry, MediaPointer, parse_record
 
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg png webp bmp tif tiff gif avif jp2 j2k ppm pgm jfif".split()  # noqa: SIM905
@@ -76,7 +76,7 @@ class JsonLinesInput:
                 yield self._parse(stream.readline(), self._numbers[index])
 
     def _parse(self, line: bytes, number: int) -> Entry | BadEntry:
-        place = f"{self._path.name}:{number}"
+        place = printable(f"{self._path.name}:{number}")
         try:
             record = json.loads(line)
         except (ValueError, RecursionError) as error:

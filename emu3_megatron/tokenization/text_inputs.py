@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from emu3_megatron.errors import UserError, one_line
-from emu3_megatron.tokenization.entries import printable
+from emu3_megatron.files import entry_id, printable
 
 MAX_LINE_BYTES = 1 << 24
 """A longer line, or row of a Parquet file, is set aside. Python needs 36 bytes for an id, and a line may give
@@ -214,10 +214,10 @@ def _is_string(cell: Any) -> bool:
 
 def _checked(record: dict[str, Any], name: str, key: str) -> TextDocument:
     """A record's document, under its own id if it has one."""
-    text, given = record.get(key), record.get("id")
+    text = record.get(key)
     if not isinstance(text, str) or not text or text.isspace():
         return TextDocument(name, "", f'has a "{key}" that is not a string with something in it')
-    return TextDocument(printable(str(given)) if isinstance(given, (str, int)) and str(given) else name, text)
+    return TextDocument(entry_id(record, name), text)
 
 
 def cut(paths: Sequence[Path], part_bytes: int) -> list[Part]:

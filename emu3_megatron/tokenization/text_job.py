@@ -18,11 +18,10 @@ from tqdm import tqdm
 
 from emu3_megatron.data import ShardWriter, read_shard_record, write_manifest
 from emu3_megatron.errors import UserError
-from emu3_megatron.files import TEMPORARY_SUFFIX, atomic_write, write_json_atomic
+from emu3_megatron.files import TEMPORARY_SUFFIX, atomic_write, printable, write_json_atomic
 from emu3_megatron.grammar import Dialect
 from emu3_megatron.text import load_text_tokenizer
 from emu3_megatron.tokenization.decode import retry
-from emu3_megatron.tokenization.entries import printable
 from emu3_megatron.tokenization.job import JOB_FILE, QUARANTINE_FILE, REPORTS, claim_folder
 from emu3_megatron.tokenization.text_inputs import Part, TextDocument, cut, fingerprint
 from emu3_megatron.tokenization.toolkit import choose_vocabulary

@@ -104,12 +104,18 @@ def load_manifests(
 def manifest_media(path: Path, splits: Sequence[str]) -> Iterator[tuple[str, Path]]:
     """Kind ("image" or "video") and file of every row of a manifest that has one, read line by line.
 
-    Raises `ValueError` for a line that is not a JSON object.
+    Raises `ValueError` for a line that is not a JSON object, or whose medium is no path.
     """
     for row in json_lines(path):
-        kind = next((kind for kind in ("image", "video") if kind in row), None)
+        kind = next((kind for kind in ("image", "video") if row.get(kind) is not None), None)
         if kind and (not splits or row.get("split", "train") in splits):
-            yield kind, path.parent / row[kind]
+            name = row[kind]
+            if not isinstance(name, str) or not name.strip():
+                raise ValueError(
+                    f"{path}: an entry (id {row.get('id')!r}) has a {kind!r} that is {name!r}; it must be "
+                    "the path of a file: correct it, or leave the key out"
+                )
+            yield kind, path.parent / name
 
 
 def _stacked(arrays: list[np.ndarray], shape: tuple[int, ...]) -> Tensor:
@@ -120,9 +126,12 @@ def _read_image(path: Path, height: int, width: int) -> np.ndarray:
     try:
         with Image.open(path) as image:
             return fitted(image.convert("RGB"), height, width)
-    except OSError as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise many types; the file is to blame for each
         raise ValueError(
-            f"{path}: cannot be decoded as an image ({error}); remove it from the manifest"
+            f"{path}: cannot be decoded as an image ({str(error) or type(error).__name__}); "
+            "remove it from the manifest"
         ) from error
 
 
@@ -134,9 +143,12 @@ def _read_video(path: Path, height: int, width: int, frames: int) -> np.ndarray 
                 found.append(fitted(frame.to_image(), height, width))
                 if len(found) == frames:
                     return np.stack(found)
-    except (av.error.FFmpegError, IndexError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # as in `_read_image`
         raise ValueError(
-            f"{path}: cannot be decoded as a video ({error}); remove it from the manifest"
+            f"{path}: cannot be decoded as a video ({str(error) or type(error).__name__}); "
+            "remove it from the manifest"
         ) from error
     return None
 

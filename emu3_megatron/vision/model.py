@@ -8,7 +8,8 @@ layers, K codes, R rows (positions) to quantize.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
@@ -37,6 +38,20 @@ DISTANCES_AT_ONCE = 1 << 22
 
 DISTANCES_IN_CACHE = 1 << 19
 """The same on a CPU, where they should stay in its cache: twice as fast."""
+
+
+@contextmanager
+def exact_convolutions() -> Iterator[None]:
+    """Within it fp32 convolutions on CUDA do not round their inputs to TF32, as cuDNN does by default.
+
+    Its 10 bits of mantissa change codes, which hang on fp32 layers even where the others are bf16.
+    """
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 class Middle(nn.Module):
@@ -261,7 +276,8 @@ class VisionTokenizer(nn.Module):
         pixels = fit_pixels(
             pixels, fit, spatial_factor=self.spatial_factor, temporal_factor=self.temporal_factor
         )
-        codes_Bthw = self.codes_of(self.encode_latents(pixels.to(self.device, self.dtype)))
+        with exact_convolutions():
+            codes_Bthw = self.codes_of(self.encode_latents(pixels.to(self.device, self.dtype)))
         return codes_Bthw.squeeze(1) if pixels.dim() == 4 else codes_Bthw
 
     @torch.no_grad()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import struct
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -30,9 +29,6 @@ VIDEO_SUFFIXES = (".mp4", ".mkv", ".mov", ".webm", ".avi", ".m4v")
 
 BAD_IN_A_ROW = 50
 """Draws in a row that may fail before the corpus is taken to be broken."""
-
-DAMAGED = (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError, av.error.FFmpegError)
-"""What decoders raise for damaged files."""
 
 
 class PackedPaths(Sequence[str]):
@@ -79,7 +75,7 @@ class StreamedDataset:
     """Images and videos of mixed sizes, known by their paths.
 
     A file that cannot be decoded is passed over with a warning, and another is drawn in its place; so is a
-    video that is too short.
+    video that is too short, or changes its size within a clip.
 
     Args:
         images: paths of images.
@@ -127,13 +123,14 @@ class StreamedDataset:
             path = paths[int(torch.randint(len(paths), (), generator=generator))]
             try:
                 frames = _read_frames(path, self._config, generator) if clip else [self._image(path)]
+                window = _window(frames[0].size, shape, self._config, generator)
+                return np.stack([window.cut(frame) for frame in frames])
             except FileNotFoundError as error:
                 raise ValueError(f"{path}: no such file; correct the manifest") from error
-            except DAMAGED as error:
+            except MemoryError:
+                raise
+            except Exception as error:  # decoders raise many types; the file is to blame for each
                 self._complain(path, error)
-                continue
-            window = _window(frames[0].size, shape, self._config, generator)
-            return np.stack([window.cut(frame) for frame in frames])
         raise ValueError(
             f"{BAD_IN_A_ROW} files drawn in a row cannot be used, the last is {path}; see the warnings above"
         )
@@ -148,11 +145,13 @@ class StreamedDataset:
             for path in (paths[(index + more) % len(paths)] for more in range(BAD_IN_A_ROW)):
                 try:
                     seen = read(path)
-                except DAMAGED as error:
+                    frames = seen if isinstance(seen, list) else [seen]
+                    fit = np.stack([fitted(frame, height, width) for frame in frames])
+                except MemoryError:
+                    raise
+                except Exception as error:  # as in `_draw_one`
                     self._complain(path, error)
                     continue
-                frames = seen if isinstance(seen, list) else [seen]
-                fit = np.stack([fitted(frame, height, width) for frame in frames])
                 found.append(fit if isinstance(seen, list) else fit[0])
                 break
             else:
@@ -173,7 +172,7 @@ class StreamedDataset:
     def _complain(self, path: str, error: Exception) -> None:
         if path not in self._complained:
             self._complained.add(path)
-            warnings.warn(f"{path} is passed over: {error}", stacklevel=2)
+            warnings.warn(f"{path} is passed over: {str(error) or type(error).__name__}", stacklevel=2)
 
 
 def open_stream(config: DataConfig) -> StreamedDataset:
@@ -222,9 +221,11 @@ def _open_image(path: str) -> Image.Image:
 def _read_frames(path: str, config: DataConfig, generator: torch.Generator | None) -> list[Image.Image]:
     """Frames of one clip: from a random place of the video, or its first ones.
 
-    Raises `ValueError` where the video is too short.
+    Raises `ValueError` where the video is too short, or the file holds sound alone.
     """
     with av.open(path) as container:
+        if not container.streams.video:
+            raise ValueError("it holds no video")
         stream = container.streams.video[0]
         rate = float(stream.average_rate or stream.guessed_rate or 1)
         stride = max(1, round(rate / config.frame_rate)) if config.frame_rate else 1

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from emu3_megatron.vision.inputs import check_codes, check_pixels, fit_pixels
 from emu3_megatron.vision.layers import NORM_EPSILON, ResidualBlock, SpatialNorm, swish
-from emu3_megatron.vision.model import Level, VisionTokenizer
+from emu3_megatron.vision.model import Level, VisionTokenizer, exact_convolutions
 
 STRIPE_ELEMENTS = 1 << 24
 """Elements of a stripe, of all channels and frames of a layer: 64 MiB in fp32."""
@@ -51,13 +51,13 @@ def encode_in_stripes(
     )
     image = pixels.dim() == 4
     frames_NCHW = pixels if image else pixels.flatten(0, 1)
-    latents = [
-        _encode_frame(tokenizer, frame_CHW[None].to(tokenizer.device), stripe_elements)
-        for frame_CHW in frames_NCHW
-    ]
-    latents_NZhw = torch.cat(latents)
-    shape = (len(pixels), -1)
-    codes_Bthw = tokenizer.codes_of(tokenizer.latents_over_time(latents_NZhw.unflatten(0, shape), image))
+    with exact_convolutions():
+        latents = [
+            _encode_frame(tokenizer, frame_CHW[None].to(tokenizer.device), stripe_elements)
+            for frame_CHW in frames_NCHW
+        ]
+        latents_BTZhw = torch.cat(latents).unflatten(0, (len(pixels), -1))
+        codes_Bthw = tokenizer.codes_of(tokenizer.latents_over_time(latents_BTZhw, image))
     return codes_Bthw.squeeze(1) if image else codes_Bthw
 
 

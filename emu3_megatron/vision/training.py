@@ -111,7 +111,7 @@ class VisionTrainer:
                 bar.update()
                 self._report(metrics, time.perf_counter() - began, reporter, bar)
                 every = self.config.checkpoint_every
-                if every and (self.step % every == 0 or self.step == steps):
+                if self._due(every) or (every and self.step == steps):
                     self.save_state()
         if self.averages is not None:
             self.averages.copy_to(self.tokenizer)
@@ -229,7 +229,7 @@ class VisionTrainer:
         self, metrics: dict[str, Tensor], seconds: float, reporter: Reporter | None, bar: tqdm[Any]
     ) -> None:
         last = self.step == self.config.schedule.steps
-        if not (self.step % self.config.log_every == 0 or last):
+        if not (last or self._due(self.config.log_every)):
             return
         values = averaged(torch.stack([value.float() for value in metrics.values()]))
         counts_K = summed(self.code_counts_K.clone())
@@ -243,9 +243,13 @@ class VisionTrainer:
             line |= {"codes_used": use.used, "codebook_perplexity": use.perplexity}
         bar.set_postfix(loss=f"{line['loss']:.4f}", perplexity=f"{line.get('codebook_perplexity', 0):.0f}")
         reporter.line(self.step, line)
-        if self.step % self.config.sample_every == 0 or last:
+        if last or self._due(self.config.sample_every):
             with self.averages.applied(self.tokenizer) if self.averages is not None else nullcontext():
                 reporter.pictures(self.step, self.tokenizer, self.dataset)
+
+    def _due(self, every: int) -> bool:
+        """Whether what is done each `every` steps is due after this one; 0: never."""
+        return every > 0 and self.step % every == 0
 
     def _parts(self) -> dict[str, Any]:
         """Everything of the saved state that has a `state_dict`, by its name there."""

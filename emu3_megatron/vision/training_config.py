@@ -173,14 +173,15 @@ class VisionTrainingConfig:
     checkpoint_every: int = 500
     """Steps between saved states; a rerun continues from the last one. 0: only the result is saved."""
     log_every: int = 50
-    """Steps between lines of the metrics."""
+    """Steps between lines of the metrics; 0: the last step alone has one."""
     tensorboard: bool = False
     """Whether to write TensorBoard events, with reconstructions, beside the metrics."""
     sample_every: int = 500
-    """Steps between reconstructions in TensorBoard."""
+    """Steps between reconstructions in TensorBoard, at lines of the metrics; 0: only after the last step."""
 
     def check(self, processes: int) -> None:
         """Raise `ValueError` where the parts do not fit each other, or the number of processes."""
+        self._check_least()
         self._check_sizes()
         self._check_losses()
         for name in ("batch_size", "whole_batch_size", "clip_batch_size"):
@@ -196,6 +197,32 @@ class VisionTrainingConfig:
                 f"loss.continuous_steps is {self.loss.continuous_steps} with warm_start: the codebook is "
                 "loaded and not placed anew, so it must be 0"
             )
+
+    def _check_least(self) -> None:
+        """Refuse numbers below the least that means something; where 0 is one, it switches a part off."""
+        data, schedule, loss = self.data, self.schedule, self.loss
+        least = {
+            "data.height": (data.height, 1),
+            "data.width": (data.width, 1),
+            "data.frames": (data.frames, 0),
+            "data.workers": (data.workers, 0),
+            "data.cache_mib": (data.cache_mib, 0),
+            "schedule.steps": (schedule.steps, 1),
+            "schedule.batch_size": (schedule.batch_size, 1),
+            "schedule.clip_batch_size": (schedule.clip_batch_size, 1),
+            "schedule.whole_batch_size": (schedule.whole_batch_size, 1),
+            "schedule.clip_every": (schedule.clip_every, 0),
+            "schedule.decoded_frames": (schedule.decoded_frames, 1),
+            "schedule.crop": (1 if schedule.crop is None else schedule.crop, 1),
+            "schedule.warmup_steps": (schedule.warmup_steps, 0),
+            "loss.revive_every": (loss.revive_every, 0),
+            "checkpoint_every": (self.checkpoint_every, 0),
+            "log_every": (self.log_every, 0),
+            "sample_every": (self.sample_every, 0),
+        }
+        for name, (value, lowest) in least.items():
+            if value < lowest:
+                raise ValueError(f"{name} is {value}: it must be at least {lowest}")
 
     def _check_sizes(self) -> None:
         factor, data, crop = self.model.spatial_factor, self.data, self.schedule.crop

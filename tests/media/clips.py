@@ -81,6 +81,17 @@ def encode(
     return path
 
 
+def sound_alone(path: Path) -> Path:
+    """A file of a video's suffix that holds no video."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        for packet in [*stream.encode(frame), *stream.encode(None)]:
+            container.mux(packet)
+    return path
+
+
 def read_frames(source: str, media: Media, indices: Sequence[int]) -> npt.NDArray[np.uint8]:
     """Frames by index from the source of this name."""
     with OpenVideo(media) as video:

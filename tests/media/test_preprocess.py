@@ -13,12 +13,16 @@ from emu3_megatron.media import (
     BoundedResizeRule,
     Geometry,
     MediaError,
+    OpenVideo,
     Preprocessor,
     ResizeRule,
+    dali,
     decode_image,
     fixed_geometry,
+    frame_source,
     load_clip,
     load_stills,
+    preprocess,
     to_uint8,
     write_mp4,
     write_png,
@@ -200,3 +204,60 @@ def test_pictures_between_the_bounds_keep_their_size(
 def test_bounds_in_the_wrong_order_are_refused() -> None:
     with pytest.raises(ValueError, match="swap them"):
         BoundedResizeRule(min_area=100, max_area=64)
+
+
+def test_the_number_of_the_gpu_reaches_dali_and_its_copies_are_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All that a machine without a GPU can show of that path."""
+    events: list[object] = []
+
+    class Output:
+        def __getitem__(self, index: int) -> torch.Tensor:
+            events.append("copy")
+            return torch.zeros(1, 3, 8, 8)
+
+    class Pipeline:
+        def __init__(self, device: str, **settings: object) -> None:
+            events.append((device, settings["device_id"]))
+
+        def build(self) -> None: ...
+
+        def feed_input(self, *_: object) -> None: ...
+
+        def run(self) -> tuple[Output]:
+            return (Output(),)
+
+    class Stream:
+        def __init__(self, device: torch.device) -> None:
+            self.device = device
+
+        def synchronize(self) -> None:
+            events.append(self.device)
+
+    def video(_: object, *, device: str, **__: object) -> None:
+        events.append(device)
+        raise RuntimeError("there is no GPU")
+
+    monkeypatch.setattr(dali, "gpu_available", lambda: True)
+    monkeypatch.setattr(preprocess, "_graph", Pipeline)
+    monkeypatch.setattr(preprocess, "from_dlpack", lambda tensor: tensor)
+    monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    monkeypatch.setattr(dali.ndd.decoders, "video", video)
+    clips, plans = [np.zeros((1, 8, 8, 3), np.uint8)] * 2, [fixed_geometry(8, 8, (8, 8))] * 2
+    for index in (3, None):
+        number = 1 if index is None else index
+        events.clear()
+        Preprocessor(device="gpu", device_index=index)(clips, plans)
+        assert events == [("gpu", number), "copy", "copy", torch.device("cuda", number)]
+    path = encode(tmp_path / "a.mp4", moving_picture(4))
+    for name, index, expected in (("dali", 3, "gpu:3"), ("auto", 2, "gpu:2"), ("dali", None, "gpu")):
+        events.clear()
+        with OpenVideo(path) as opened:
+            if name == "auto":  # PyAV has the last word
+                frame_source(name, device="gpu", device_index=index).frames(opened, [0])
+            else:
+                with pytest.raises(MediaError, match="no GPU"):
+                    frame_source(name, device="gpu", device_index=index).frames(opened, [0])
+        assert events == [expected]

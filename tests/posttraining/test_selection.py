@@ -9,8 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
+from emu3_megatron.curation.manifest import parse_line
+from emu3_megatron.data.mixture import read_takedown
 from emu3_megatron.errors import UserError
+from emu3_megatron.posttraining.conversation_files import ConversationInputs
 from emu3_megatron.posttraining.selection import SelectionConfig, averaged, select
+from emu3_megatron.tokenization.inputs import JsonLinesInput
+from emu3_megatron.tokenization.text_inputs import LinePart
 
 SCORES = np.array([[0.20, 5.0], [0.30, 1.0], [0.25, 9.0], [0.22, 4.0]])
 
@@ -63,6 +68,49 @@ def test_a_bound_keeps_what_reaches_it_and_names_the_rest(tmp_path: Path) -> Non
     kept = run(tmp_path, least=2.6, scale="none", left_out=tmp_path / "rest.txt")
     assert [entry["id"] for entry in kept] == ["s0", "s2"]
     assert (tmp_path / "rest.txt").read_text() == "s1\ns3\n"
+
+
+def test_what_is_left_out_is_named_as_every_other_program_names_it(tmp_path: Path) -> None:
+    """0 is an id; without one an entry is called by its file and line."""
+    ids: list[Any] = [0, "0a", 7, "", None, False, "\ud800", 1.5, [], "übung"]
+    said = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+    path = write(
+        tmp_path / "m.jsonl",
+        [{"id": name, "text": "t", "scores": {"hps": 1}, "conversations": said} for name in ids],
+    )
+    select(
+        SelectionConfig(
+            manifest=(path,),
+            output=tmp_path / "o.jsonl",
+            scores=("hps",),
+            least=2,
+            scale="none",
+            left_out=tmp_path / "rest.txt",
+        )
+    )
+    left = (tmp_path / "rest.txt").read_text(encoding="utf-8").splitlines()
+    assert left[0] == "0"
+    assert [left[n] for n in (3, 4, 7, 8)] == ["m.jsonl:4", "m.jsonl:5", "m.jsonl:8", "m.jsonl:9"]
+    assert [entry.id for entry in JsonLinesInput(path).entries(0, len(ids))] == left
+    texts = [document.name for document in LinePart(path, 0, None).documents("text")]
+    assert [texts[n] for n in (0, 1, 2, 5, 6, 9)] == [left[n] for n in (0, 1, 2, 5, 6, 9)]  # others: by byte
+    inputs = ConversationInputs((path,), None)
+    assert [each.id for each in inputs.entries(0, len(ids))] == left
+    lines = path.read_bytes().splitlines()
+    raw = [parse_line(line, f"m.jsonl:{n}", tmp_path) for n, line in enumerate(lines, 1)]
+    assert [unit.id for unit in raw] == left
+    assert read_takedown(tmp_path / "rest.txt") == set(left)
+
+
+@pytest.mark.parametrize("name", ["#1", " a", "a\u2028b", "a\nb", " "])
+def test_a_name_that_a_takedown_list_cannot_hold_is_refused(tmp_path: Path, name: str) -> None:
+    path = write(tmp_path / "m.jsonl", [{"id": name, "text": "t", "scores": {"hps": 1}}])
+    settings: dict[str, Any] = {"manifest": (path,), "output": tmp_path / "o.jsonl", "scores": ("hps",)}
+    with pytest.raises(UserError, match="cannot be named in left_out") as caught:
+        select(SelectionConfig(**settings, least=2, scale="none", left_out=tmp_path / "rest.txt"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "o.jsonl").exists()
+    select(SelectionConfig(**settings, least=1, scale="none", left_out=tmp_path / "rest.txt"))
 
 
 def test_entries_without_scores_are_named_or_left_out(tmp_path: Path) -> None:

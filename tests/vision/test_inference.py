@@ -127,6 +127,24 @@ def test_channels_last_changes_nothing_but_rounding(tokenizer: VisionTokenizer) 
     assert fast.fingerprint == tokenizer.fingerprint
 
 
+def test_fp32_layers_are_not_rounded_to_tf32_while_codes_are_made(tokenizer: VisionTokenizer) -> None:
+    """What cuDNN would do by default; a CPU shows the setting only."""
+    seen: list[bool] = []
+    own = copy.deepcopy(tokenizer)
+    for layer in (own.encoder.conv_out, own.quant_conv):
+        layer.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.allow_tf32))
+    assert torch.backends.cudnn.allow_tf32
+    x = pixels(2, 3, 32, 48)
+    codes = own.encode(x)
+    assert torch.equal(codes, tokenizer.encode(x))
+    encode_in_stripes(own, x, stripe_elements=4_000)
+    assert len(seen) >= 3
+    assert not any(seen)
+    with pytest.raises(ValueError, match="not numbers"):
+        own.encode(x * float("nan"))
+    assert torch.backends.cudnn.allow_tf32
+
+
 def test_bfloat16_keeps_most_codes_and_the_types(tokenizer: VisionTokenizer, tmp_path: object) -> None:
     fast, x = copy.deepcopy(tokenizer).for_inference(dtype=torch.bfloat16), pixels(2, 3, 32, 48)
     codes = tokenizer.encode(x)

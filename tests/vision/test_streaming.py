@@ -12,10 +12,11 @@ import pytest
 import torch
 from PIL import Image
 
+from emu3_megatron.vision import streaming
 from emu3_megatron.vision.draws import Draw, Draws
 from emu3_megatron.vision.streaming import PackedPaths, StreamedDataset, open_stream
 from emu3_megatron.vision.training_config import DataConfig
-from tests.media.clips import PHOTOGRAPHS, encode, moving_picture
+from tests.media.clips import PHOTOGRAPHS, encode, moving_picture, sound_alone
 from tests.vision.test_training import config
 
 STREAM = DataConfig(stream=True, height=32, width=48, frames=4, scale=(1.0, 1.0), flip=False)
@@ -150,3 +151,56 @@ def test_clips_begin_anywhere_and_keep_the_frame_rate(tmp_path: Path) -> None:
     long = dataclasses.replace(STREAM, frames=40)
     with pytest.warns(UserWarning, match="24 of the 40 frames"), pytest.raises(ValueError, match="in a row"):
         StreamedDataset([], [str(path)], long).draw(clips=True, size=1, crop=None, generator=generator())
+
+
+def test_files_of_sound_alone_are_passed_over(tmp_path: Path) -> None:
+    paths = [
+        sound_alone(tmp_path / "sound.mp4"),
+        encode(tmp_path / "clip.mp4", moving_picture(6, 64, 96)),
+    ]
+    dataset = StreamedDataset([], [str(path) for path in paths], STREAM)
+    with pytest.warns(UserWarning, match=r"sound\.mp4 is passed over: it holds no video"):
+        batch = dataset.draw(clips=True, size=8, crop=None, generator=generator())
+    assert batch.pixels.shape == (8, 4, 3, 32, 48)
+    assert torch.equal(*dataset.clips(torch.arange(2)))
+
+
+def test_whatever_a_decoder_raises_the_file_is_passed_over_but_for_lack_of_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bad.png", "good.png"):
+        place_picture(tmp_path / name, 60, 90)
+    dataset = StreamedDataset([str(tmp_path / name) for name in ("bad.png", "good.png")], [], STREAM)
+    transpose, errors = streaming.ImageOps.exif_transpose, [Exception()]
+
+    def fails(image: Image.Image) -> Image.Image | None:
+        if "bad" in image.filename:  # type: ignore[attr-defined]
+            raise errors[-1]
+        return transpose(image)
+
+    monkeypatch.setattr(streaming.ImageOps, "exif_transpose", fails)
+    for error in (IndexError(), KeyError("tag"), TypeError("x"), ZeroDivisionError()):
+        errors.append(error)
+        dataset._complained.clear()
+        with pytest.warns(UserWarning, match=r"bad\.png is passed over: ."):
+            dataset.draw(clips=False, size=8, crop=None, generator=generator())
+        assert torch.equal(*dataset.images(torch.arange(2)))
+    errors.append(MemoryError())
+    with pytest.raises(MemoryError):
+        dataset.draw(clips=False, size=8, crop=None, generator=generator())
+
+
+def test_media_that_are_null_are_absent_and_others_must_be_paths(tmp_path: Path) -> None:
+    manifest = tmp_path / "m.jsonl"
+    rows: list[dict[str, object]] = [
+        {"id": 1, "image": None, "video": "a.mp4"},
+        {"id": 2, "image": "a.png", "video": None},
+        {"id": 3, "image": None, "text": "words"},
+    ]
+    manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    dataset = open_stream(dataclasses.replace(STREAM, manifests=[str(manifest)]))
+    assert (dataset.num_images, dataset.num_clips) == (1, 1)
+    for bad in (5, ["a.png"], {"bytes": ""}, " "):
+        manifest.write_text(json.dumps({"id": "x7", "image": bad}) + "\n")
+        with pytest.raises(ValueError, match=r"m\.jsonl: an entry \(id 'x7'\) has a 'image'.* path"):
+            open_stream(dataclasses.replace(STREAM, manifests=[str(manifest)]))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +26,7 @@ from emu3_megatron.vision.training_config import (
     learning_rate,
 )
 from tests import programs
+from tests.media.clips import sound_alone
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "examples" / "configs"
@@ -78,6 +81,14 @@ def test_a_run_repeats_and_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert VisionTokenizer.from_pretrained(tmp_path / "c").fingerprint == whole.fingerprint
     with pytest.raises(ValueError, match="saved with another seed"):
         VisionTrainer(config(tmp_path / "c", seed=1), squares()).fit()
+
+
+def test_a_run_that_reports_nothing_on_the_way_reports_its_last_step(tmp_path: Path) -> None:
+    trained = VisionTrainer(config(tmp_path, log_every=0, sample_every=0), squares()).fit()
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line)["step"] == 12
+    usual = VisionTrainer(config(tmp_path / "usual", sample_every=0), squares()).fit()
+    assert trained.fingerprint == usual.fingerprint
 
 
 @pytest.mark.slow
@@ -162,6 +173,14 @@ def test_a_bad_manifest_is_named(tmp_path: Path) -> None:
         path.write_text(json.dumps({"id": "a", key: name}) + "\n")
         with pytest.raises(ValueError, match=f"{name}: cannot be decoded"):
             load_manifests([path], height=8, width=8, frames=4)
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60000, 60000, 8, 2, 0, 0, 0)
+    chunk = struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+    (tmp_path / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + chunk)
+    sound_alone(tmp_path / "sound.mp4")
+    for key, name in (("image", "bomb.png"), ("video", "sound.mp4")):
+        path.write_text(json.dumps({"id": "a", key: name}) + "\n")
+        with pytest.raises(ValueError, match=f"{name}: cannot be decoded"):
+            load_manifests([path], height=8, width=8, frames=4)
 
 
 def test_background_and_crops() -> None:
@@ -191,6 +210,12 @@ def test_the_learning_rate_rises_and_falls() -> None:
         ({"schedule": ScheduleConfig(crop=6)}, r"schedule\.crop is 6"),
         ({"data": DataConfig(height=18, width=16)}, r"data\.height is 18"),
         ({"data": DataConfig(height=16, width=16, frames=6)}, r"data\.frames is 6"),
+        ({"schedule": ScheduleConfig(batch_size=0)}, r"schedule\.batch_size is 0: it must be at least 1"),
+        ({"schedule": ScheduleConfig(crop=0)}, r"schedule\.crop is 0"),
+        ({"schedule": ScheduleConfig(steps=0)}, r"schedule\.steps is 0"),
+        ({"schedule": ScheduleConfig(decoded_frames=0)}, r"schedule\.decoded_frames is 0"),
+        ({"data": DataConfig(height=0, width=16)}, r"data\.height is 0"),
+        ({"log_every": -1}, r"log_every is -1: it must be at least 0"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(

@@ -131,8 +131,11 @@ class DPO:
         return torch.tensor([pairs, weights], dtype=torch.float64)
 
     def _weights_T(self, batch: Batch, answers: Answers) -> torch.Tensor:
-        """Weight of each label in the cross entropy; padding counts as rejected or has a class of weight 0.
-        Weight of each label in the cross entropy; padding counts as rejected or has a class of weight 0."""
+        """Weight of each label in the cross entropy, 0 for rejected answers.
+
+        Padding has the even number after the last answer's, as a chosen answer would: it counts for nothing
+        because its class has weight 0.
+        """
         is_chosen_T = answers.sequence_T % 2 == 0
         return self._weights_C[batch.modality.reshape(-1).long()] * is_chosen_T
 
