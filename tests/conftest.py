@@ -6,10 +6,20 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadFileScheduling
 
 ROOT = Path(__file__).parents[1]
-SHARING = "quickstart"
-"""A fixture that takes a minute: the tests that use it, of whichever file, run in one process."""
+SHARING = "the quickstart's"
+TOGETHER = dict.fromkeys(
+    (
+        "tests/end_to_end/test_bad_input.py",
+        "tests/end_to_end/test_guide_code.py",
+        "tests/end_to_end/test_quickstart.py",
+        "tests/end_to_end/test_start.py",
+    ),
+    SHARING,
+)
+"""Files that run in one process because they share a fixture that takes a minute; others run by the file."""
 SECONDS = {
     SHARING: 400,
     "tests/slurm/test_jobs.py": 280,
@@ -32,17 +42,25 @@ SECONDS = {
 """What takes a minute or more beside others on two cores; the order in which files begin, no limit."""
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the groups in the same hook
+class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+    """Whole groups of files to one process. (`--dist loadgroup` is without effect from pytest 9.2 on.)"""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return _group(nodeid.split("::")[0])
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> Scheduling:
+    """Called where several processes are asked for."""
+    return Scheduling(config, log)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest begin first, then files of many tests, so that no process ends alone."""
-    groups = {item: _group(item) for item in items}
+    groups = {item: _group(item.path.relative_to(ROOT).as_posix()) for item in items}
     tests = Counter(groups.values())
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
     items.sort(key=lambda item: (-SECONDS.get(groups[item], 0), -tests[groups[item]], str(item.path)))
 
 
-def _group(item: pytest.Item) -> str:
-    if SHARING in getattr(item, "fixturenames", ()):
-        return SHARING
-    return item.path.relative_to(ROOT).as_posix()
+def _group(path: str) -> str:
+    return TOGETHER.get(path, path)

@@ -297,7 +297,7 @@ def understanding(proof: Proof) -> list[str]:
         loss=ANSWERS,
         data={"sources": sources},
         optimizer={"learning_rate": 3e-3},
-        trainer={"steps": 1500},
+        trainer={"steps": 2500},
     )
     return verdict_on_answers("understanding", proof.once("answers", lambda: answered(proof, model)))
 
@@ -322,7 +322,7 @@ def unified_model(proof: Proof) -> Path:
         "unified",
         data={"sources": sources},
         optimizer={"learning_rate": 3e-3},
-        trainer={"steps": 1500},
+        trainer={"steps": 2500},
     )
 
 
