@@ -42,7 +42,7 @@ SECONDS = {
 """What takes a minute or more beside others on two cores; the order in which files begin, no limit."""
 
 
-class Scheduling(LoadFileScheduling):  # type: ignore[misc]
+class Scheduling(LoadFileScheduling):
     """Whole groups of files to one process. (`--dist loadgroup` is without effect from pytest 9.2 on.)"""
 
     def _split_scope(self, nodeid: str) -> str:
