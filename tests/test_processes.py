@@ -27,7 +27,7 @@ print(threads() - before)
 
 
 def test_no_thread_of_a_group_is_left_after_a_training_step() -> None:
-    """A thread that is left would abort the process at its end, now and then: here one launch in hundreds."""
+    """A thread that is left aborts the process at its end, now and then."""
     done = subprocess.run(
         [sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False, timeout=100
     )
