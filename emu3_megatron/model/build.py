@@ -71,17 +71,20 @@ def transformer_config(
         context_parallel_size=parallel.context_parallel_size,
         sequence_parallel=parallel.sequence_parallel,
         cp_comm_type=parallel.context_communication(transformer_engine=engine),
-        # Without them rotary positions are a loop over documents that waits for the GPU, twice a layer. The
-        # torch layers have their own of both.
-        apply_rope_fusion=engine,
-        bias_activation_fusion=engine,
         calculate_per_token_loss=True,
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
         deallocate_pipeline_outputs=not interleaved,
+        **_fusions(engine),
         **_recompute(config),
         **_fp8(fp8, fp8_recipe, engine),
     )
+
+
+def _fusions(engine: bool) -> dict[str, Any]:
+    # Without them rotary positions are a loop over documents that waits for the GPU, twice a layer. The torch
+    # layers have their own of both.
+    return {"apply_rope_fusion": engine, "bias_activation_fusion": engine}
 
 
 def _fp8(form: FP8Format, recipe: FP8Recipe, engine: bool) -> dict[str, Any]:
