@@ -17,6 +17,7 @@ env:  ## make .venv: torch, the pinned dependencies, the C++ extension
 quickstart: env  ## raw media to a trained model, generated samples and a report, on a CPU in minutes
 	$(RUN) tools/quickstart.py --config $(CONFIG)
 
+test: export OMP_NUM_THREADS := 1
 test: env  ## the test suite, fast tests first
 	$(RUN) -m pytest -m "not slow" $(SHARED)
 	$(RUN) -m pytest -m slow $(SHARED)
