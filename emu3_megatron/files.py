@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -23,6 +24,9 @@ TEMPORARY_SUFFIX = ".tmp"
 
 READ_BYTES = 1 << 20
 """Bytes read at a time by `sha256_file`."""
+
+MAX_DEPTH = 200
+"""Lists and objects within one another that `parse_json` accepts."""
 
 
 def temporary_path(path: Path) -> Path:
@@ -91,6 +95,29 @@ def sha256_file(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def parse_json(data: bytes | str) -> Any:
+    """What a JSON text from outside says.
+
+    Python's own parser goes as deep as its stack: whatever else runs at that moment, such as the end of an
+    object that is collected, then fails too.
+
+    Raises:
+        ValueError: it is no JSON, or is nested deeper than `MAX_DEPTH`.
+    """
+    text = data.decode(json.detect_encoding(data), "surrogatepass") if isinstance(data, bytes) else data
+    if text.count("[") + text.count("{") > MAX_DEPTH:
+        depth = 0
+        for bracket in _BRACKET.findall(text):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(bracket, 0)
+            if depth > MAX_DEPTH:
+                raise ValueError(f"nested deeper than {MAX_DEPTH} lists and objects")
+    return json.loads(text)
+
+
+_BRACKET = re.compile(r'[][{}]|"(?:[^"\\]|\\.)*"', re.DOTALL)
+"""Brackets, and strings, which may hold some."""
+
+
 def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
     """The objects of a JSON Lines file in order, read line by line; blank lines are passed over.
 
@@ -103,10 +130,10 @@ def json_lines(path: str | os.PathLike[str]) -> Iterator[dict[str, Any]]:
             if not line.strip():
                 continue
             try:
-                value = json.loads(line)
-            except json.JSONDecodeError as error:
+                value = parse_json(line)
+            except ValueError as error:
                 raise UserError(
-                    f"{path}, line {number}: not JSON ({error.msg}); the file has one object a line"
+                    f"{path}, line {number}: not JSON ({error}); the file has one object a line"
                 ) from error
             if not isinstance(value, dict):
                 raise UserError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict
@@ -13,7 +12,7 @@ import yaml
 
 from emu3_megatron.conversion.rules import ConversionError
 from emu3_megatron.errors import UserError
-from emu3_megatron.files import atomic_write
+from emu3_megatron.files import atomic_write, parse_json
 from emu3_megatron.model import ModelConfig
 
 KEPT = "hugging_face"
@@ -66,10 +65,10 @@ def give_back(kept: Path, folder: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises `ConversionError` when it is missing or damaged."""
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        values = parse_json(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise ConversionError(f"{path} is missing; is {path.parent} a Hugging Face folder?") from error
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except ValueError as error:
         raise ConversionError(f"{path} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ConversionError(f"{path} holds no JSON object")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,7 +13,7 @@ from typing import Any
 
 from emu3_megatron.curation.units import Unit
 from emu3_megatron.errors import UserError
-from emu3_megatron.files import entry_id, printable
+from emu3_megatron.files import entry_id, parse_json, printable
 
 KINDS = ("image", "video", "text")
 """Keys of which an entry has exactly one."""
@@ -158,8 +157,8 @@ def parse_line(line: bytes, place: str, folder: Path, *, repeated: bool = False)
 def _object(line: bytes) -> dict[str, Any]:
     """The JSON object of a line."""
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = parse_json(line)
+    except ValueError as error:
         raise EntryError(f"is not valid JSON ({error})") from error
     if not isinstance(record, dict):
         raise EntryError(f"is a JSON {type(record).__name__}; an entry is an object")

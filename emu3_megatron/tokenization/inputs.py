@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 from emu3_megatron.errors import UserError
-from emu3_megatron.files import printable, sha256_file
+from emu3_megatron.files import parse_json, printable, sha256_file
 from emu3_megatron.media import MediaError
 from emu3_megatron.tokenization.entries import BadEntry, Entry, MediaPointer, parse_record
 
@@ -78,8 +78,8 @@ class JsonLinesInput:
     def _parse(self, line: bytes, number: int) -> Entry | BadEntry:
         place = printable(f"{self._path.name}:{number}")
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            record = parse_json(line)
+        except ValueError as error:
             return BadEntry(id=place, path=None, reason=f"is not valid JSON: {error}", error="EntryError")
         return parse_record(record, place=place, folder=self._path.parent)
 
@@ -164,7 +164,7 @@ def _record(sample: _TarSample) -> dict[str, object]:
     record: dict[str, object] = {"id": sample.key}
     for extension, pointer in sample.members.items():
         if extension == "json":
-            fields = json.loads(_bytes(pointer))
+            fields = parse_json(_bytes(pointer))
             if not isinstance(fields, dict):
                 raise ValueError(f"{pointer.member} is no JSON object")
             record.update(

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol, cast
 
 from emu3_megatron.errors import UserError, one_line
-from emu3_megatron.files import entry_id, printable
+from emu3_megatron.files import entry_id, parse_json, printable
 
 MAX_LINE_BYTES = 1 << 24
 """A longer line, or row of a Parquet file, is set aside. Python needs 36 bytes for an id, and a line may give
@@ -160,8 +159,8 @@ def _document(line: bytes, name: str, key: str | None) -> TextDocument:
     try:
         if key is None:
             return TextDocument(name, line.decode().rstrip("\r\n"))
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = parse_json(line)
+    except ValueError as error:
         kind = "UTF-8" if key is None else "valid JSON"
         return TextDocument(name, "", f"is not {kind}: {error}")
     if not isinstance(record, dict):

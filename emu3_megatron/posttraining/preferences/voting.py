@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from emu3_megatron.errors import UserError
-from emu3_megatron.files import atomic_write
+from emu3_megatron.files import atomic_write, parse_json
 from emu3_megatron.posttraining.preferences.candidates import VOTES, CandidateFolder
 from emu3_megatron.posttraining.preferences.scores import Judgement, read_judgements
 from emu3_megatron.posttraining.preferences.vote_page import PAGE, SCRIPT, STYLE
@@ -192,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not self._is_asked_here() or not self._is_of_the_page():
             return
         try:
-            fields = json.loads(self._body())
+            fields = parse_json(self._body())
             if self.path == "/question":
                 voter = fields.get("voter") if isinstance(fields, dict) else None
                 self._json(HTTPStatus.OK, self.server.poll.question(voter))  # type: ignore[arg-type]
@@ -203,7 +203,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(HTTPStatus.NOT_FOUND)
         except UserError as error:
             self._json(HTTPStatus.BAD_REQUEST, {"error": str(error)})
-        except (ValueError, RecursionError):
+        except ValueError:
             self._json(HTTPStatus.BAD_REQUEST, {"error": "not JSON"})
 
     def _is_asked_here(self) -> bool:
