@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from emu3_megatron.model.loss import (
     vocabulary_parallel_linear_cross_entropy,
     weighted_linear_cross_entropy,
 )
+from emu3_megatron.parallel.config import ParallelConfig
 
 
 class RMSNorm(torch.nn.Module):
@@ -193,6 +195,46 @@ def uses_transformer_engine(config: ModelConfig, *, cuda: bool) -> bool:
     if not cuda:
         raise ModelConfigError("model.attention_backend=transformer_engine needs platform cuda; use torch")
     return True
+
+
+MASK_LIMIT = 1 << 30
+"""Bytes that the masks of one micro-batch may take on a GPU."""
+
+
+def describe_attention(
+    config: ModelConfig, parallel: ParallelConfig, *, context_length: int, cuda: bool
+) -> str:
+    """One line on what computes attention, and what it can do.
+
+    Args:
+        config: The model.
+        parallel: The layout.
+        context_length: Tokens of a window.
+        cuda: Whether the platform is CUDA.
+
+    Raises:
+        ModelConfigError: on a GPU, the masks of a window that is one document would not fit.
+    """
+    context = parallel.context_parallel_size
+    engine = uses_transformer_engine(config, cuda=cuda)
+    communication = parallel.context_communication(transformer_engine=engine)
+    if engine:
+        name = f"Transformer Engine {version('transformer-engine')}, all documents in one call"
+    elif context == 1 or communication == "a2a":
+        name = f"torch {torch.__version__}, one causal call for documents of equal or similar length"
+    else:
+        # A rank has two chunks of each document, of 2 * context; together they look at 2 * context + 1.
+        mask = context_length**2 * (2 * context + 1) // (4 * context**2)
+        if cuda and mask > MASK_LIMIT:
+            raise ModelConfigError(
+                f"context_parallel_size={context} without Transformer Engine takes masks of "
+                f"{mask / 2**30:.1f} GiB a rank for one document of {context_length} tokens, more than "
+                f"{MASK_LIMIT / 2**30:.0f}; install the `gpu` extra, or set parallel.cp_comm to a2a"
+            )
+        name = f"torch {torch.__version__}, a mask for each document's chunks"
+    if context > 1:
+        name += f", context parallelism by {communication}"
+    return f"attention: {name}; dropout {config.attention_dropout:g}"
 
 
 def block_specification(config: ModelConfig, transformer: Any, *, cuda: bool, vp_stage: int | None) -> Any:

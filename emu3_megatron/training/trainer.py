@@ -65,7 +65,9 @@ class Trainer:
         objective: ObjectiveFactory = NextToken.make,
         callbacks: Sequence[Callback] = (),
     ) -> None:
-        from emu3_megatron.model import build_model  # megatron-core, so after the platform
+        # megatron-core, so after the platform
+        from emu3_megatron.model import build_model
+        from emu3_megatron.model.layers import describe_attention
 
         self.config = config
         self.data = data
@@ -75,6 +77,9 @@ class Trainer:
         self._wishes: dict[str, float] = {}
         self._make_objective = objective
         shape = config.model
+        self._attention = describe_attention(
+            shape, config.parallel, context_length=config.data.context_length, cuda=platform.is_cuda
+        )
         self._has_dropout = any(
             (shape.embedding_dropout, shape.attention_dropout, shape.hidden_dropout, config.lora.dropout)
         )
@@ -217,6 +222,7 @@ class Trainer:
 
     def _start(self) -> None:
         """Resume the run's newest valid checkpoint, or start from another one's weights, or from scratch."""
+        self._announce(self._attention)
         options = self.config.checkpoint
         now = self._record()
         folder = self._resumed

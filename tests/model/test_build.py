@@ -1,4 +1,5 @@
 import contextlib
+import re
 from typing import Any
 
 import pytest
@@ -235,6 +236,36 @@ def test_impossible_builds_are_refused(
 def test_transformer_engine_is_refused_where_it_cannot_run(single_process: ParallelConfig) -> None:
     with pytest.raises(ModelConfigError, match="attention_backend=transformer_engine"):
         _build(single_process, attention_backend="transformer_engine")
+
+
+@pytest.mark.parametrize(
+    ("layout", "cuda", "said"),
+    [
+        ({}, False, "one causal call"),
+        (
+            {"context_parallel_size": 2},
+            False,
+            "a mask for each document's chunks, context parallelism by all_gather",
+        ),
+        ({"context_parallel_size": 2, "cp_comm": "a2a"}, True, "one causal call .* by a2a"),
+    ],
+)
+def test_a_run_says_what_computes_its_attention(layout: dict[str, Any], cuda: bool, said: str) -> None:
+    config = ModelConfig.preset("tiny", attention_backend="torch", attention_dropout=0.25)
+    line = layers.describe_attention(config, ParallelConfig(**layout), context_length=131_072, cuda=cuda)
+    assert re.fullmatch(rf"attention: torch \S+, {said}.*; dropout 0.25", line) is not None
+
+
+def test_masks_that_do_not_fit_a_gpu_are_refused() -> None:
+    config, split = (
+        ModelConfig.preset("tiny", attention_backend="torch"),
+        ParallelConfig(context_parallel_size=2),
+    )
+    with pytest.raises(
+        ModelConfigError, match=r"masks of 5.0 GiB .* 131072 tokens, more than 1; .*cp_comm to a2a"
+    ):
+        layers.describe_attention(config, split, context_length=131_072, cuda=True)
+    layers.describe_attention(config, split, context_length=32_768, cuda=True)
 
 
 @pytest.fixture
