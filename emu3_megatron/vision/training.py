@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from emu3_megatron import processes
 from emu3_megatron.vision.averages import WeightAverages
+from emu3_megatron.vision.block_means import start_from_block_means
 from emu3_megatron.vision.codebook import EmaCodebook
 from emu3_megatron.vision.corpus import Batch, VisionDataset, load_manifests
 from emu3_megatron.vision.draws import Draws
@@ -66,6 +67,8 @@ class VisionTrainer:
         torch.manual_seed(config.seed)
         self.tokenizer = VisionTokenizer(config.model)
         initialise(self.tokenizer)
+        if config.start_from_block_means:
+            start_from_block_means(self.tokenizer)
         start = warm_start(self.tokenizer, Path(config.warm_start)) if config.warm_start else None
         self.tokenizer.to(self.device)
         if config.channels_last:

@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from emu3_megatron.vision.block_means import check_block_means
 from emu3_megatron.vision.config import VisionTokenizerConfig
 from emu3_megatron.vision.perceptual import LEAST_SIDE, Network
 
@@ -157,6 +158,8 @@ class VisionTrainingConfig:
     """Losses and codebook."""
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     """The adversary."""
+    start_from_block_means: bool = False
+    """Begin with weights that give the mean colours of blocks, smoothly enlarged; takes 96 channels."""
     warm_start: str | None = None
     """Weights to begin with: a file of an image MoVQ, or the folder of a vision tokenizer."""
     average_decay: float = 0.0
@@ -192,6 +195,10 @@ class VisionTrainingConfig:
                 )
         if not 0 <= self.average_decay < 1:
             raise ValueError(f"average_decay is {self.average_decay}: it must be at least 0 and less than 1")
+        if self.start_from_block_means:
+            check_block_means(self.model)
+            if self.warm_start is not None:
+                raise ValueError("start_from_block_means is true beside warm_start: leave one of them out")
         if self.warm_start is not None and self.loss.continuous_steps:
             raise ValueError(
                 f"loss.continuous_steps is {self.loss.continuous_steps} with warm_start: the codebook is "
