@@ -46,7 +46,9 @@ class Planned:
     def chosen(self, places: Sequence[int]) -> Planned:
         """The results at some places."""
         return Planned(
-            *([values[place] for place in places] for values in (self.prompts, self.seeds, self.outputs)),
+            prompts=[self.prompts[place] for place in places],
+            seeds=[self.seeds[place] for place in places],
+            outputs=[self.outputs[place] for place in places],
             numbers=[self.numbers[place] for place in places],
         )
 
