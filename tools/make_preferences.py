@@ -64,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     pairs.add_argument("--minimum-margin", type=float, default=1e-6, help="between best and worst")
     pairs.add_argument("--num-shards", type=int, default=1, help="default: 1")
+    pairs.add_argument("--held-out", type=Path, help="the folder of a second dataset, for validation")
+    pairs.add_argument("--held-out-share", type=float, default=0.02, help="of the prompts (default: 0.02)")
     return parser
 
 
@@ -129,7 +131,12 @@ def _score(arguments: argparse.Namespace) -> None:
 
 def _pairs(arguments: argparse.Namespace) -> None:
     from emu3_megatron.posttraining.preferences.candidates import CandidateFolder
-    from emu3_megatron.posttraining.preferences.scores import mean_scores, read_folder, write_pairs
+    from emu3_megatron.posttraining.preferences.scores import (
+        HeldOut,
+        mean_scores,
+        read_folder,
+        write_pairs,
+    )
 
     folder = CandidateFolder(arguments.candidates)
     judgements, problems = read_folder(folder, arguments.scores)
@@ -141,10 +148,12 @@ def _pairs(arguments: argparse.Namespace) -> None:
         mean_scores(judgements, _weights(arguments.weight)),
         minimum_margin=arguments.minimum_margin,
         num_shards=arguments.num_shards,
+        held_out=HeldOut(arguments.held_out, arguments.held_out_share) if arguments.held_out else None,
     )
+    held_out = f", {report.held_out} to {arguments.held_out}" if arguments.held_out else ""
     print(
-        f"wrote {report.pairs} pairs to {arguments.output}; left out: {report.unjudged} prompts with fewer "
-        f"than two judged candidates, {report.undecided} undecided"
+        f"wrote {report.pairs} pairs to {arguments.output}{held_out}; left out: {report.unjudged} prompts "
+        f"with fewer than two judged candidates, {report.undecided} undecided"
     )
 
 

@@ -310,6 +310,9 @@ class CurationConfig:
     """Filters of plain text."""
     contamination: ContaminationConfig = field(default_factory=ContaminationConfig)
     """Evaluation data to look for."""
+    held_out: float | None = None
+    """Give entries without a ``split`` one: that of their kind (``images``, ``videos``, ``texts``), or, for
+    this share of them, ``held-out-images`` and so on, by their names; None: leave them as they are."""
     processes: int = 1
     """Processes that compute scores; 0: this one, without protection from a decoder that crashes."""
     worker: int = 0
@@ -335,6 +338,8 @@ class CurationConfig:
             raise UserError(f"worker={self.worker} must lie in 0..{self.num_workers - 1} (num_workers - 1)")
         if not self.entry_timeout > 0:
             raise UserError(f"entry_timeout={self.entry_timeout} must be positive")
+        if self.held_out is not None and not 0 <= self.held_out < 1:
+            raise UserError(f"held_out={self.held_out} must be a share, from 0 to less than 1")
 
 
 def _check_stages(kind: str, stages: tuple[str, ...], known: tuple[str, ...]) -> None:

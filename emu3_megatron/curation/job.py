@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
@@ -221,6 +222,8 @@ class _Results:
             media = unit.record[unit.kind]
             if not os.path.isabs(media):
                 record[unit.kind] = os.path.relpath(unit.path, self._config.output)
+        if self._config.held_out is not None and record.get("split") is None:
+            record["split"] = split_of(unit, self._config.held_out)
         if unit.kind == "video":
             record["category"] = category_of(unit.record)
         if unit.interval is not None and _is_cut(step):
@@ -233,6 +236,21 @@ class _Results:
                 record |= interval
         scores = headlines(step)
         return {**record, "scores": scores} if scores else record
+
+
+def split_of(unit: Unit, held_out: float) -> str:
+    """``images``, ``videos`` or ``texts``, or one of those held out, by the name of the unit's entry.
+
+    All clips of a video are on one side; an entry's side depends on no other entry.
+
+    Args:
+        unit: What was kept.
+        held_out: Share of the entries.
+    """
+    name = unit.id if unit.frames is None else unit.id[: unit.id.rindex("@")]
+    digest = hashlib.blake2b(f"{unit.kind} {name}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    side = "held-out-" if int.from_bytes(digest, "big") < held_out * 2**64 else ""
+    return f"{side}{unit.kind}s"
 
 
 def _write_line(stream: BinaryIO, row: dict[str, Any]) -> None:

@@ -7,12 +7,14 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
@@ -27,6 +29,7 @@ from emu3_megatron.inference.dialogue import (
     chat_template,
     interleave,
 )
+from emu3_megatron.inference.planned import Planned, Records, plan_results
 from emu3_megatron.inference.quantized import FORMATS
 from emu3_megatron.inference.results import contact_sheet, extend_video, write_document
 from emu3_megatron.inference.sampling import Sampling
@@ -65,6 +68,12 @@ def build_parser() -> argparse.ArgumentParser:
         command.add_argument("--prompt", action="append", default=[], help="may be given several times")
         command.add_argument("--prompts", type=Path, help="file with a prompt a line; - for standard input")
         command.add_argument("--samples", type=int, default=1, help="results per prompt (default: 1)")
+    for command in (image, video, story):
+        command.add_argument(
+            "--resume", action="store_true", help="keep what an earlier start has finished; needs a folder"
+        )
+        command.add_argument("--worker", type=int, default=0, help="this process, of --num-workers")
+        command.add_argument("--num-workers", type=int, default=1, help="processes that share the prompts")
     for command in (image, video, continued):
         command.add_argument("--negative-prompt", default="", help="what guidance leads away from")
         command.add_argument("--output", type=Path, required=True, help="file for one result, else a folder")
@@ -159,18 +168,29 @@ def generate(arguments: argparse.Namespace) -> None:
     """
     if arguments.seed < 0 or getattr(arguments, "samples", 1) < 1:
         raise UserError(f"--seed={arguments.seed} must not be negative, and --samples at least 1")
+    read_sampling(arguments)
     task = {
         "image": _images, "video": _videos, "caption": _captions, "continue": _continuations,
         "chat": _answers, "interleave": _stories,
     }  # fmt: skip
-    planned = _plan(arguments)
+    planned = plan_results(arguments)
+    records = Records(arguments) if getattr(arguments, "resume", False) else None
+    if records is not None:
+        planned, finished = records.split(planned)
+        for line in finished:
+            print(json.dumps(line, ensure_ascii=False), flush=True)
+    if hasattr(arguments, "worker") and not planned.prompts:
+        return
     generator = open_generator(arguments, max_rows=arguments.max_rows)
     began = time.perf_counter()
-    for record in task[arguments.task](generator, arguments, planned):
+    for place, record in enumerate(task[arguments.task](generator, arguments, planned)):
         record |= {"settings": asdict(read_sampling(arguments)), "checkpoint": str(arguments.checkpoint)}
         record["seconds"] = round(time.perf_counter() - began, 3)
         record["arguments"] = vars(arguments)
-        print(json.dumps({"task": arguments.task, **record}, ensure_ascii=False, default=str), flush=True)
+        line = json.loads(json.dumps({"task": arguments.task, **record}, default=str))
+        if records is not None:
+            records.keep(planned.numbers[place], line)
+        print(json.dumps(line, ensure_ascii=False), flush=True)
 
 
 def open_generator(arguments: argparse.Namespace, *, max_rows: int) -> Generator:
@@ -191,44 +211,49 @@ def _images(
 ) -> Iterator[dict[str, Any]]:
     from emu3_megatron.media import write_png
 
-    prompts = planned.prompts
     height, width = read_size(generator, arguments)
-    with _progress(len(prompts), "image") as bar:
-        images = generator.text_to_image(
-            prompts,
-            height=height,
-            width=width,
-            sampling=read_sampling(arguments),
-            seeds=_seeds(arguments, len(prompts)),
-            negative_prompt=arguments.negative_prompt,
-            progress=bar.update,
-        )
-    if arguments.sheet:
-        arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
-        write_png(arguments.sheet, contact_sheet([image.pixels[None] for image in images]))
-    for image, path in zip(images, planned.made(), strict=True):
-        write_png(path, image.pixels)
-        yield {**_about(image), "negative_prompt": arguments.negative_prompt, "output": str(path)}
+    shown: list[npt.NDArray[np.uint8]] = []
+    with _progress(len(planned.prompts), "image") as bar:
+        for group in planned.groups(_at_a_time(arguments)):
+            images = generator.text_to_image(
+                group.prompts,
+                height=height,
+                width=width,
+                sampling=read_sampling(arguments),
+                seeds=group.seeds,
+                negative_prompt=arguments.negative_prompt,
+                progress=bar.update,
+            )
+            for image, path in zip(images, group.made(), strict=True):
+                write_png(path, image.pixels)
+                yield {**_about(image), "negative_prompt": arguments.negative_prompt, "output": str(path)}
+            if arguments.sheet:
+                shown += [image.pixels[None] for image in images]
+    _write_sheet(arguments, shown)
 
 
 def _videos(
     generator: Generator, arguments: argparse.Namespace, planned: Planned
 ) -> Iterator[dict[str, Any]]:
-    prompts = planned.prompts
     height, width = read_size(generator, arguments)
-    with _progress(len(prompts), "video") as bar:
-        videos = generator.text_to_video(
-            prompts,
-            height=height,
-            width=width,
-            frames=_frames(generator, arguments),
-            fps=arguments.fps,
-            sampling=read_sampling(arguments),
-            seeds=_seeds(arguments, len(prompts)),
-            negative_prompt=arguments.negative_prompt,
-            progress=bar.update,
-        )
-    yield from _write_videos(videos, arguments, planned)
+    shown: list[npt.NDArray[np.uint8]] = []
+    with _progress(len(planned.prompts), "video") as bar:
+        for group in planned.groups(_at_a_time(arguments)):
+            videos = generator.text_to_video(
+                group.prompts,
+                height=height,
+                width=width,
+                frames=_frames(generator, arguments),
+                fps=arguments.fps,
+                sampling=read_sampling(arguments),
+                seeds=group.seeds,
+                negative_prompt=arguments.negative_prompt,
+                progress=bar.update,
+            )
+            yield from _write_videos(videos, arguments, group)
+            if arguments.sheet:
+                shown += [video.pixels for video in videos]
+    _write_sheet(arguments, shown)
 
 
 def _continuations(
@@ -247,12 +272,13 @@ def _continuations(
             fps=arguments.fps,
             prompts=[arguments.prompt] * len(clips),
             sampling=read_sampling(arguments),
-            seeds=_seeds(arguments, len(clips)),
+            seeds=[arguments.seed + place for place in range(len(clips))],
             negative_prompt=arguments.negative_prompt,
             progress=bar.update,
         )
     for path, record in zip(arguments.video, _write_videos(videos, arguments, planned), strict=True):
         yield {**record, "video": str(path)}
+    _write_sheet(arguments, [video.pixels for video in videos] if arguments.sheet else [])
 
 
 def _captions(
@@ -267,7 +293,7 @@ def _captions(
             prefix=arguments.prefix,
             max_new_tokens=arguments.max_new_tokens,
             sampling=read_sampling(arguments),
-            seeds=_seeds(arguments, len(images)),
+            seeds=[arguments.seed + place for place in range(len(images))],
             progress=bar.update,
         )
     for path, caption in zip(arguments.image, captions, strict=True):
@@ -288,7 +314,7 @@ def _answers(
             [[Message("user", prompt, tuple(media))] for prompt in prompts],
             template=template,
             sampling=read_sampling(arguments),
-            seeds=_seeds(arguments, len(prompts)),
+            seeds=planned.seeds,
             max_new_tokens=arguments.max_new_tokens,
             progress=bar.update,
         )
@@ -306,20 +332,22 @@ def _answers(
 def _stories(
     generator: Generator, arguments: argparse.Namespace, planned: Planned
 ) -> Iterator[dict[str, Any]]:
-    prompts = planned.prompts
-    with _progress(len(prompts), "document") as bar:
-        stories = interleave(
-            generator,
-            prompts,
-            sampling=read_sampling(arguments),
-            seeds=_seeds(arguments, len(prompts)),
-            max_new_tokens=arguments.max_new_tokens,
-            progress=bar.update,
-        )
-    for prompt, story, folder in zip(prompts, stories, planned.outputs, strict=True):
-        segments = write_document(generator, story.document, folder)
-        record = {"seed": story.seed, "tokens": story.tokens, "whole": story.finished, "segments": segments}
-        yield {"prompt": prompt, "max_new_tokens": arguments.max_new_tokens, **record, "output": str(folder)}
+    longest = arguments.max_new_tokens
+    with _progress(len(planned.prompts), "document") as bar:
+        for group in planned.groups(_at_a_time(arguments)):
+            stories = interleave(
+                generator,
+                group.prompts,
+                sampling=read_sampling(arguments),
+                seeds=group.seeds,
+                max_new_tokens=longest,
+                progress=bar.update,
+            )
+            for prompt, story, folder in zip(group.prompts, stories, group.outputs, strict=True):
+                segments = write_document(generator, story.document, folder)
+                record = {"seed": story.seed, "tokens": story.tokens, "whole": story.finished}
+                record |= {"segments": segments, "output": str(folder)}
+                yield {"prompt": prompt, "max_new_tokens": longest, **record}
 
 
 def _named(path: Path, read: Callable[[Path], Image | Video]) -> Image | Video:
@@ -333,14 +361,25 @@ def _named(path: Path, read: Callable[[Path], Image | Video]) -> Image | Video:
 def _write_videos(
     videos: list[GeneratedVideo], arguments: argparse.Namespace, planned: Planned
 ) -> Iterator[dict[str, Any]]:
-    from emu3_megatron.media import write_mp4, write_png
+    from emu3_megatron.media import write_mp4
 
-    if arguments.sheet:
-        arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
-        write_png(arguments.sheet, contact_sheet([video.pixels for video in videos]))
     for video, path in zip(videos, planned.made(), strict=True):
         write_mp4(path, video.pixels, video.fps)
         yield {**_about(video), "negative_prompt": arguments.negative_prompt, "output": str(path)}
+
+
+def _write_sheet(arguments: argparse.Namespace, clips: Sequence[npt.NDArray[np.uint8]]) -> None:
+    """All results in one picture, where one is asked for."""
+    from emu3_megatron.media import write_png
+
+    if arguments.sheet:
+        arguments.sheet.parent.mkdir(parents=True, exist_ok=True)
+        write_png(arguments.sheet, contact_sheet(clips))
+
+
+def _at_a_time(arguments: argparse.Namespace) -> int:
+    """Results that are drawn together, and then written: as many as there are rows for."""
+    return max(1, int(arguments.max_rows) // (1 if read_sampling(arguments).guidance == 1.0 else 2))
 
 
 def _about(result: GeneratedImage | GeneratedVideo | Caption) -> dict[str, Any]:
@@ -370,24 +409,6 @@ def read_sampling(arguments: argparse.Namespace) -> Sampling:
     )
 
 
-def _prompts(arguments: argparse.Namespace) -> list[str]:
-    """All prompts, each as often as samples are wanted."""
-    prompts: list[str] = list(arguments.prompt)
-    if arguments.prompts is not None:
-        try:
-            text = sys.stdin.read() if str(arguments.prompts) == "-" else arguments.prompts.read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{arguments.prompts} is not UTF-8 text: {error}") from error
-        prompts += [line for line in text.splitlines() if line.strip()]
-    if not prompts:
-        raise UserError("no prompt: give --prompt TEXT or --prompts FILE")
-    return [prompt for prompt in prompts for _ in range(arguments.samples)]
-
-
-def _seeds(arguments: argparse.Namespace, count: int) -> list[int]:
-    return [arguments.seed + index for index in range(count)]
-
-
 def read_size(generator: Generator, arguments: argparse.Namespace) -> tuple[int, int]:
     """Height and width in pixels, by the arguments of `add_size`."""
     if (arguments.height is None) != (arguments.width is None):
@@ -405,76 +426,6 @@ def _frames(generator: Generator, arguments: argparse.Namespace) -> int:
         return int(arguments.frames)
     factor = generator.bundle.vision_tokenizer.temporal_factor
     return math.ceil(arguments.seconds * arguments.fps / factor) * factor
-
-
-@dataclass(frozen=True)
-class Planned:
-    """What is known before the model is opened."""
-
-    prompts: list[str]
-    outputs: list[Path]
-    """Where each result goes; empty where results are lines alone."""
-
-    def made(self) -> list[Path]:
-        """The outputs, in folders that are there."""
-        for output in self.outputs:
-            output.parent.mkdir(parents=True, exist_ok=True)
-        return self.outputs
-
-
-def _plan(arguments: argparse.Namespace) -> Planned:
-    """Check what needs no model. Raises `UserError` or `ValueError` where generating would be for nothing."""
-    read_sampling(arguments)
-    fps = getattr(arguments, "fps", None)
-    if fps is not None and not 0 < fps < math.inf:
-        raise UserError(f"--fps={fps} must be positive")
-    prompts = _prompts(arguments) if hasattr(arguments, "prompts") else []
-    if arguments.task == "interleave":
-        return Planned(prompts, _folders(arguments.output, len(prompts)))
-    if not hasattr(arguments, "output"):
-        return Planned(prompts, [])
-    suffix = ".png" if arguments.task == "image" else ".mp4"
-    count = len(arguments.video) if arguments.task == "continue" else len(prompts)
-    if arguments.sheet is not None:
-        _check_file(arguments.sheet)
-    return Planned(prompts, _files(arguments.output, count, suffix))
-
-
-def _files(output: Path, count: int, suffix: str) -> list[Path]:
-    """One path per result: the file named, or numbered files in the folder named."""
-    if output.suffix and not output.is_dir():
-        if output.suffix != suffix:
-            raise UserError(
-                f"{output}: results are {suffix} files; name one, or a folder (one with a dot in its name "
-                "must exist)"
-            )
-        if count > 1:
-            raise UserError(f"{count} results do not fit in one file {output}; name a folder")
-        _check_file(output)
-        return [output]
-    outputs = [output / f"{index:05d}{suffix}" for index in range(count)]
-    for path in outputs:
-        _check_file(path)
-    return outputs
-
-
-def _folders(output: Path, count: int) -> list[Path]:
-    """One folder per result: the one named, or numbered ones in it."""
-    folders = [output / f"{index:05d}" for index in range(count)] if count > 1 else [output]
-    for folder in folders:
-        _check_file(folder / "document.md")
-    return folders
-
-
-def _check_file(path: Path) -> None:
-    """Refuse a path that no file can have."""
-    if path.is_dir():
-        raise UserError(f"{path} is a folder, where a file is to be written; name another")
-    for folder in path.parents:
-        if folder.exists():
-            if not folder.is_dir():
-                raise UserError(f"{folder} is a file, where a folder is needed for {path}; name another")
-            return
 
 
 def _progress(count: int, unit: str) -> Any:

@@ -2,7 +2,7 @@
 
 ``examples/slurm/rehearsal.sh`` calls both parts, with the jobs between them. As a program::
 
-    python -m emu3_megatron.samples.rehearsal prepare FOLDER [--scale small]
+    python -m emu3_megatron.samples.rehearsal prepare FOLDER [--scale small] [--ranks N]
     python -m emu3_megatron.samples.rehearsal judge FOLDER
 """
 
@@ -80,12 +80,16 @@ _DRAWING = {**_VISION_ONLY, "vision_weight": 1.0}
 _TALKING = {**_VISION_ONLY, "text_weight": 1.0, "vision_weight": 0.0, "end_weight": 1.0}
 
 
-def prepare(folder: Path, scale: Scale) -> None:
+def prepare(folder: Path, scale: Scale, ranks: int = 1) -> None:
     """Write the raw media, ``raw.jsonl``, the text tokenizer, prompts, and ``configs/``, all below `folder`.
 
     Args:
         folder: On a file system that every node sees; made if missing.
         scale: How much.
+        ranks: Processes of every training, which share its batches evenly.
+
+    Raises:
+        UserError: `ranks` is not positive.
     """
     world = WorldConfig.preset("quickstart")
     corpus = CorpusConfig(
@@ -100,9 +104,20 @@ def prepare(folder: Path, scale: Scale) -> None:
     train_sentencepiece(texts, folder / "text.model", 512)
     captions = [str(row["caption"]) for row in read_manifest(manifests["held-out-images"])]
     (folder / "prompts.txt").write_text("".join(f"{caption}\n" for caption in captions))
-    (folder / "configs").mkdir(exist_ok=True)
-    for name, values in _configurations(scale).items():
-        (folder / "configs" / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
+    write_configurations(folder / "configs", scale, ranks)
+
+
+def write_configurations(folder: Path, scale: Scale, ranks: int) -> None:
+    """Write a YAML file for every job that has one, with batches that `ranks` processes share evenly.
+
+    Raises:
+        UserError: `ranks` is not positive.
+    """
+    if ranks < 1:
+        raise UserError(f"ranks={ranks} must be at least 1: the processes of a training")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, values in _configurations(scale, ranks).items():
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(values, sort_keys=False))
 
 
 def _raw(manifests: Mapping[str, Path], kind: str) -> list[dict[str, Any]]:
@@ -117,13 +132,13 @@ def _raw(manifests: Mapping[str, Path], kind: str) -> list[dict[str, Any]]:
     return entries
 
 
-def _configurations(scale: Scale) -> dict[str, dict[str, Any]]:
-    """Every configuration of the chain by name."""
+def _configurations(scale: Scale, ranks: int) -> dict[str, dict[str, Any]]:
+    """Every configuration of the chain by name, with batches for so many processes."""
     probe = {"min_width": 64, "min_height": 64}
     everything = {name: {"path": f"data/{name}"} for name in ("text", "images", "videos")}
     described = {"path": "data/images", "weight": 0.8, "template": {"caption_after_probability": 1.0}}
     still = {name: everything[name] for name in ("text", "images")}
-    moving = {name: everything[name] for name in ("images", "videos")}
+    moving = {"images": everything["images"], "videos": {"path": "data/quality-videos"}}
     return {
         "curation": {
             "manifest": ["raw.jsonl"],
@@ -132,26 +147,31 @@ def _configurations(scale: Scale) -> dict[str, dict[str, Any]]:
             "video": {"stages": ["probe", "motion"], "probe": {**probe, "min_fps": 1.0, "min_seconds": 0.5}},
             "text": {"stages": ["length"], "min_characters": 5},
         },
-        "vision": _vision(scale),
-        "stage1": _training(scale, "stage1", None, still),
-        "stage2": _training(scale, "stage2", "stage1", everything),
-        "quality": _training(scale, "quality", "stage2", moving, loss=_DRAWING),
+        "vision": _vision(scale, ranks),
+        "stage1": _training(scale, ranks, "stage1", None, still),
+        "stage2": _training(scale, ranks, "stage2", "stage1", everything),
+        "quality": _training(scale, ranks, "quality", "stage2", moving, loss=_DRAWING),
         "understanding1": _training(
-            scale, "understanding1", "stage2", loss=_TALKING,
+            scale, ranks, "understanding1", "stage2", loss=_TALKING,
             sources={"images": described, "text": {"path": "data/text", "weight": 0.2}},
         ),
         "understanding2": _training(
-            scale, "understanding2", "understanding1", {"conversations": {"path": "data/conversations"}},
-            loss=_TALKING,
+            scale, ranks, "understanding2", "understanding1", loss=_TALKING,
+            sources={"conversations": {"path": "data/conversations"}},
         ),
         "dpo": _training(
-            scale, "dpo", "quality", {"pairs": {"path": "data/pairs"}}, loss=_DRAWING, rate=2e-4,
+            scale, ranks, "dpo", "quality", {"pairs": {"path": "data/pairs"}}, loss=_DRAWING, rate=2e-4,
             dpo={"beta": 0.1, "cross_entropy_weight": 0.5},
         ),
     }  # fmt: skip
 
 
-def _vision(scale: Scale) -> dict[str, Any]:
+def _shared(size: int, ranks: int) -> int:
+    """The least batch of `size` or more that processes share evenly."""
+    return -(-size // ranks) * ranks
+
+
+def _vision(scale: Scale, ranks: int) -> dict[str, Any]:
     """The quickstart's vision tokenizer, with fewer steps."""
     steps = scale.vision_steps
     return {
@@ -162,8 +182,9 @@ def _vision(scale: Scale) -> dict[str, Any]:
         },
         "data": {"manifests": ["curated/manifest.jsonl"], "splits": ["images", "videos"], "height": 64,
                  "width": 64, "frames": 8},
-        "schedule": {"steps": steps, "batch_size": 8, "whole_batch_size": 4, "clip_batch_size": 2,
-                     "clip_every": 3, "decoded_frames": 1, "crop": 32, "warmup_steps": max(1, steps // 20)},
+        "schedule": {"steps": steps, "batch_size": _shared(8, ranks), "whole_batch_size": _shared(4, ranks),
+                     "clip_batch_size": _shared(2, ranks), "clip_every": 3, "decoded_frames": 1, "crop": 32,
+                     "warmup_steps": max(1, steps // 20)},
         "loss": {"continuous_steps": max(1, steps // 10)},
         "checkpoint_every": max(2, steps // 2),
     }  # fmt: skip
@@ -171,6 +192,7 @@ def _vision(scale: Scale) -> dict[str, Any]:
 
 def _training(
     scale: Scale,
+    ranks: int,
     name: str,
     start: str | None,
     sources: Mapping[str, Any],
@@ -195,7 +217,7 @@ def _training(
             "num_workers": 0,
         },
         "optimizer": {"learning_rate": rate, "warmup_steps": max(1, steps // 10), "clip_grad": 1.0},
-        "trainer": {"steps": steps, "global_batch_size": 4, "precision": "fp32"},
+        "trainer": {"steps": steps, "global_batch_size": _shared(4, ranks), "precision": "fp32"},
         "checkpoint": {"interval": max(1, steps // 2), **({"load": f"runs/{start}"} if start else {})},
         **({"loss": dict(loss)} if loss else {}),
         **more,
@@ -302,9 +324,10 @@ def main() -> None:
     parser.add_argument("action", choices=("prepare", "judge"))
     parser.add_argument("folder", type=Path, help="work folder of the rehearsal, which every node sees")
     parser.add_argument("--scale", choices=sorted(SCALES), default="tiny", help="default: tiny")
+    parser.add_argument("--ranks", type=int, default=1, help="processes of every training (default: 1)")
     asked = parser.parse_args()
     if asked.action == "prepare":
-        prepare(asked.folder, SCALES[asked.scale])
+        prepare(asked.folder, SCALES[asked.scale], asked.ranks)
         return
     lines = judge(asked.folder)
     print("\n".join(lines))

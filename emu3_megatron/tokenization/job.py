@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +32,9 @@ QUARANTINE_FILE = "quarantine.jsonl"
 
 REPORTS = "reports"
 """Folder of the shards' reports."""
+
+SPLITS_NAMED = 10
+"""Splits, the largest first, that an error names."""
 
 
 class EntryList(Protocol):
@@ -164,8 +168,8 @@ class TokenizationJob:
             Whether all shards are there.
 
         Raises:
-            UserError: more entries were set aside than the budget allows, or a shard is missing although the
-                settings ask for ``finalize``.
+            UserError: more entries were set aside than the budget allows, no entry has the asked split, or a
+                shard is missing although the settings ask for ``finalize``.
         """
         config, toolkit = self.config, self.toolkit
         missing = [shard for shard in range(config.num_shards) if not self._is_done(shard)]
@@ -179,6 +183,10 @@ class TokenizationJob:
         self._listed = -1
         self._check_budget()
         reports = self._reports.values()
+        if config.split is not None and not any(
+            report.images + report.clips + report.texts for report in reports
+        ):
+            raise UserError(self._no_such_split(config.split))
         write_manifest(
             config.output,
             config.dataset_name,
@@ -203,6 +211,16 @@ class TokenizationJob:
             for leftover in folder.glob(f".{config.dataset_name}-*{TEMPORARY_SUFFIX}"):
                 leftover.unlink(missing_ok=True)
         return True
+
+    def _no_such_split(self, split: str) -> str:
+        """That no document came about, and which splits there are."""
+        there = Counter(entry.split for entry in self.inputs.entries(0, len(self.inputs)))
+        named = [f"{name or 'none'} ({count})" for name, count in there.most_common(SPLITS_NAMED)]
+        return (
+            f"split={split!r} gave no document: the {len(self.inputs)} entries of "
+            f"{', '.join(map(str, self.config.manifest))} have the splits {', '.join(named)}; name one of "
+            f'these, or write the key "split" into the entries, remove {self.config.output}, and run again'
+        )
 
     def _check_budget(self) -> None:
         """Write the quarantine list of all shards so far, and fail where it is longer than the budget."""

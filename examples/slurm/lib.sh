@@ -29,7 +29,10 @@ rendezvous() {
 check_nodes() {
   local gpus=$GPUS_PER_NODE
   [[ -z ${SLURM_ARRAY_TASK_ID:-} ]] || gpus=$((gpus > 0))
-  case $SLURM_JOB_NAME in plan* | score* | pairs* | convert*) gpus=0 ;; esac
+  case $SLURM_JOB_NAME in
+    select* | plan* | pairs* | convert* | rehearsal*) gpus=0 ;;
+    score*) gpus=$((gpus > 0)) ;;
+  esac
   srun --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
     "$EMU3_ROOT/examples/slurm/check_node.sh" "$gpus" "$WORK" && return
   say "not started: exclude the node (sbatch --exclude=NODE), tell your administrators, and submit again"
@@ -66,6 +69,30 @@ report_failure() {  # EXIT_CODE of srun
   tail -n 30 "$log"
 }
 
+# Where the package has not been built for the ranks' Python, its folder. Starting again does not help there.
+unbuilt_package() {
+  sed -n "s|.*cannot import name '_kernels' from .*(\(.*\)/__init__\.py).*|\1|p" "$ATTEMPT"/rank-*.log 2>/dev/null |
+    head -n 1
+}
+
+# Whether a file has been finished below the command's --output, or below PROGRESS, since the attempt began; what is
+# hidden is not finished. Tasks of an array share the folder: while any of them gets on, all are started again.
+progressed() {  # COMMAND [arguments]
+  local folder=${PROGRESS:-} before='' word
+  for word in "$@"; do
+    [[ $before != --output ]] || folder=$word
+    [[ $word != --output=* ]] || folder=${word#*=}
+    before=$word
+  done
+  [[ -n $folder && -n $(find "$folder" -type f ! -name '.*' -newer "$ATTEMPT/begun" -print -quit 2>/dev/null) ]]
+}
+
+# The number of tasks that share an array's work. A submission may be of some of them alone, to try them again, so it
+# is not the submission's SLURM_ARRAY_TASK_COUNT.
+workers() {  # NUMBER in the settings
+  echo "${EMU3_WORKERS:-$1}"
+}
+
 requeue() {  # WHY
   say "requeued: $1"
   scontrol requeue "$SLURM_JOB_ID"
@@ -83,14 +110,15 @@ stopped() {
 
 # Run a command as ranks of this allocation, one log for each, and decide what the end means.
 #   exit 0                      finished
-#   told by SIGUSR1             saved: requeue, and the same command goes on
+#   told by SIGUSR1             saved (0), or ended with something finished: requeue, and the same command goes on
 #   told by SIGTERM             saved: SLURM cancels the job, or preempts and requeues it
 #   exit code 2                 the user must put something right: no requeue
 #   anything else               requeue, at most MAX_FAILURES times
 run_job() {
-  local step='' status=0 stopping=no failures container=()
+  local step='' status=0 stopping=no failures unbuilt container=()
   mkdir -p "$FAILURES"
   rm -f "$FAILURES"/rank-* "$FAILURES/told"
+  touch "$ATTEMPT/begun"
   trap 'stopping=yes; [[ -z $step ]] || kill -USR1 "$step" 2>/dev/null' USR1
   prepare_environment
   rendezvous
@@ -98,10 +126,13 @@ run_job() {
   check_nodes
   if [[ -n $CONTAINER ]]; then
     container=(--container-image="$CONTAINER" --container-mounts="$CONTAINER_MOUNTS" --container-workdir="$WORK")
+    # The image has the package, built for its Python. The clone's must not come first where WORK is the clone.
+    export PYTHONSAFEPATH=1
+  else
+    export PYTHONPATH=$EMU3_ROOT${PYTHONPATH:+:$PYTHONPATH}
   fi
   [[ $stopping == no ]] || requeue "the time limit is near, nothing was started"
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not take it over from the job by itself
-  export PYTHONPATH=$EMU3_ROOT${PYTHONPATH:+:$PYTHONPATH}
   srun --nodes="$SLURM_NNODES" --ntasks="$WORLD_SIZE" --kill-on-bad-exit=1 --output="$ATTEMPT/rank-%t.log" \
     ${container[@]+"${container[@]}"} "$EMU3_ROOT/examples/slurm/rank.sh" "$@" &
   step=$!
@@ -111,15 +142,23 @@ run_job() {
     kill -0 "$step" 2>/dev/null || break
   done
   wait "$step" 2>/dev/null && status=0 || status=$?
-  [[ $stopping == no ]] || requeue "the time limit is near, the state is saved"
   if ((status == 0)); then
+    [[ $stopping == no ]] || requeue "the time limit is near, the state is saved"
     [[ ! -e $FAILURES/told ]] || stopped
     say "finished"
     return
   fi
+  if [[ $stopping == yes && $(first_failure) != *" $USER_ERROR" ]] && progressed "$@"; then
+    requeue "the time limit is near, what is finished is kept"
+  fi
   touch "$ATTEMPT/failed"
   failures=$(find "$JOB_LOGS" -mindepth 2 -maxdepth 2 -name failed | wc -l)
   report_failure "$status"
+  unbuilt=$(unbuilt_package)
+  if [[ -n $unbuilt ]]; then
+    say "error: $unbuilt is not built for this Python: run 'make env' in its clone, or take the clone off PYTHONPATH"
+    return "$USER_ERROR"
+  fi
   if [[ $(first_failure) != *" $USER_ERROR" ]] && ((failures <= MAX_FAILURES)); then
     requeue "failure $failures, at most $MAX_FAILURES are started again"
   fi

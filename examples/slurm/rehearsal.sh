@@ -15,14 +15,25 @@ EMU3_ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
 mkdir -p "$1"
 EMU3_REHEARSAL=$(cd "$1" && pwd)
 EMU3_SETTINGS=$EMU3_ROOT/examples/slurm/settings-rehearsal.sh
-export EMU3_ROOT EMU3_REHEARSAL EMU3_SETTINGS PYTHONPATH=$EMU3_ROOT${PYTHONPATH:+:$PYTHONPATH}
+export EMU3_ROOT EMU3_REHEARSAL EMU3_SETTINGS
 shift
 # shellcheck source=examples/slurm/settings-rehearsal.sh
 source "$EMU3_SETTINGS"
 
-"$PYTHON" -m emu3_megatron.samples.rehearsal prepare "$EMU3_REHEARSAL" "$@"
-"$EMU3_ROOT/examples/slurm/chain.sh" curate vision tokenize plan stage1 stage2 quality understanding1 understanding2 \
-  candidates score pairs dpo generate convert | tee "$EMU3_REHEARSAL/jobs.txt"
+# Prepare or judge, by a job, because this host may lack the software: shows what it printed, sets `number`.
+by_job() {  # ACTION [arguments]
+  local code=0 name=rehearsal-$1
+  number=$("$EMU3_ROOT/examples/slurm/submit.sh" rehearsal --job-name="$name" --wait -- "$1" "$EMU3_REHEARSAL" "${@:2}") ||
+    code=$?
+  number=${number%%;*}
+  if ((code == 0)); then cat "$LOGS/$name-$number"/attempt-*/rank-0.log; else cat "$LOGS/$name-$number.log"; fi
+  return "$code"
+}
+
+by_job prepare --ranks "$((NODES * TASKS_PER_NODE))" "$@"
+echo "rehearsal-prepare $number" | tee "$EMU3_REHEARSAL/jobs.txt"
+"$EMU3_ROOT/examples/slurm/chain.sh" curate select vision tokenize plan stage1 stage2 quality understanding1 understanding2 \
+  candidates score pairs dpo generate convert | tee --append "$EMU3_REHEARSAL/jobs.txt"
 
 # Wait for the end of all, and keep what became of each: SLURM forgets jobs after minutes.
 declare -A names=() ends=()
@@ -51,4 +62,4 @@ done
 for number in $(printf '%s\n' "${!ends[@]}" | sort --version-sort); do
   echo "${names[${number%%_*}]} $number ${ends[$number]}"
 done
-"$PYTHON" -m emu3_megatron.samples.rehearsal judge "$EMU3_REHEARSAL"
+by_job judge

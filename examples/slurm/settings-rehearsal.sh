@@ -13,15 +13,18 @@ PICTURES=("${TOKENIZERS[@]}" --prompts prompts.txt --height 64 --width 64 --top-
 
 CURATE_WORKERS=2
 CURATE_OPTIONS=(--config configs/curation.yaml)
+SELECT_OPTIONS=(--manifest '["curated/manifest.jsonl"]' --output chosen.jsonl --scores '["motion"]' --share 0.5
+                --skip_unscored true)
 VISION_CONFIG=configs/vision.yaml
 TOKENIZE_WORKERS=2
-DATASETS=(text images videos conversations)
+DATASETS=(text images videos quality-videos conversations)
 tokenize_options() {
   OPTIONS=(--output "data/$1" "${TOKENIZERS[@]}" --num-shards 2 --device "$DEVICE")
   case $1 in
     text) OPTIONS+=(--manifest curated/manifest.jsonl --split texts) ;;
     images) OPTIONS+=(--manifest curated/manifest.jsonl --split images --image-area 4096) ;;
     videos) OPTIONS+=(--manifest curated/manifest.jsonl --split videos --image-area 4096 --video-frames 8) ;;
+    quality-videos) OPTIONS+=(--manifest chosen.jsonl --split videos --image-area 4096 --video-frames 8) ;;
     conversations)
       PROGRAM=tokenize_conversations.py
       OPTIONS=(--manifest '["conversations/conversations.json"]' --output "data/$1" --text_tokenizer text.model

@@ -14,14 +14,14 @@ GPUS_PER_NODE=8                     # 0: no GPU is asked for
 TASKS_PER_NODE=8                    # ranks of a node in training; one for each GPU
 CPUS_PER_TASK=12
 SBATCH_EXTRA=()                     # other options of sbatch, such as --qos=high --exclusive
-MAX_FAILURES=3                      # a training that crashes is started again so often; 0: never
+MAX_FAILURES=3                      # a job that crashes, or gets nowhere by its time limit, is started again so often
 
 # ---- folders, all on a file system that every node sees
 WORK=${EMU3_WORK:-$EMU3_ROOT}       # paths in configurations are relative to it
 LOGS=$WORK/logs
 
 # ---- the software: a container (enroot and pyxis), or a plain environment where CONTAINER is empty
-CONTAINER=                          # such as /shared/emu3.sqsh or docker://registry#emu3:latest
+CONTAINER=                          # such as /shared/emu3.sqsh or docker://registry#emu3:latest, made of this clone
 CONTAINER_MOUNTS=$EMU3_ROOT:$EMU3_ROOT,$WORK:$WORK
 PYTHON=$EMU3_ROOT/.venv/bin/python  # in a container: python
 prepare_environment() {             # runs on the first node of every job, for module load and the like
@@ -31,22 +31,36 @@ prepare_environment() {             # runs on the first node of every job, for m
 
 # ---- curation and tokenization: array tasks, one GPU each (none where GPUS_PER_NODE is 0)
 CURATE_WORKERS=64
-CURATE_OPTIONS=(--manifest '["raw.jsonl"]' --output curated)
+# A thousandth of the images, videos and texts is held out for validation: entries get a `split`, `images` or
+# `held-out-images` and so on, unless they have one.
+CURATE_OPTIONS=(--manifest '["raw.jsonl"]' --output curated --held_out 0.001)
+# What quality fine-tuning sees: by curation's score here; by preference scores of your own as in docs/post-training.md.
+SELECT_OPTIONS=(--manifest '["curated/manifest.jsonl"]' --output chosen.jsonl --scores '["quality"]' --share 0.1
+                --skip_unscored true)
 VISION_CONFIG=examples/configs/vision-tokenizer/from-movq.yaml     # job `vision`: a vision tokenizer of your own
 VISION_NODES=8
 TOKENIZE_WORKERS=64
-DATASETS=(text images videos)       # for each of them `tokenize_options NAME` sets OPTIONS, and PROGRAM where it is another
+# For each of them `tokenize_options NAME` sets OPTIONS, and PROGRAM where it is another.
+DATASETS=(text images videos held-out-text held-out-images held-out-videos
+          quality-images quality-videos held-out-quality-images held-out-quality-videos
+          conversations held-out-conversations)
 tokenize_options() {
+  local held_out='' shards=1024
+  [[ $1 != held-out-* ]] || held_out=held-out- shards=8
   OPTIONS=(--output "data/$1" --text-tokenizer tokenizers/emu3.tiktoken --vision-tokenizer tokenizers/vision
-           --vocabulary emu3 --num-shards 1024 --device cuda --precision bf16)
-  case $1 in
-    text) OPTIONS+=(--manifest text.jsonl) ;;
-    images) OPTIONS+=(--manifest curated/manifest.jsonl --split images) ;;
-    videos) OPTIONS+=(--manifest curated/manifest.jsonl --split videos --video-fps 12 --video-frames 60) ;;
-    conversations)
+           --vocabulary emu3 --num-shards "$shards" --device cuda --precision bf16)
+  local clips=(--video-fps 12 --video-frames 60)
+  case ${1#held-out-} in
+    text) OPTIONS+=(--manifest curated/manifest.jsonl --split "${held_out}texts") ;;
+    images) OPTIONS+=(--manifest curated/manifest.jsonl --split "${held_out}images") ;;
+    videos) OPTIONS+=(--manifest curated/manifest.jsonl --split "${held_out}videos" "${clips[@]}") ;;
+    quality-images) OPTIONS+=(--manifest chosen.jsonl --split "${held_out}images" --image-area 518400) ;;
+    quality-videos) OPTIONS+=(--manifest chosen.jsonl --split "${held_out}videos" --image-area 518400 "${clips[@]}") ;;
+    conversations)  # two files that you write: docs/slurm.md
       PROGRAM=tokenize_conversations.py
-      OPTIONS=(--manifest '["conversations.json"]' --output "data/$1" --text_tokenizer tokenizers/emu3.tiktoken
-               --vision_tokenizer tokenizers/vision --vocabulary emu3 --num_shards 1024 --device cuda --precision bf16)
+      OPTIONS=(--manifest "[\"$1.json\"]" --output "data/$1" --text_tokenizer tokenizers/emu3.tiktoken
+               --vision_tokenizer tokenizers/vision --vocabulary emu3 --num_shards "$shards" --device cuda
+               --precision bf16)
       ;;
     *) echo "error: settings name no dataset '$1'; DATASETS are: ${DATASETS[*]}" >&2; return 2 ;;
   esac
@@ -58,7 +72,7 @@ STAGE1_NODES=8
 STAGE2_CONFIG=examples/configs/emu3-8b/stage2-64gpu.yaml
 STAGE2_NODES=8
 QUALITY_CONFIG=examples/configs/emu3-8b/quality.yaml
-QUALITY_NODES=8
+QUALITY_NODES=4                     # 16 windows a step, a window for every two GPUs
 UNDERSTANDING1_CONFIG=examples/configs/emu3-8b/understanding-1.yaml
 UNDERSTANDING1_NODES=8
 UNDERSTANDING2_CONFIG=examples/configs/emu3-8b/understanding-2.yaml
@@ -73,7 +87,7 @@ CANDIDATES_WORKERS=8
 CANDIDATES_OPTIONS=(--checkpoint runs/emu3-8b-quality --prompts prompts.txt --text-tokenizer tokenizers/emu3.tiktoken
                     --vision-tokenizer tokenizers/vision)
 SCORER=my_package.rewards:score     # of (prompt, pixels) to {name: number}
-PAIRS_OPTIONS=(--output data/pairs)
+PAIRS_OPTIONS=(--output data/pairs --held-out data/held-out-pairs)
 
 # ---- generation (array tasks share the lines of GENERATE_PROMPTS) and conversion
 GENERATE_WORKERS=8

@@ -33,8 +33,9 @@ from emu3_megatron.curation.config import (
     TextConfig,
     VideoConfig,
 )
-from emu3_megatron.curation.job import curate
+from emu3_megatron.curation.job import curate, split_of
 from emu3_megatron.curation.pool import run_tasks
+from emu3_megatron.curation.units import Unit
 from emu3_megatron.errors import UserError
 from emu3_megatron.media import probe_video
 from tests.curation import corpus
@@ -240,6 +241,34 @@ def test_a_threshold_changes_without_new_scores(
     assert {name: now[name] for name in before} == before
 
 
+def test_a_share_is_held_out_and_the_clips_of_a_video_stay_together(raw: Path, output: Path) -> None:
+    folder = output.parent / "split"
+    shutil.copytree(output, folder)
+    assert curate(config_for(raw, folder, held_out=0.5)) is not None
+    rows = read(folder / "manifest.jsonl")
+    for row, before in zip(rows, read(output / "manifest.jsonl"), strict=True):
+        kind = next(kind for kind in ("image", "video", "text") if kind in row)
+        assert row.pop("split") in (f"{kind}s", f"held-out-{kind}s")
+        assert row == before
+    units = [Unit(id=f"{n}", kind="video", record={}, path=None) for n in range(2000)]
+    sides = [split_of(unit, 0.1) for unit in units]
+    assert set(sides) == {"videos", "held-out-videos"}
+    assert 120 < sides.count("held-out-videos") < 280
+    for unit, side in zip(units, sides, strict=True):
+        assert split_of(replace(unit, id=f"{unit.id}@0-9", frames=(0, 9)), 0.1) == side
+    assert split_of(units[0], 0.0) == "videos"
+
+
+def test_a_split_that_an_entry_has_is_kept(tmp_path: Path) -> None:
+    entries = [
+        {"text": f"{ENGLISH} {n}", "split": "mine"} if n % 2 else {"text": f"{ENGLISH} {n}"} for n in range(4)
+    ]
+    manifest = write_manifest(tmp_path / "raw.jsonl", entries)
+    text = TextConfig(stages=("length",))
+    assert curate(config_for(manifest, tmp_path / "out", text=text, held_out=0.0)) is not None
+    assert [row["split"] for row in read(tmp_path / "out" / "manifest.jsonl")] == ["texts", "mine"] * 2
+
+
 def test_workers_that_share_a_folder_give_the_same_files(raw: Path, output: Path) -> None:
     folder = output.parent / "shared"
     first, second = (config_for(raw, folder, worker=i, num_workers=2) for i in range(2))
@@ -253,7 +282,7 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from tests.curation.test_job import config_for
-from emu3_megatron.curation.job import curate
+from emu3_megatron.curation.job import curate, split_of
 if __name__ == "__main__":
     curate(config_for(Path(sys.argv[1]), Path(sys.argv[2]), processes=2))
 """

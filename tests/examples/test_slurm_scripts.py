@@ -69,7 +69,7 @@ def test_the_settings_have_what_every_job_reads() -> None:
 def submit(*arguments: str, folder: Path) -> subprocess.CompletedProcess[str]:
     """`submit.sh` with a program in the place of sbatch that prints how it was called."""
     program = folder / "sbatch"
-    program.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    program.write_text('#!/bin/sh\nprintf \'%s\\n\' "$@" "EMU3_WORKERS=${EMU3_WORKERS-none}"\n')
     program.chmod(0o755)
     return subprocess.run(
         [SCRIPTS / "submit.sh", *arguments],
@@ -85,7 +85,7 @@ def test_options_of_sbatch_and_arguments_of_the_job_are_told_apart(tmp_path: Pat
     assert done.returncode == 0, done.stderr
     given = done.stdout.splitlines()
     script = given.index(str(SCRIPTS / "stage1.sbatch"))
-    assert given[script + 1 :] == ["--trainer.steps", "5"]
+    assert given[script + 1 : -1] == ["--trainer.steps", "5"]
     # Later options win in sbatch, so the user's stand after those of the settings.
     assert given.index("--nodes=8") < given.index("--nodes=2") < script
     assert "--signal=B:USR1@600" in given
@@ -98,6 +98,76 @@ def test_an_unknown_job_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("error: 'stage9' is not a job; the jobs are: candidates convert curate dpo")
+
+
+@pytest.mark.parametrize(
+    ("options", "workers"),
+    [
+        ([], 8),
+        (["--array=3,7"], 8),
+        (["--array", "5"], 8),
+        (["-a0"], 8),
+        (["--array=0-6:2"], 8),
+        (["--array=0-15"], 16),
+        (["--array", "0-15%4"], 16),
+    ],
+)
+def test_a_range_from_0_is_another_number_of_workers_and_a_list_is_some_of_them(
+    tmp_path: Path, options: list[str], workers: int
+) -> None:
+    done = submit("generate", *options, folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == f"EMU3_WORKERS={workers}"
+    assert submit("plan", folder=tmp_path).stdout.splitlines()[-1] == "EMU3_WORKERS=none"
+
+
+@pytest.mark.parametrize(("job", "gpus"), [("score", 1), ("plan", 0), ("pairs", 0), ("stage1", 8)])
+def test_a_reward_model_has_a_gpu_and_what_computes_nothing_has_none(
+    tmp_path: Path, job: str, gpus: int
+) -> None:
+    asked = [line for line in submit(job, folder=tmp_path).stdout.splitlines() if "--gpus" in line]
+    assert asked == ([f"--gpus-per-node={gpus}"] if gpus else [])
+
+
+AS_A_SUBMIT_HOST = {
+    "sbatch": """
+printf '%s ' "${@##*/}" >>"$NOTES"; echo >>"$NOTES"
+for word in "$@"; do case $word in
+  --chdir=*) work=${word#*=} ;;
+  --job-name=rehearsal-*)
+    logs=$work/logs/${word#*=}-5/attempt-0
+    mkdir -p "$logs"
+    echo ok >"$logs/rank-0.log"
+    ;;
+esac; done
+echo 5
+""",
+    "squeue": "",
+}
+
+
+def test_a_rehearsal_needs_no_software_where_it_is_submitted(tmp_path: Path) -> None:
+    """The interpreter of the settings is that of an image."""
+    for name, body in AS_A_SUBMIT_HOST.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{body}")
+        (tmp_path / name).chmod(0o755)
+    cluster = tmp_path / "settings.sh"
+    cluster.write_text(f"source {SCRIPTS}/settings.sh\nCONTAINER=x.sqsh PYTHON=only-in-the-image\n")
+    notes = {"NOTES": str(tmp_path / "notes"), "EMU3_CLUSTER": str(cluster)}
+    done = subprocess.run(
+        [SCRIPTS / "rehearsal.sh", tmp_path / "work", "--scale", "small"],
+        env={**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", **notes},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    calls = (tmp_path / "notes").read_text().splitlines()
+    assert calls[0].endswith("rehearsal.sbatch prepare work --ranks 16 --scale small ")
+    assert calls[-1].endswith("rehearsal.sbatch judge work ")
+    assert {"--wait", "--nodes=1", "--partition=gpu"} <= set(calls[0].split())
+    asked = {word for call in calls for word in call.split() if word.endswith(".sbatch")}
+    assert asked == {path.name for path in JOBS}
 
 
 def check_node(gpus: int, shared: Path, **environment: str) -> subprocess.CompletedProcess[str]:

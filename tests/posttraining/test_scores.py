@@ -15,6 +15,7 @@ from emu3_megatron.errors import UserError
 from emu3_megatron.posttraining.preferences.candidates import SCORES, VOTES
 from emu3_megatron.posttraining.preferences.pairs import PAIR_TASK, PairTemplate
 from emu3_megatron.posttraining.preferences.scores import (
+    HeldOut,
     Judgement,
     mean_scores,
     read_folder,
@@ -98,6 +99,25 @@ def test_the_best_and_the_worst_of_each_prompt_become_a_pair(tmp_path: Path) -> 
         write_pairs(folder, tmp_path / "none", scores, minimum_margin=100)
     with pytest.raises(UserError, match="prompt 9, candidate 0"):
         write_pairs(folder, tmp_path / "other", {(9, 0): 1.0})
+
+
+def test_pairs_are_held_out_by_their_prompts(tmp_path: Path) -> None:
+    folder = folders.filled_folder(tmp_path / "candidates")
+    scores = {(number, place): float(place) for number in range(4) for place in range(3)}
+    report = write_pairs(folder, tmp_path / "pairs", scores, held_out=HeldOut(tmp_path / "held-out", 0.5))
+    assert (report.pairs, report.held_out) == (2, 2)
+    sides = [MultimodalDataset.open(tmp_path / name) for name in ("pairs", "held-out")]
+    names = [{side.sample_id(number) for number in range(2)} for side in sides]
+    assert names[0] | names[1] == {f"prompt-{number:06d}" for number in range(4)}
+    fewer = write_pairs(folder, tmp_path / "fewer", scores, held_out=HeldOut(tmp_path / "one"))
+    assert (fewer.pairs, fewer.held_out) == (3, 1)
+    with pytest.raises(UserError, match="held-out is a dataset already"):
+        write_pairs(folder, tmp_path / "more", scores, held_out=HeldOut(tmp_path / "held-out"))
+    single = {key: score for key, score in scores.items() if key[0] == 0}
+    with pytest.raises(UserError, match="none is left to train on"):
+        write_pairs(folder, tmp_path / "none", single, held_out=HeldOut(tmp_path / "all"))
+    with pytest.raises(UserError, match="must lie between 0 and 1"):
+        HeldOut(tmp_path, 1.0)
 
 
 def test_a_scorer_that_is_killed_goes_on(tmp_path: Path) -> None:

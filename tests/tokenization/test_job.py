@@ -129,6 +129,25 @@ def test_several_captions_of_a_picture_and_a_clip_are_stored(
     assert np.array_equal(documents["picture"][-1][0], documents["plain"][-1][0])
 
 
+def test_a_split_that_no_entry_has_is_one_line(
+    tmp_path: Path, tokenizers: Tokenizers, make_config: MakeConfig
+) -> None:
+    """And no dataset; the splits that there are stand in it."""
+    records = [{"text": f"a cat {n}", **({"split": "texts"} if n else {})} for n in range(5)]
+    manifest = tmp_path / "m.jsonl"
+    manifest.write_text("".join(json.dumps(record) + "\n" for record in records))
+    settings = {"num_shards": 2, "num_workers": 2}
+    config = make_config(manifest, tmp_path / "data", split="images", **settings)
+    assert not tokenize(config)
+    with pytest.raises(UserError, match="split='images' gave no document") as raised:
+        tokenize(make_config(manifest, tmp_path / "data", split="images", worker=1, **settings))
+    assert "texts (4), none (1)" in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert not (tmp_path / "data" / "manifest.json").exists()
+    assert tokenize(make_config(manifest, tmp_path / "texts", split="texts", num_shards=2))
+    assert len(MultimodalDataset.open(tmp_path / "texts")) == 4
+
+
 def test_sizes_follow_the_pictures(tmp_path: Path, corpus: Path, make_config: MakeConfig) -> None:
     assert tokenize(make_config(corpus, tmp_path / "data"))
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())

@@ -11,6 +11,7 @@ best candidate becomes chosen and the worst rejected, as the Emu3 paper does.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -132,7 +133,9 @@ class PairReport:
     """What became of the prompts."""
 
     pairs: int = 0
-    """Written."""
+    """Written for training."""
+    held_out: int = 0
+    """Written for validation."""
     unjudged: int = 0
     """Fewer than two of their candidates have a score."""
     undecided: int = 0
@@ -159,6 +162,21 @@ def choose(
             yield number, best, worst
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """Pairs for validation. Raises `UserError` for a share out of range."""
+
+    output: Path
+    """Their dataset's folder."""
+    share: float = 0.02
+    """Of the prompts with a pair; at least one."""
+
+    def __post_init__(self) -> None:
+        """Check the share."""
+        if not 0 < self.share < 1:
+            raise UserError(f"the share of pairs held out, {self.share}, must lie between 0 and 1")
+
+
 def write_pairs(
     folder: CandidateFolder,
     output: Path,
@@ -166,8 +184,9 @@ def write_pairs(
     *,
     minimum_margin: float = 1e-6,
     num_shards: int = 1,
+    held_out: HeldOut | None = None,
 ) -> PairReport:
-    """Write the pairs as a dataset; the same candidates and scores give the same bytes.
+    """Write the pairs as a dataset, or two; the same candidates and scores give the same bytes.
 
     Args:
         folder: The candidates.
@@ -175,13 +194,15 @@ def write_pairs(
         scores: See `mean_scores`.
         minimum_margin: Least difference of the two scores.
         num_shards: Shards of the dataset.
+        held_out: The pairs to keep from training, and their folder.
 
     Raises:
-        UserError: `output` is a dataset already, a score is of a candidate that does not exist, or no pair
-            comes about.
+        UserError: a folder is a dataset already, a score is of a candidate that does not exist, or no pair
+            comes about, or only one where some are to be held out.
     """
-    if (output / MANIFEST_NAME).exists():
-        raise UserError(f"{output} is a dataset already; choose another folder or remove it")
+    for folder_of_pairs in (output, *([held_out.output] if held_out else [])):
+        if (folder_of_pairs / MANIFEST_NAME).exists():
+            raise UserError(f"{folder_of_pairs} is a dataset already; choose another folder or remove it")
     _check_known(folder, scores)
     report = PairReport()
     chosen = []
@@ -195,12 +216,48 @@ def write_pairs(
             report.undecided += 1
         else:
             chosen.append(decided)
-    report.pairs = len(chosen)
     if not chosen:
         raise UserError(
             f"{folder.path}: no pair: {report.unjudged} prompts have fewer than two judged candidates, "
             f"{report.undecided} no difference of at least {minimum_margin:g}; judge more"
         )
+    if held_out is not None:
+        kept_back, chosen = _parted(folder, chosen, held_out.share)
+        report.held_out = len(kept_back)
+        _write_dataset(folder, held_out.output, kept_back, num_shards)
+    report.pairs = len(chosen)
+    _write_dataset(folder, output, chosen, num_shards)
+    return report
+
+
+def _parted(
+    folder: CandidateFolder, chosen: Sequence[tuple[int, int, int]], share: float
+) -> tuple[list[tuple[int, int, int]], list[tuple[int, int, int]]]:
+    """Pairs that are held out, at least one, and the others; equal prompts are on one side.
+
+    Raises:
+        UserError: none would be left.
+    """
+    prompts = folder.prompts
+    by_digest = sorted(
+        {prompts[number] for number, _, _ in chosen},
+        key=lambda prompt: (hashlib.sha256(prompt.encode("utf-8", "surrogatepass")).digest(), prompt),
+    )
+    apart = set(by_digest[: max(1, round(share * len(by_digest)))])
+    sides = ([each for each in chosen if (prompts[each[0]] in apart) == wanted] for wanted in (True, False))
+    kept_back, others = sides
+    if not others:
+        raise UserError(
+            f"{folder.path}: pairs of {len(by_digest)} prompts, of which {len(apart)} would be held out: "
+            "none is left to train on; judge more, or hold out fewer"
+        )
+    return kept_back, others
+
+
+def _write_dataset(
+    folder: CandidateFolder, output: Path, chosen: Sequence[tuple[int, int, int]], num_shards: int
+) -> None:
+    """Write ``(prompt, best, worst)`` as a dataset of pairs."""
     manifest: dict[str, Any] = {
         **folder.settings["identity"],
         "provenance": {"drawing": folder.settings["drawing"]},
@@ -212,7 +269,6 @@ def write_pairs(
             prompt = [(candidates.prompt_ids, TEXT_MODE)] if len(candidates.prompt_ids) else []
             answers = ((candidates.spans[place], SPAN_MODE) for place in (best, worst))
             writer.add_document(pair_segments(prompt, *answers), f"prompt-{number:06d}", PAIR_TASK)
-    return report
 
 
 def _check_known(folder: CandidateFolder, scores: Mapping[tuple[int, int], float]) -> None:
