@@ -31,8 +31,8 @@ from emu3_megatron.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from emu3_megatron.training.checkpoint_writer import BackgroundWrite
 
-FORMAT = 1
-"""Version of ``emu3.json``."""
+FORMAT = 2
+"""Version of ``emu3.json``. 2 has the spike guard's means in `Progress`; without them it begins anew."""
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,14 @@ class Progress:
     """Optimizer updates made; Adam's bias correction counts these."""
     skipped: int = 0
     """Steps whose update was left out."""
+    skipped_in_a_row: int = 0
+    """Of these, the last ones, without an update between them."""
+    judged: int = 0
+    """Steps in the running means that spikes are measured against."""
+    mean_loss: float = 0.0
+    """Running mean of the loss, before it is corrected for its beginning at zero."""
+    mean_grad_norm: float = 0.0
+    """That of the gradient norm."""
 
 
 @dataclass(kw_only=True)

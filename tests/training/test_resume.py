@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
@@ -41,3 +42,13 @@ def test_a_run_of_before_there_was_a_choice_of_optimizers_goes_on(config_file: P
     old, new = record(config_file), record(config_file)
     del old.config["optimizer"]["kind"]
     check_resumable(FOLDER, old, new, accept_changed_data=False)
+
+
+def test_a_record_of_before_the_guard_was_in_it_is_read(config_file: Path, tmp_path: Path) -> None:
+    fields = asdict(record(config_file))
+    fields["format"] = 1
+    fields["progress"] = {"step": 10, "windows": 40, "updates": 9, "skipped": 1}
+    (tmp_path / "emu3.json").write_text(json.dumps(fields))
+    progress = Record.read(tmp_path).progress
+    assert (progress.step, progress.windows, progress.updates, progress.skipped) == (10, 40, 9, 1)
+    assert progress.judged == progress.skipped_in_a_row == 0

@@ -115,6 +115,24 @@ def test_bf16_with_averaged_weights_resumes_exactly_and_loads_for_inference(
 
 
 @pytest.mark.slow
+def test_a_resumed_run_skips_the_spikes_that_an_undisturbed_one_skips(
+    tmp_path: Path, config_file: Path
+) -> None:
+    options = ["--guard.spike_factor", "1.02", "--guard.warmup_steps", "4", "--guard.max_consecutive", "20"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert runs.train(config_file, whole, *options).returncode == 0
+    shutil.copytree(whole / "checkpoints" / "step-00000010", again / "checkpoints" / "step-00000010")
+    assert runs.train(config_file, again, *options).returncode == 0
+    expected = {line["step"]: line for line in runs.metrics(whole)}
+    assert expected[10]["skipped_steps"] < expected[20]["skipped_steps"] < 20
+    for line in runs.metrics(again):
+        for key in ("loss", "grad_norm", "skipped_steps"):
+            assert line[key] == expected[line["step"]][key], (line["step"], key)
+    ends = [Record.read(run / "checkpoints" / "step-00000020").progress for run in (whole, again)]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path, config_file: Path, reference: Path
 ) -> None:
