@@ -43,6 +43,13 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> Non
         time.sleep(0.01)
 
 
+def flip(path: Path) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_equal(tmp_path: Path, config_file: Path, reference: Path) -> None:
     run = tmp_path / "run"
@@ -138,15 +145,33 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(reference / "checkpoints", run / "checkpoints")
-    damaged = run / "checkpoints" / "step-00000020" / "__0_0.distcp"
-    content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 1
-    damaged.write_bytes(content)
+    flip(run / "checkpoints" / "step-00000020" / "__0_0.distcp")
     done = runs.train(config_file, run)
     assert done.returncode == 0, done.stderr
     assert "__0_0.distcp" in done.stderr
     assert [line["step"] for line in runs.metrics(run)] == list(range(11, runs.STEPS + 1))
     assert runs.largest_difference(runs.metrics(run), runs.metrics(reference)) == 0.0
+
+
+@pytest.mark.slow
+def test_a_run_does_not_start_from_damaged_weights(
+    tmp_path: Path, config_file: Path, reference: Path
+) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(reference / "checkpoints", first / "checkpoints")
+    damaged = first / "checkpoints" / "step-00000020"
+    flip(damaged / "__0_0.distcp")
+    options = ["--trainer.steps", "6", "--checkpoint.load"]
+    refused = runs.train(config_file, tmp_path / "refused", *options, str(damaged))
+    assert refused.returncode == 2
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert f"{damaged / '__0_0.distcp'}: CRC-32C" in errors[0]
+    # Of a run, the one before is taken; two processes share the files.
+    done = runs.train(config_file, tmp_path / "second", *options, str(first), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "__0_0.distcp" in done.stderr
+    assert f"started from the weights of {first / 'checkpoints' / 'step-00000010'}" in done.stderr
 
 
 @pytest.mark.slow
