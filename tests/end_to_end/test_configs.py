@@ -41,7 +41,7 @@ def test_every_example_is_a_valid_configuration(program: Programs, config: Path)
         return
     cluster = re.search(r"-(\d+)gpu$", config.stem)
     processes = int(cluster.group(1)) if cluster else 2
-    trainer = ("-m", PREFERENCES) if config.name == "dpo.yaml" else TRAINING
+    trainer = ("-m", PREFERENCES) if config.stem.split("-")[0] == "dpo" else TRAINING
     ended = program(*trainer, "--config", config, "--dry-run", "--world-size", processes)
     assert ended.code == 0, ended.err
     assert "trainer:" in ended.out
