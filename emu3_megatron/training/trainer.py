@@ -26,7 +26,7 @@ from emu3_megatron.training.modules import is_rank_zero
 from emu3_megatron.training.objective import NextToken, Objective, ObjectiveFactory
 from emu3_megatron.training.optimizer import Optimizer, wrap_for_data_parallelism
 from emu3_megatron.training.randomness import seed_step, step_key
-from emu3_megatron.training.resume import check_resumable, check_weights_fit
+from emu3_megatron.training.resume import check_resumable, check_start
 from emu3_megatron.training.schedules import learning_rate
 from emu3_megatron.training.step import ForwardBackward
 from emu3_megatron.training.stopwatch import Stopwatch
@@ -229,7 +229,7 @@ class Trainer:
             self._announce(f"resumed {folder}: step {self.progress.step}, window {self.progress.windows}")
         elif options.load is not None:
             folder = sound_checkpoint(Path(options.load), checksums=options.verify)
-            check_weights_fit(folder, Record.read(folder), now)
+            check_start(folder, Record.read(folder), now)
             self._checkpointer.load_weights(folder)
             self._announce(f"started from the weights of {folder}")
         if self._average is not None and not (folder and self.progress.updates and Record.read(folder).ema):
