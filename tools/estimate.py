@@ -3,7 +3,8 @@ cluster.
 
     python tools/estimate.py --config FILE.yaml --processes 64 --vocabulary emu3 --search
 
-What is not an option of this program is an option of training: `python -m emu3_megatron.training --help`.
+What is not an option of this program is an option of training: `python -m emu3_megatron.training --help`. A
+file with a section `dpo` is of preference training.
 """
 
 from __future__ import annotations
@@ -36,9 +37,10 @@ def main() -> None:
         machines.add_argument(f"--{name}", type=int if name.startswith("devices") else float, help=meaning)
     arguments, training = parser.parse_known_args()
     # Slow to import, and not needed for --help.
+    from emu3_megatron.posttraining.runs import describe_run
     from emu3_megatron.training.predict import predict
 
-    print(predict(vars(arguments), training))
+    print(predict(vars(arguments), training, read=lambda given: describe_run(given).config))
 
 
 if __name__ == "__main__":

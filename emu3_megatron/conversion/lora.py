@@ -95,9 +95,9 @@ def export_adapters(
 def _adapted(source: StrPath) -> tuple[Path, dict[str, Any], LoRAConfig]:
     """The checkpoint, its run's configuration, and its adapters'."""
     from emu3_megatron.training.checkpoint import Record, has_adapters
-    from emu3_megatron.training.checkpoint_files import resolve
+    from emu3_megatron.training.checkpoint_choice import sound_checkpoint
 
-    folder = resolve(Path(source))
+    folder = sound_checkpoint(Path(source))
     config = Record.read(folder).config
     if not has_adapters(config):
         raise UserError(f"{folder} has no adapters: it was trained with lora.rank=0")

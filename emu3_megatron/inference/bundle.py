@@ -178,8 +178,9 @@ def _open_run(
 ) -> tuple[torch.nn.Module, ModelConfig, Vocabulary, str | None, dict[str, str]]:
     """Load a run's checkpoint; the last of the results is the fingerprints of the tokenizers behind it."""
     from emu3_megatron.training.checkpoint import Record, load_model_for_inference
+    from emu3_megatron.training.checkpoint_choice import sound_checkpoint
 
-    checkpoint = resolve(folder)
+    checkpoint = sound_checkpoint(folder)
     chunks, config, vocabulary = load_model_for_inference(checkpoint, parallel, averaged=averaged)
     if len(chunks) != 1:
         raise UserError("generation needs pipeline_model_parallel_size=1")

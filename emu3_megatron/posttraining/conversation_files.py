@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 
-from emu3_megatron.errors import UserError
+from emu3_megatron.errors import UserError, one_line
 from emu3_megatron.files import sha256_file
 from emu3_megatron.posttraining.conversations import TURN_KEYS, Conversation, bad, parse_conversation
 from emu3_megatron.tokenization.entries import BadEntry
@@ -23,6 +23,12 @@ _OBJECT = re.compile(r"[,\[\]}]\s*(?=\{)")
 """Before an object that may be the next record."""
 
 _BLANK = re.compile(r"\s*")
+
+_OTHER_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, codecs.BOM_UTF32_BE)
+"""What files in other encodings begin with; the mark of UTF-32 LE begins with that of UTF-16 LE."""
+
+_KEEP = "surrogateescape"
+"""Lets bytes through decoding and encoding as they are."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +47,19 @@ class ConversationFile:
     """One file. Only the places of its records are kept in memory.
 
     Raises:
-        UserError: the file cannot be read, or is no text in UTF-8.
+        UserError: the file cannot be read, or is text in UTF-16 or UTF-32.
     """
 
     def __init__(self, path: Path, folder: Path) -> None:
         self._path, self._folder = path, folder
         try:
             data = path.read_bytes()
-            text = data.decode("utf-8-sig")
         except OSError as error:
             raise UserError(f"{path}: cannot read the conversations ({error.strerror})") from error
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: is not UTF-8 at byte {error.start}; convert it") from error
+        if data.startswith(_OTHER_MARKS):
+            raise UserError(f"{path}: begins as text in UTF-16 or UTF-32 does; convert it to UTF-8")
+        # Bytes that are not UTF-8 cost the record they are in: they stay, and are refused when it is read.
+        text = data.decode("utf-8-sig", _KEEP)
         places = _list_records(text) if text.lstrip().startswith("[") else _lines(text)
         mark = len(codecs.BOM_UTF8) if data.startswith(codecs.BOM_UTF8) else 0
         self._records = list(_in_bytes(text, places, skipped=mark))
@@ -72,10 +79,16 @@ class ConversationFile:
     def _parse(self, data: bytes, line: int) -> Conversation | BadEntry:
         place = f"{self._path.name}:{line}"
         try:
-            value = json.loads(data)
+            value = json.loads(data.decode())
+        except UnicodeDecodeError as error:
+            line += data[: error.start].count(b"\n")
+            place = f"{self._path.name}:{line}"
+            return bad(place, f"is not UTF-8: it has the byte {data[error.start]:#04x}", id=place)
         except json.JSONDecodeError as error:
             place = f"{self._path.name}:{line + error.lineno - 1}"
             return bad(place, f"is not valid JSON: {error.msg}, column {error.colno}", id=place)
+        except ValueError as error:  # an integer of more digits than Python reads
+            return bad(place, f"is not valid JSON: {one_line(error)}", id=place)
         except RecursionError:
             return bad(place, "is not valid JSON: nested too deeply", id=place)
         return parse_conversation(value, place=place, folder=self._folder)
@@ -170,8 +183,14 @@ def _in_bytes(text: str, places: Iterator[tuple[int, int]], *, skipped: int) -> 
     seen, offset, line = 0, skipped, 1
     for start, stop in places:
         between = text[seen:start]
-        first = offset + len(between.encode())
+        first = offset + _size(between)
         line += between.count("\n")
         record = text[start:stop]
-        yield _Record(first, first + len(record.encode()), line)
-        seen, offset, line = stop, first + len(record.encode()), line + record.count("\n")
+        end = first + _size(record)
+        yield _Record(first, end, line)
+        seen, offset, line = stop, end, line + record.count("\n")
+
+
+def _size(text: str) -> int:
+    """Bytes of a piece of the file."""
+    return len(text.encode("utf-8", _KEEP))

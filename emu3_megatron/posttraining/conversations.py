@@ -133,6 +133,8 @@ def _turns(record: Mapping[str, Any]) -> tuple[str | None, list[tuple[str, str]]
         if _PLACE.search(answer):
             raise EntryError(f"turn {first + 2 * number + 1} is an answer with an image or video token")
     system = (system or "").encode("utf-8", "replace").decode().strip() or None
+    if system and _PLACE.search(system):
+        raise EntryError("has a system message with an image or video token; pictures belong to questions")
     return system, [(question, answer) for (_, question), (_, answer) in pairs]
 
 

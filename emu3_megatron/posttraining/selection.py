@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from emu3_megatron.errors import UserError
+from emu3_megatron.errors import UserError, one_line
 from emu3_megatron.files import atomic_write, entry_id
 
 MEDIA = ("image", "video")
@@ -36,7 +37,7 @@ class SelectionConfig:
     """What to choose, and from what. Raises `UserError` on construction where a value is out of range."""
 
     manifest: tuple[Path, ...]
-    """JSON Lines manifests, in order; every entry holds ``scores``, an object of numbers by name."""
+    """JSON Lines manifests, in order; every entry holds ``scores``, an object of finite numbers by name."""
     output: Path
     """Manifest of the chosen entries; the order stays."""
     scores: tuple[str, ...] = ("hps", "mps", "aesthetic")
@@ -72,7 +73,7 @@ class Selection:
     chosen: int
     """Of these, chosen."""
     unscored: int
-    """Of these, left out because a score is missing."""
+    """Of these, left out because a score is missing or not finite."""
     least: float
     """Smallest average that was chosen; NaN where none was."""
 
@@ -168,7 +169,7 @@ def _scores(config: SelectionConfig) -> npt.NDArray[np.float64]:
         rows.append(row)
         if any(math.isnan(value) for value in row) and len(missing) <= NAMED:
             lacking = [name for name, value in zip(config.scores, row, strict=True) if math.isnan(value)]
-            missing.append(f"{path}:{line} lacks {', '.join(lacking)}")
+            missing.append(f"{path}:{line} lacks a finite {', '.join(lacking)}")
     if missing and not config.skip_unscored:
         more = ", ..." if len(missing) > NAMED else ""
         raise UserError(
@@ -179,8 +180,9 @@ def _scores(config: SelectionConfig) -> npt.NDArray[np.float64]:
 
 
 def _number(value: Any) -> float:
-    """A score; NaN where there is none."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    """A score; NaN where there is none, or none that a mean can be taken with."""
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if number and abs(value) <= sys.float_info.max else math.nan
 
 
 def _entries(paths: tuple[Path, ...]) -> Iterator[tuple[Path, int, dict[str, Any]]]:
@@ -191,11 +193,17 @@ def _entries(paths: tuple[Path, ...]) -> Iterator[tuple[Path, int, dict[str, Any
                 for number, line in enumerate(stream, 1):
                     if not line.strip():
                         continue
-                    entry = json.loads(line)
-                    if not isinstance(entry, dict):
-                        raise UserError(f"{path}:{number}: is a JSON {type(entry).__name__}, not an entry")
-                    yield path, number, entry
+                    yield path, number, _entry(line, f"{path}:{number}")
         except OSError as error:
             raise UserError(f"{path}: cannot read the manifest ({error.strerror})") from error
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{number}: is not valid JSON ({error.msg}); repair the line") from error
+
+
+def _entry(line: bytes, place: str) -> dict[str, Any]:
+    """A line of a manifest; `place` is for messages."""
+    try:
+        entry = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{place}: is not valid JSON ({one_line(error)}); repair the line") from error
+    if not isinstance(entry, dict):
+        raise UserError(f"{place}: is a JSON {type(entry).__name__}, not an entry")
+    return entry

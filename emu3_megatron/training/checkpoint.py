@@ -9,7 +9,6 @@ nor on whether the optimizer was distributed. Everything else is in ``emu3.json`
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from emu3_megatron.model import LoRAConfig, ModelConfig
 from emu3_megatron.model.config import ADAPTER_SUFFIX
 from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.training import checkpoint_files as files
+from emu3_megatron.training.checkpoint_choice import sound_checkpoint
 from emu3_megatron.training.checkpoint_files import CheckpointError
 from emu3_megatron.training.config import Precision
 from emu3_megatron.training.modules import unwrap
@@ -31,10 +31,8 @@ from emu3_megatron.vocabulary import Vocabulary
 if TYPE_CHECKING:
     from emu3_megatron.training.checkpoint_writer import BackgroundWrite
 
-FORMAT = 1
-"""Version of ``emu3.json``."""
-
-logger = logging.getLogger(__name__)
+FORMAT = 2
+"""Version of ``emu3.json``. 2 has the spike guard's means in `Progress`; without them it begins anew."""
 
 
 @dataclass(kw_only=True)
@@ -52,6 +50,14 @@ class Progress:
     """Optimizer updates made; Adam's bias correction counts these."""
     skipped: int = 0
     """Steps whose update was left out."""
+    skipped_in_a_row: int = 0
+    """Of these, the last ones, without an update between them."""
+    judged: int = 0
+    """Steps in the running means that spikes are measured against."""
+    mean_loss: float = 0.0
+    """Running mean of the loss, before it is corrected for its beginning at zero."""
+    mean_grad_norm: float = 0.0
+    """That of the gradient norm."""
 
 
 @dataclass(kw_only=True)
@@ -377,34 +383,6 @@ def replace_data(sharded: Any, key: str, data: torch.Tensor) -> Any:
     return replace(sharded, **changes)
 
 
-def newest_valid(checkpoints: Path, *, checksums: bool) -> Path | None:
-    """The newest committed checkpoint without damage; damaged ones are reported and passed over.
-
-    All ranks call it together; each checks a share of the files.
-
-    Raises:
-        CheckpointError: there are committed checkpoints and every one is damaged.
-    """
-    rank, world = torch.distributed.get_rank(), torch.distributed.get_world_size()
-    listed: list[Any] = [files.committed_folders(checkpoints) if rank == 0 else None]
-    torch.distributed.broadcast_object_list(listed)
-    for folder in reversed(listed[0]):
-        found: list[Any] = [None] * world
-        torch.distributed.all_gather_object(
-            found, list(files.damage(folder, checksums=checksums, part=slice(rank, None, world)))
-        )
-        problems = [problem for part in found for problem in part]
-        if not problems:
-            return folder
-        if rank == 0:
-            logger.error("checkpoint %s is damaged and passed over: %s", folder.name, "; ".join(problems))
-    if listed[0]:
-        raise CheckpointError(
-            f"every checkpoint in {checkpoints} is damaged; see above, and restore one from a copy"
-        )
-    return None
-
-
 def load_model_for_inference(
     checkpoint: str | Path,
     parallel: ParallelConfig | None = None,
@@ -412,27 +390,30 @@ def load_model_for_inference(
     averaged: bool | None = None,
     merge: bool = True,
     precision: Precision | None = None,
+    verify: bool = True,
 ) -> tuple[list[Any], ModelConfig, Vocabulary]:
     """Build the model of a checkpoint under any layout, with its weights, in evaluation mode.
 
     Call it after `emu3_megatron.parallel.initialize_parallel`.
 
     Args:
-        checkpoint: A committed folder, or a run (its newest one is taken).
+        checkpoint: A committed folder, or a run (its newest one without damage is taken).
         parallel: Layout to load into; a single process where not given.
         averaged: Take the averaged weights; where not given, they are taken if the checkpoint has them.
         merge: Add adapters (LoRA) to the weights, so that the model is a plain one.
         precision: Of the parameters; the run's where not given.
+        verify: Check the checksum of every file first, as `CheckpointConfig.verify`.
 
     Returns:
         The chunks of this rank, the model's configuration, its vocabulary.
 
     Raises:
-        CheckpointError: there is no checkpoint, or it has no averaged weights and they are asked for.
+        CheckpointError: there is no checkpoint, it is damaged, or it has no averaged weights and they are
+            asked for.
     """
     from emu3_megatron.model import build_model
 
-    folder = files.resolve(Path(checkpoint))
+    folder = sound_checkpoint(Path(checkpoint), checksums=verify)
     record = Record.read(folder)
     if averaged and not record.ema:
         raise CheckpointError(f"{folder} holds no averaged weights (ema.decay was 0); leave averaged out")

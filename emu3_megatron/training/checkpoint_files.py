@@ -58,22 +58,31 @@ def _step_folders(checkpoints: Path) -> list[Path]:
     return [path for _, path in sorted(steps)]
 
 
+def candidates(path: Path) -> list[Path]:
+    """The committed checkpoints that `path` may mean, oldest first: itself alone, or those of a run or of its
+    `checkpoints` folder; empty where there is none."""
+    if (path / COMMIT).is_file():
+        return [path]
+    return committed_folders(path) or committed_folders(path / "checkpoints")
+
+
+def nothing_committed(path: Path) -> CheckpointError:
+    """The error of a path without `candidates`."""
+    return CheckpointError(
+        f"{path} holds no committed checkpoint: expected a file {COMMIT} in it, or step-* "
+        f"folders that have one"
+    )
+
+
 def resolve(path: Path) -> Path:
-    """The committed checkpoint that `path` means: itself, or the newest of a run or of its `checkpoints`
-    folder.
+    """The last of `candidates`, damaged or not; who loads it takes `checkpoint_choice` instead.
 
     Raises:
         CheckpointError: there is none.
     """
-    if (path / COMMIT).is_file():
-        return path
-    for folder in (path, path / "checkpoints"):
-        if committed := committed_folders(folder):
-            return committed[-1]
-    raise CheckpointError(
-        f"{path} holds no committed checkpoint: expected a file {COMMIT} in it, or step-* "
-        f"folders that have one"
-    )
+    if not (found := candidates(path)):
+        raise nothing_committed(path)
+    return found[-1]
 
 
 def payload(folder: Path) -> list[Path]:

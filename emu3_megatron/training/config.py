@@ -490,3 +490,8 @@ class TrainingConfig:
             f"data.attention=window needs a data.context_length that {chunks} (2 x context_parallel_size) "
             f"divides; it is {length}",
         )
+
+    @property
+    def frozen_copies(self) -> int:
+        """Models of the same size that a run holds besides its own."""
+        return 0

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, replace
 from typing import Any
 
 from emu3_megatron.errors import UserError
@@ -25,12 +25,17 @@ ONE_PROCESS = (
 """Where a search starts."""
 
 
-def predict(asked: Mapping[str, Any], training: Sequence[str]) -> str:
+def predict(
+    asked: Mapping[str, Any],
+    training: Sequence[str],
+    read: Callable[[Sequence[str]], TrainingConfig] = lambda given: command_line.parse(given).config,
+) -> str:
     """Lines about a run on a cluster, or about its fastest layouts there; assumptions first.
 
     Args:
         asked: Options of `tools/estimate.py` by name.
         training: The rest of the command line, as training takes it.
+        read: Makes a configuration of it.
 
     Raises:
         UserError: an option or the configuration is wrong, or no layout fits.
@@ -40,7 +45,7 @@ def predict(asked: Mapping[str, Any], training: Sequence[str]) -> str:
     processes = cluster.processes
     if asked["search"]:  # the layout of the file need not fit the cluster
         training, processes = [*training, *ONE_PROCESS], 1
-    config = command_line.parse([*training, "--world-size", str(processes)]).config
+    config = read([*training, "--world-size", str(processes)])
     if asked["vocabulary"]:
         vocabulary = Vocabulary.preset(asked["vocabulary"])
     elif (ready := TrainingData.vocabulary_if_ready(config.data)) is not None:
@@ -50,10 +55,14 @@ def predict(asked: Mapping[str, Any], training: Sequence[str]) -> str:
     length = asked["document_tokens"]
     lines = [_assumptions(cluster, length)]
     if asked["search"]:
+        if config.platform == "auto":
+            config = replace(config, platform="cuda")
+        lines.append(f"platform          {config.platform}")
         found = search(config, cluster, vocabulary.size, vocabulary.padded_size, length)
         return "\n".join([*lines, *_listed(found[: asked["top"]], config, cluster)])
     time = step_time(config, cluster, vocabulary.size, length)
-    lines.append(describe(config, cluster.processes, vocabulary.size, vocabulary.padded_size))
+    sizes = (vocabulary.size, vocabulary.padded_size)
+    lines.append(describe(config, cluster.processes, *sizes, document_tokens=length))
     return "\n".join([*lines, _time_line(time, config, cluster)])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,10 @@ FREE_MODEL_FIELDS = (
 """Fields of the model that may change between a checkpoint and the run that loads it: no tensor depends on
 them."""
 
+START_FIELDS = ("rotary_base",)
+"""Fields that a new run may change besides, for no tensor depends on them either: it learns on with another
+meaning of positions, as with a larger base for longer windows. In the middle of a run they stay."""
+
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:
     """Leaves that differ between two nested values, as ``name: old -> new``; names are dotted."""
@@ -39,8 +44,26 @@ def differences(old: Any, new: Any, name: str = "") -> list[str]:
     return [] if old == new else [f"{name}: {old!r} -> {new!r}"]
 
 
-def check_weights_fit(folder: Path, old: Record, new: Record) -> None:
+def check_start(folder: Path, old: Record, new: Record) -> None:
+    """Refuse a checkpoint whose weights a new run cannot start from, and say what it changes of the model.
+
+    Raises:
+        CheckpointError: it has another shape or vocabulary; names every field that differs.
+    """
+    check_weights_fit(folder, old, new, may_change=START_FIELDS)
+    models = ({name: _shape(record)[name] for name in START_FIELDS} for record in (old, new))
+    if (changed := differences(*models, "model")) and is_rank_zero():
+        logger.warning("starting from %s with another %s", folder, "; ".join(changed))
+
+
+def check_weights_fit(folder: Path, old: Record, new: Record, *, may_change: Sequence[str] = ()) -> None:
     """Refuse a checkpoint of another shape or vocabulary.
+
+    Args:
+        folder: The checkpoint, for messages.
+        old: Its record.
+        new: What this run would write.
+        may_change: Fields of the model besides `FREE_MODEL_FIELDS` that may differ.
 
     Raises:
         CheckpointError: naming every field that differs.
@@ -49,10 +72,10 @@ def check_weights_fit(folder: Path, old: Record, new: Record) -> None:
         raise CheckpointError(
             f"{folder} was trained with another vocabulary ({'; '.join(changed)}); use its datasets"
         )
-    if changed := differences(_shape(old), _shape(new), "model"):
-        raise CheckpointError(
-            f"{folder} holds another model ({'; '.join(changed)}); set these back, or use a new `run`"
-        )
+    shapes = ({k: v for k, v in _shape(record).items() if k not in may_change} for record in (old, new))
+    if changed := differences(*shapes, "model"):
+        rest = "" if may_change else ", or use a new `run`"
+        raise CheckpointError(f"{folder} holds another model ({'; '.join(changed)}); set these back{rest}")
     if old.config.get("lora", {}).get("rank") and (
         changed := differences(_adapters(old), _adapters(new), "lora")
     ):

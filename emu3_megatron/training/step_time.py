@@ -15,7 +15,7 @@ from emu3_megatron.errors import UserError
 from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.training.command_line import check_layout
 from emu3_megatron.training.config import TrainingConfig
-from emu3_megatron.training.estimate import Memory, rank_memory
+from emu3_megatron.training.estimate import Memory, adapter_parameters, rank_memory
 from emu3_megatron.training.throughput import layer_matrix_parameters
 
 
@@ -104,8 +104,11 @@ def step_time(
     attention = 6.0 * length * channels * tokens / tensor
     products = 6.0 * layer_matrix_parameters(model) * tokens / tensor
     again = {"none": 0.0, "selective": attention / 3, "full": (attention + products) / 3}[model.recompute]
-    layer = attention + products + again
-    output = 6.0 * vocabulary_size * model.hidden_size * tokens / tensor
+    frozen = config.frozen_copies * (attention + products) / 3  # forward alone
+    # Forward, and gradients of activations and of weights; frozen weights have none.
+    share = 2 / 3 if config.lora.rank else 1.0
+    layer = attention + products * share + again + frozen
+    output = 6.0 * vocabulary_size * model.hidden_size * tokens / tensor * (share + config.frozen_copies / 3)
     *earlier, last = parallel.stage_layers(model.num_layers)
     stage = max([*earlier, last + output / layer]) * layer
     seconds = stage / (cluster.peak_tflops * 1e12 * cluster.efficiency)
@@ -145,6 +148,8 @@ def _data_seconds(config: TrainingConfig, cluster: Cluster, data: int, vocabular
     vocabularies = 2 if parallel.pipeline_model_parallel_size == 1 else 1
     body = max(parallel.stage_layers(model.num_layers)) * layer_matrix_parameters(model)
     held = body + vocabularies * vocabulary_size * model.hidden_size
+    if config.lora.rank:
+        held = adapter_parameters(config, max(parallel.stage_layers(model.num_layers)))
     sharded = config.optimizer.use_distributed_optimizer
     gradients = 0.0 if config.optimizer.overlap_grad_reduce else 4.0 * (1 if sharded else 2)
     weights = 0.0 if config.optimizer.overlap_param_gather or not sharded else _width(config)
@@ -177,7 +182,7 @@ def search(
         except ValueError:
             continue
         data = candidate.parallel.data_parallel_size(cluster.processes)
-        memory = rank_memory(candidate, data, padded_size)
+        memory = rank_memory(candidate, data, padded_size, document_tokens)
         if memory.total <= limit:
             time = step_time(candidate, cluster, vocabulary_size, document_tokens)
             found.append(Choice(candidate, memory, time))

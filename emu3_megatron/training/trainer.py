@@ -15,9 +15,10 @@ import torch
 from emu3_megatron.data.loader import Batch
 from emu3_megatron.files import atomic_write
 from emu3_megatron.parallel.platform import Platform
-from emu3_megatron.training import checkpoint_files, command_line
+from emu3_megatron.training import command_line
 from emu3_megatron.training.callbacks import Callback, WeightAverage, build_callbacks, spread
-from emu3_megatron.training.checkpoint import Checkpointer, Progress, Record, newest_valid
+from emu3_megatron.training.checkpoint import Checkpointer, Progress, Record
+from emu3_megatron.training.checkpoint_choice import newest_valid, sound_checkpoint
 from emu3_megatron.training.config import SourceConfig, TrainingConfig
 from emu3_megatron.training.data import TrainingData
 from emu3_megatron.training.metrics import MetricsLayout, StepReport, Totals
@@ -25,7 +26,7 @@ from emu3_megatron.training.modules import is_rank_zero
 from emu3_megatron.training.objective import NextToken, Objective, ObjectiveFactory
 from emu3_megatron.training.optimizer import Optimizer, wrap_for_data_parallelism
 from emu3_megatron.training.randomness import seed_step, step_key
-from emu3_megatron.training.resume import check_resumable, check_weights_fit
+from emu3_megatron.training.resume import check_resumable, check_start
 from emu3_megatron.training.schedules import learning_rate
 from emu3_megatron.training.step import ForwardBackward
 from emu3_megatron.training.stopwatch import Stopwatch
@@ -233,8 +234,8 @@ class Trainer:
             self.progress = record.progress
             self._announce(f"resumed {folder}: step {self.progress.step}, window {self.progress.windows}")
         elif options.load is not None:
-            folder = checkpoint_files.resolve(Path(options.load))
-            check_weights_fit(folder, Record.read(folder), now)
+            folder = sound_checkpoint(Path(options.load), checksums=options.verify)
+            check_start(folder, Record.read(folder), now)
             self._checkpointer.load_weights(folder)
             self._announce(f"started from the weights of {folder}")
         if self._average is not None and not (folder and self.progress.updates and Record.read(folder).ema):

@@ -269,6 +269,8 @@ def test_damaged_checkpoints_are_refused(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(CheckpointError, match=rf"{path.name}: CRC-32C"):
         export_checkpoint(tmp_path / "run", tmp_path / "hf", layout="emu3")
+    with pytest.raises(CheckpointError, match=rf"{path.name}: CRC-32C"):
+        load_model_for_inference(folder)
     path.unlink()
     with pytest.raises(CheckpointError, match=rf"{path.name}: missing"):
         export_checkpoint(tmp_path / "run", tmp_path / "hf", layout="emu3")

@@ -41,7 +41,7 @@ def test_every_example_is_a_valid_configuration(program: Programs, config: Path)
         return
     cluster = re.search(r"-(\d+)gpu$", config.stem)
     processes = int(cluster.group(1)) if cluster else 2
-    trainer = ("-m", PREFERENCES) if config.name == "dpo.yaml" else TRAINING
+    trainer = ("-m", PREFERENCES) if config.stem.split("-")[0] == "dpo" else TRAINING
     ended = program(*trainer, "--config", config, "--dry-run", "--world-size", processes)
     assert ended.code == 0, ended.err
     assert "trainer:" in ended.out
@@ -74,3 +74,14 @@ def test_the_readme_names_what_exists() -> None:
         assert (ROOT / "emu3_megatron" / folder).exists() or (ROOT / folder).exists(), folder
     for module in re.findall(r"-m (emu3_megatron\.\w+)", README):
         assert (ROOT / module.replace(".", "/") / "__main__.py").is_file(), module
+
+
+def test_the_sources_and_pages_name_examples_that_exist() -> None:
+    places = [*(ROOT / "emu3_megatron").rglob("*.py"), *TOOLS, *(ROOT / "docs").glob("*.md")]
+    named = {
+        (name(place), path)
+        for place in places
+        for path in re.findall(r"examples/configs/[\w./-]+\.yaml", place.read_text())
+    }
+    assert len(named) > 10
+    assert not [(place, path) for place, path in named if not (ROOT / path).is_file()]

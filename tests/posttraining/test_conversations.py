@@ -110,6 +110,11 @@ def test_a_question_may_be_an_image_alone() -> None:
         ({"conversations": None}, "must have one of the keys"),
         ({"messages": []}, "must have one of the keys"),
         ({"system": 3}, 'has a "system"'),
+        ({"system": "You see <image>."}, "has a system message with an image"),
+        (
+            {"conversations": [{"from": "system", "value": "<video>"}, *talk("<image>", "A")]},
+            "has a system message with an image or video token",
+        ),
     ],
 )
 def test_a_record_that_cannot_be_used_says_why(changes: dict[str, Any], reason: str) -> None:
@@ -171,6 +176,30 @@ def test_a_broken_record_of_a_list_costs_itself(tmp_path: Path, damage: Any, lin
     assert [entry.id for entry in rest] == ["sample 1", "sample 2"]
 
 
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        (json.dumps(GOOD).replace("cup", "caf\xe9").encode("latin-1"), "is not UTF-8: it has the byte 0xe9"),
+        (json.dumps({**GOOD, "n": 0}).encode().replace(b" 0}", b" " + b"1" * 5000 + b"}"), "digits"),
+        (b'{"id": "\xed\xa0\x80", "conversations": []}', "is not UTF-8: it has the byte 0xed"),
+    ],
+    ids=["Latin-1", "a long integer", "a surrogate"],
+)
+@pytest.mark.parametrize("is_list", [False, True])
+def test_bytes_and_numbers_that_cannot_be_read_cost_their_record(
+    tmp_path: Path, record: bytes, reason: str, is_list: bool
+) -> None:
+    records = [json.dumps({**GOOD, "id": f"sample é {n}"}, ensure_ascii=False).encode() for n in range(4)]
+    records[2] = record
+    path = tmp_path / "talk"
+    path.write_bytes(b"[" + b",\n".join(records) + b"]" if is_list else b"\n".join(records))
+    entries = read(path)
+    assert [entry.id for entry in entries] == ["sample é 0", "sample é 1", "talk:3", "sample é 3"]
+    assert isinstance(entries[2], BadEntry)
+    assert entries[2].reason.startswith("talk:3: ")
+    assert reason in entries[2].reason
+
+
 def test_a_comma_missing_between_records_costs_nothing(tmp_path: Path) -> None:
     path = tmp_path / "talk.json"
     path.write_text(json.dumps([{**GOOD, "id": n} for n in range(3)], indent=2).replace("\n  },", "\n  }", 1))
@@ -196,8 +225,8 @@ def test_files_are_one_list(tmp_path: Path) -> None:
 
 
 def test_a_file_that_cannot_be_read_is_one_error(tmp_path: Path) -> None:
-    (tmp_path / "latin.json").write_bytes(b"[\xff]")
-    with pytest.raises(UserError, match="not UTF-8 at byte 1"):
-        ConversationInputs([tmp_path / "latin.json"], None)
+    (tmp_path / "wide.json").write_text(json.dumps([GOOD]), encoding="utf-16")
+    with pytest.raises(UserError, match="convert it to UTF-8"):
+        ConversationInputs([tmp_path / "wide.json"], None)
     with pytest.raises(UserError, match="cannot read"):
         ConversationInputs([tmp_path / "absent.json"], None)

@@ -142,6 +142,17 @@ def test_a_cache_of_another_checkpoint_or_other_pairs_is_refused(
     )
     assert done.returncode == 2
     assert "(pairs " in done.stderr
+    # A damaged reference is neither asked nor taken for the one that was.
+    weights = step / "__0_0.distcp"
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    for mode, folder in (("cached", tmp_path / "asked"), ("cached", single / "reference"), ("online", None)):
+        more = ["--dpo.reference_mode", mode]
+        more += ["--dpo.reference_cache", str(folder)] if folder else []
+        done = train(pairs_file, tmp_path / "d", *more, "--dpo.reference", str(step))
+        assert done.returncode == 2
+        assert f"{weights}: CRC-32C" in done.stderr
     damaged = tmp_path / "damaged"
     shutil.copytree(single / "reference", damaged)
     (damaged / "pairs.npz").write_bytes((damaged / "pairs.npz").read_bytes()[:1000])

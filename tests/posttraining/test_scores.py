@@ -52,6 +52,7 @@ def test_a_line_that_is_no_judgement_is_named_and_the_rest_kept(tmp_path: Path) 
         '{"prompt": 0, "candidate": 1, "voter": "ada"}',
         '{"prompt": 0, "candidate": 1, "voter": "ada", "appeal": "good"}',
         '{"prompt": 0, "candidate": 1, "voter": "ada", "appeal": NaN}',
+        f'{{"prompt": 0, "candidate": 1, "voter": "ada", "appeal": {"9" * 400}}}',
         "[1, 2]",
     ]
     good = judgement(1, 2, "bo", appeal=3.5)

@@ -64,6 +64,19 @@ def test_the_best_share_is_kept_in_order_and_paths_still_lead_to_the_files(tmp_p
     )
 
 
+@pytest.mark.parametrize("broken", ["Infinity", "-Infinity", "NaN", "1" * 400, "true", "null"])
+@pytest.mark.parametrize("scale", ["deviation", "rank", "none"])
+def test_a_score_that_is_no_finite_number_costs_its_entry(tmp_path: Path, broken: str, scale: str) -> None:
+    entries = [{"id": str(n), "image": f"{n}.png", "caption": "a", "scores": {"hps": n}} for n in range(10)]
+    path = write(tmp_path / "m.jsonl", entries)
+    path.write_text(path.read_text().replace('"hps": 3', f'"hps": {broken}'))
+    options: dict[str, Any] = {"manifest": (path,), "scores": ("hps",), "scale": scale, "share": 0.5}
+    with pytest.raises(UserError, match=r"m\.jsonl:4 lacks a finite hps"):
+        run(tmp_path, **options)
+    kept = run(tmp_path, **options, skip_unscored=True)
+    assert [entry["id"] for entry in kept] == ["5", "6", "7", "8", "9"]
+
+
 def test_a_bound_keeps_what_reaches_it_and_names_the_rest(tmp_path: Path) -> None:
     kept = run(tmp_path, least=2.6, scale="none", left_out=tmp_path / "rest.txt")
     assert [entry["id"] for entry in kept] == ["s0", "s2"]
@@ -116,7 +129,7 @@ def test_a_name_that_a_takedown_list_cannot_hold_is_refused(tmp_path: Path, name
 def test_entries_without_scores_are_named_or_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "m.jsonl", [{"id": "a", "scores": {"hps": 1}}, {"id": "b", "scores": {"mps": 2}}])
     settings: dict[str, Any] = {"manifest": (path,), "output": tmp_path / "o.jsonl", "scores": ("hps",)}
-    with pytest.raises(UserError, match=r"m\.jsonl:2 lacks hps"):
+    with pytest.raises(UserError, match=r"m\.jsonl:2 lacks a finite hps"):
         select(SelectionConfig(**settings, share=1.0))
     result = select(SelectionConfig(**settings, share=1.0, skip_unscored=True))
     assert (result.entries, result.chosen, result.unscored) == (2, 1, 1)

@@ -28,7 +28,7 @@ from emu3_megatron.parallel import platform  # noqa: E402
 platform.install("cpu")
 
 from emu3_megatron.training import checkpoint_files as files  # noqa: E402
-from emu3_megatron.training.checkpoint import newest_valid  # noqa: E402
+from emu3_megatron.training.checkpoint_choice import newest_valid  # noqa: E402
 from tests.training import forked, runs  # noqa: E402
 
 MODEL = ["--model.hidden_size", "256", "--model.ffn_hidden_size", "768", "--trainer.global_batch_size", "1"]

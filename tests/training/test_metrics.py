@@ -1,13 +1,45 @@
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
 
+from emu3_megatron import files
 from emu3_megatron.grammar.document import Modality
+from emu3_megatron.training.callbacks import metrics as metrics_file
+from emu3_megatron.training.callbacks.metrics import MetricsFile
 from emu3_megatron.training.callbacks.tensorboard import tag
+from emu3_megatron.training.checkpoint import Progress
 from emu3_megatron.training.metrics import EXTRAS, MetricsLayout, Totals
+
+
+def test_the_curve_of_a_run_outlives_a_start_that_is_interrupted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [f'{{"step": {step}, "loss": 2.5}}\n' for step in range(1, 6)]
+    path.write_text("".join([*lines, '{"step": 6, "lo']))
+    trainer: Any = SimpleNamespace(progress=Progress(step=3))
+    monkeypatch.setattr(metrics_file, "is_rank_zero", lambda: True)
+
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as full:
+        full.setattr(files, "publish", fail)
+        with pytest.raises(OSError, match="no space left"):
+            MetricsFile(path).on_start(trainer)
+    assert path.read_text().startswith("".join(lines))
+    callback = MetricsFile(path)
+    callback.on_start(trainer)
+    callback.close()
+    assert path.read_text() == "".join(lines[:3])
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def totals(sources: tuple[str, ...] = ("a", "b")) -> Totals:

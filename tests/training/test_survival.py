@@ -43,6 +43,13 @@ def wait_for_step(run: Path, step: int, process: subprocess.Popen[bytes]) -> Non
         time.sleep(0.01)
 
 
+def flip(path: Path) -> None:
+    """Change one bit of a file."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_bit_equal(tmp_path: Path, config_file: Path, reference: Path) -> None:
     run = tmp_path / "run"
@@ -115,20 +122,56 @@ def test_bf16_with_averaged_weights_resumes_exactly_and_loads_for_inference(
 
 
 @pytest.mark.slow
+def test_a_resumed_run_skips_the_spikes_that_an_undisturbed_one_skips(
+    tmp_path: Path, config_file: Path
+) -> None:
+    options = ["--guard.spike_factor", "1.02", "--guard.warmup_steps", "4", "--guard.max_consecutive", "20"]
+    whole, again = tmp_path / "whole", tmp_path / "again"
+    assert runs.train(config_file, whole, *options).returncode == 0
+    shutil.copytree(whole / "checkpoints" / "step-00000010", again / "checkpoints" / "step-00000010")
+    assert runs.train(config_file, again, *options).returncode == 0
+    expected = {line["step"]: line for line in runs.metrics(whole)}
+    assert expected[10]["skipped_steps"] < expected[20]["skipped_steps"] < 20
+    for line in runs.metrics(again):
+        for key in ("loss", "grad_norm", "skipped_steps"):
+            assert line[key] == expected[line["step"]][key], (line["step"], key)
+    ends = [Record.read(run / "checkpoints" / "step-00000020").progress for run in (whole, again)]
+    assert ends[0] == ends[1]
+
+
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     tmp_path: Path, config_file: Path, reference: Path
 ) -> None:
     run = tmp_path / "run"
     shutil.copytree(reference / "checkpoints", run / "checkpoints")
-    damaged = run / "checkpoints" / "step-00000020" / "__0_0.distcp"
-    content = bytearray(damaged.read_bytes())
-    content[len(content) // 2] ^= 1
-    damaged.write_bytes(content)
+    flip(run / "checkpoints" / "step-00000020" / "__0_0.distcp")
     done = runs.train(config_file, run)
     assert done.returncode == 0, done.stderr
     assert "__0_0.distcp" in done.stderr
     assert [line["step"] for line in runs.metrics(run)] == list(range(11, runs.STEPS + 1))
     assert runs.largest_difference(runs.metrics(run), runs.metrics(reference)) == 0.0
+
+
+@pytest.mark.slow
+def test_a_run_does_not_start_from_damaged_weights(
+    tmp_path: Path, config_file: Path, reference: Path
+) -> None:
+    first = tmp_path / "first"
+    shutil.copytree(reference / "checkpoints", first / "checkpoints")
+    damaged = first / "checkpoints" / "step-00000020"
+    flip(damaged / "__0_0.distcp")
+    options = ["--trainer.steps", "6", "--checkpoint.load"]
+    refused = runs.train(config_file, tmp_path / "refused", *options, str(damaged))
+    assert refused.returncode == 2
+    errors = [line for line in refused.stderr.splitlines() if line.startswith("error:")]
+    assert len(errors) == 1
+    assert f"{damaged / '__0_0.distcp'}: CRC-32C" in errors[0]
+    # Of a run, the one before is taken; two processes share the files.
+    done = runs.train(config_file, tmp_path / "second", *options, str(first), processes=2)
+    assert done.returncode == 0, done.stderr
+    assert "__0_0.distcp" in done.stderr
+    assert f"started from the weights of {first / 'checkpoints' / 'step-00000010'}" in done.stderr
 
 
 @pytest.mark.slow

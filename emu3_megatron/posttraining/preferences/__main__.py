@@ -3,7 +3,7 @@
 ::
 
     torchrun --nproc-per-node 2 -m emu3_megatron.posttraining.preferences --config
-    examples/configs/dpo/tiny.yaml
+    examples/configs/post-training/dpo.yaml
 """
 
 from __future__ import annotations

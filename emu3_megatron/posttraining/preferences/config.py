@@ -93,3 +93,8 @@ class PreferenceTrainingConfig(TrainingConfig):
         if path is None:
             raise UserError("no reference: set checkpoint.load or dpo.reference to a run or a checkpoint")
         return path
+
+    @property
+    def frozen_copies(self) -> int:
+        """The reference, where it is asked at every step."""
+        return int(self.dpo.reference_mode == "online")

@@ -30,6 +30,7 @@ from emu3_megatron.posttraining.preferences.objective import SEQUENCE, Answers
 from emu3_megatron.posttraining.preferences.windows import every_pair, pair_template
 from emu3_megatron.training import checkpoint_files
 from emu3_megatron.training.checkpoint import load_model_for_inference
+from emu3_megatron.training.checkpoint_choice import sound_checkpoint
 from emu3_megatron.training.config import SourceConfig
 from emu3_megatron.training.metrics import CLASSES, MetricsLayout, Totals
 from emu3_megatron.training.modules import is_rank_zero
@@ -157,7 +158,11 @@ def load_reference(config: PreferenceTrainingConfig, vocabulary: Vocabulary) -> 
         UserError: it has another vocabulary than the pairs.
     """
     chunks, _, known = load_model_for_inference(
-        config.reference, config.parallel, averaged=False, precision=config.trainer.precision
+        config.reference,
+        config.parallel,
+        averaged=False,
+        precision=config.trainer.precision,
+        verify=config.checkpoint.verify,
     )
     if known.fingerprint != vocabulary.fingerprint:
         raise UserError(
@@ -245,7 +250,7 @@ def _path(config: PreferenceTrainingConfig, name: str) -> Path:
 
 def _identity(config: PreferenceTrainingConfig, source: SourceConfig) -> dict[str, Any]:
     """What determines the answers; the checkpoint by the checksums of its files."""
-    folder = checkpoint_files.resolve(Path(config.reference))
+    folder = sound_checkpoint(Path(config.reference), checksums=config.checkpoint.verify)
     template = pair_template(config, source)
     return {
         "version": CACHE_VERSION,

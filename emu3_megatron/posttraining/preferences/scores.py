@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,7 +59,7 @@ class Judgement:
         criteria = {key: value for key, value in fields.items() if key not in KEYS}
         for name, value in criteria.items():
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
-            if not number or not math.isfinite(value):
+            if not number or not abs(value) <= sys.float_info.max:
                 raise ValueError(f"{name!r} must be a finite number")
         if not criteria:
             raise ValueError("no criterion: at least one key with a number is needed")

@@ -12,6 +12,7 @@ from emu3_megatron.training.metrics import StepReport
 from emu3_megatron.training.modules import is_rank_zero
 
 if TYPE_CHECKING:
+    from emu3_megatron.training.checkpoint import Progress
     from emu3_megatron.training.trainer import Trainer
 
 logger = logging.getLogger(__name__)
@@ -28,42 +29,44 @@ class SpikeGuard(Callback):
     """Skips steps with a NaN, an infinity, or (if `spike_factor` is set) a spike, and counts them.
 
     Loss and norm are global sums, so every rank decides the same without asking. A skipped step consumes its
-    windows. The running means are not saved: after a resume, spikes are judged again after `warmup_steps`.
+    windows. What it knows of the steps before is part of the run's `Progress`: a resumed run skips what an
+    undisturbed one skips.
     """
 
     def __init__(self, config: GuardConfig) -> None:
         self._config = config
-        self._means = {"loss": 0.0, "grad_norm": 0.0}
-        self._seen = 0
-        self._consecutive = 0
 
     def allow_update(self, trainer: Trainer, report: StepReport) -> bool:
         """False for a step that must not change the weights."""
-        now = {"loss": report.loss, "grad_norm": report.grad_norm}
-        reason = self._reason(now)
+        progress = trainer.progress
+        reason = self._reason(report, progress)
         if reason is None:
-            self._consecutive = 0
-            self._remember(now)
+            _remember(report, progress)
             return True
-        self._consecutive += 1
+        progress.skipped_in_a_row += 1
         if is_rank_zero():
             logger.warning("step %d skipped: %s", report.step, reason)
-        if self._consecutive >= self._config.max_consecutive:
+        if progress.skipped_in_a_row >= self._config.max_consecutive:
             raise UnstableRunError(
-                f"{self._consecutive} steps in a row were skipped, the last because "
+                f"{progress.skipped_in_a_row} steps in a row were skipped, the last because "
                 f"{reason}; resume from an earlier "
                 f"checkpoint with a lower optimizer.learning_rate, or raise guard.max_consecutive"
             )
         return False
 
-    def _reason(self, now: dict[str, float]) -> str | None:
-        for name, value in now.items():
+    def _reason(self, report: StepReport, progress: Progress) -> str | None:
+        """Why a step must be skipped; None where it need not."""
+        compared = (
+            ("loss", report.loss, progress.mean_loss),
+            ("grad_norm", report.grad_norm, progress.mean_grad_norm),
+        )
+        for name, value, _ in compared:
             if not math.isfinite(value):
                 return f"{name} is {value}"
-        if not self._config.spike_factor or self._seen < self._config.warmup_steps:
+        if not self._config.spike_factor or progress.judged < self._config.warmup_steps:
             return None
-        for name, value in now.items():
-            limit = self._config.spike_factor * self._means[name] / (1.0 - MEMORY**self._seen)
+        for name, value, mean in compared:
+            limit = self._config.spike_factor * mean / (1.0 - MEMORY**progress.judged)
             if value > limit:
                 return (
                     f"{name} {value:.4g} exceeds {limit:.4g}, {self._config.spike_factor:g} "
@@ -71,7 +74,10 @@ class SpikeGuard(Callback):
                 )
         return None
 
-    def _remember(self, now: dict[str, float]) -> None:
-        self._seen += 1
-        for name, value in now.items():
-            self._means[name] = MEMORY * self._means[name] + (1.0 - MEMORY) * value
+
+def _remember(report: StepReport, progress: Progress) -> None:
+    """Let a step that is no spike into the running means."""
+    progress.skipped_in_a_row = 0
+    progress.judged += 1
+    progress.mean_loss = MEMORY * progress.mean_loss + (1.0 - MEMORY) * report.loss
+    progress.mean_grad_norm = MEMORY * progress.mean_grad_norm + (1.0 - MEMORY) * report.grad_norm

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
+from emu3_megatron.files import atomic_write
 from emu3_megatron.training.callbacks.base import Callback
 from emu3_megatron.training.metrics import StepReport
 from emu3_megatron.training.modules import is_rank_zero
@@ -30,7 +31,8 @@ class MetricsFile(Callback):
         """Open, cut back to the steps that are in the checkpoint."""
         if is_rank_zero():
             kept = [line for line in _lines(self._path) if _step(line) <= trainer.progress.step]
-            self._path.write_text("".join(kept))
+            with atomic_write(self._path) as stream:
+                stream.write("".join(kept).encode())
             self._stream = open(self._path, "a", buffering=1)  # noqa: SIM115 - closed by `close`
 
     def on_step(self, trainer: Trainer, report: StepReport) -> None:
