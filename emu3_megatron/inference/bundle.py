@@ -82,13 +82,12 @@ def open_bundle(
     if hugging_face:
         model, config, vocabulary, named = _open_hugging_face(folder, parallel)
         text_tokenizer = text_tokenizer or folder / "tokenizer.json"
-        vision_tokenizer = vision_tokenizer or folder
     else:
         model, config, vocabulary, named, trained_with = _open_run(folder, parallel, averaged)
         kept = kept_folder(resolve(folder), KEPT)
         if kept is not None and (kept / "tokenizer.json").is_file():
             text_tokenizer = text_tokenizer or kept / "tokenizer.json"
-        vision_tokenizer = vision_tokenizer or kept_folder(resolve(folder), VISION)
+    vision_tokenizer = vision_tokenizer or vision_folder(folder)
     if text_tokenizer is None or vision_tokenizer is None:
         missing = "--text-tokenizer" if text_tokenizer is None else "--vision-tokenizer"
         raise UserError(f"{folder} is a training run, which holds no tokenizers; give {missing}")
@@ -107,6 +106,15 @@ def open_bundle(
     if weights is not None:
         quantize(model, weights)
     return ModelBundle(model, config, language, _prepared(vision, next(model.parameters()).device))
+
+
+def vision_folder(checkpoint: StrPath) -> Path | None:
+    """Where a run, a checkpoint or a Hugging Face folder holds its vision tokenizer; None where it has
+    none."""
+    folder = Path(checkpoint)
+    if (folder / "config.json").is_file():
+        return folder
+    return kept_folder(resolve(folder), VISION) if folder.exists() else None
 
 
 def _prepared(vision: VisionTokenizer, device: torch.device) -> VisionTokenizer:

@@ -118,11 +118,11 @@ class Budget:
         free = self._free()
         fitting = wanted if free is None else self._fitting(wanted, length, int(SHARE * free))
         if free is not None and fitting < least:
+            wants, there = self.whole(least, length) / 1e9, free / 1e9
             raise UserError(
-                f"{least} rows of {length} positions take {self.whole(least, length) / 1e9:.2f} GB of memory; "
-                f"{free / 1e9:.2f} GB are free on {self._device}, and {SHARE:.0%} of them may be taken: ask for "
-                "a smaller --area or fewer --frames (a server: fewer --rows, a smaller --length), or keep the "
-                "model smaller with --weights int8"
+                f"{least} rows of {length} positions take {wants:.2f} GB of memory, and {SHARE:.0%} of the "
+                f"{there:.2f} GB free on {self._device} may be taken: ask for a smaller --area or fewer "
+                "--frames (a server: fewer --rows, a smaller --length), or for --weights int8"
             )
         return fitting
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -291,17 +292,58 @@ def test_bad_arguments(
         (["interleave", "--prompt", "a", "--samples", "2", "--output", "taken"], "taken is a file"),
         (["chat", "--prompt", "a", "--fps", "0"], "--fps=0"),
         (["image", "--prompt", "a", "--top-p", "2", "--output", "x.png"], "top_p"),
+        (["image", "--prompt", "a", "--area", "-1", "--output", "a.png"], "--area=-1 must be"),
+        (["image", "--prompt", "a", "--max-rows", "0", "--output", "a.png"], "--max-rows=0 must be"),
+        (["video", "--prompt", "a", "--seconds", "inf", "--output", "a.mp4"], "--seconds=inf must be"),
+        (["video", "--prompt", "a", "--seconds", "-2", "--output", "a.mp4"], "--seconds=-2"),
+        (
+            ["video", "--prompt", "a", "--frames", "9", "--output", "a.mp4"],
+            "--frames=9 must be a multiple of 4",
+        ),
+        (["continue", "--video", "a", "--rounds", "0", "--frames", "8", "--output", "a.mp4"], "--rounds=0"),
+        (
+            ["continue", "--video", "a", "--given-frames", "3", "--frames", "8", "--output", "a.mp4"],
+            "--given-frames=3 must be a multiple of 4",
+        ),
+        (["chat", "--prompt", "a", "--video", "a", "--frames", "3"], "--frames=3 must be a multiple of 4"),
     ],
 )
 def test_arguments_are_checked_before_the_model_is_opened(
-    tmp_path: Path, monkeypatch, arguments: list[str], message: str
+    folder: Path, tmp_path: Path, monkeypatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("")
     (tmp_path / "there" / "00000.png").mkdir(parents=True)
+    vision = ["--vision-tokenizer", str(folder / "vision")]
     with pytest.raises(ValueError, match=message):
-        generate(build_parser().parse_args([*arguments, "--checkpoint", "no model"]))
+        generate(build_parser().parse_args([*arguments, *vision, "--checkpoint", "no model"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken", "there"]
+
+
+def test_frames_fit_the_vision_tokenizer_that_a_folder_holds(folder: Path, tmp_path: Path) -> None:
+    command = ["video", "--prompt", "a", "--frames", "9", "--output", str(tmp_path / "a.mp4")]
+    with pytest.raises(UserError, match="--frames=9 must be a multiple of 4"):
+        generate(build_parser().parse_args([*command, "--checkpoint", str(folder / "hf")]))
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("emu3_megatron.inference.command_line", ["image", "--prompt", "a", "--output", "a.png"]),
+        ("emu3_megatron.inference.server.command_line", []),
+        ("emu3_megatron.evaluation.command_line", ["answer", "--data", "a.tsv", "--output", "a"]),
+        (
+            "emu3_megatron.evaluation.command_line",
+            ["generate", "--suite", "geneval", "--prompts", "a", "--output", "a"],
+        ),
+    ],
+)
+def test_several_processes_are_refused(monkeypatch, module: str, arguments: list[str]) -> None:
+    """They would all write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["program", *arguments, "--checkpoint", "no model"])
+    with pytest.raises(UserError, match=r"WORLD_SIZE=2: .* one process"):
+        importlib.import_module(module).main()
 
 
 def test_a_folder_that_exists_may_have_a_dot(capsys, folder: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import fields
 
 from emu3_megatron.errors import UserError
+from emu3_megatron.inference.checks import check_single_process
 from emu3_megatron.inference.command_line import add_model, open_generator
 from emu3_megatron.inference.dialogue import chat_template
 from emu3_megatron.inference.server.limits import Limits
@@ -43,6 +44,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Parse the command line, open the model and serve until interrupted."""
     arguments = build_parser().parse_args()
+    check_single_process("serve.py")
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
     template = chat_template(arguments.template)
     try:

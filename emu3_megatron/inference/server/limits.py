@@ -29,8 +29,8 @@ class Limits:
     """Most files of one request."""
     understanding_area: int = 512 * 512
     """Pixels that an uploaded picture is brought to."""
-    pixels: int = 1 << 20
-    """Most pixels of a picture to generate."""
+    pixels: int = 1 << 19
+    """Most pixels of a picture to generate (released: 720 x 720); fewer where `length` holds fewer."""
     frames: int = 64
     """Most frames of a clip, given and generated."""
     samples: int = 4

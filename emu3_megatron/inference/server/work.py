@@ -56,8 +56,10 @@ class ImageWork:
         width: int,
         sampling: Sampling,
         seeds: Sequence[int],
+        most_positions: int,
     ) -> None:
         self._generator, self._dialect = generator, generator.bundle.dialect
+        self._most_positions = most_positions
         self._vision = generator.bundle.vision_tokenizer
         self._prompt, self._negative_prompt = prompt, negative_prompt
         self._rows, self._columns = (
@@ -80,6 +82,8 @@ class ImageWork:
             self._seeds,
             self._negative_prompt,
         )
+        for request in requests:
+            _check_length(request, self._most_positions)
         return [(request, self._take(index)) for index, request in enumerate(requests)]
 
     def _take(self, index: int) -> OnTokens:
@@ -304,7 +308,7 @@ def _check_length(request: Request, most: int) -> None:
     if request.length > most:
         raise UserError(
             f"the request takes {request.length} positions, files and new tokens included, more than the "
-            f"{most} of this server; send less, or ask for fewer tokens"
+            f"{most} of this server; send less, or ask for fewer pixels or tokens"
         )
 
 
