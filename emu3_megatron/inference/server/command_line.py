@@ -51,6 +51,7 @@ def main() -> None:
         import uvicorn
 
         from emu3_megatron.inference.server.app import LOCAL_HOSTS, create_app
+        from emu3_megatron.inference.server.reading import reading_protocol
     except ImportError as error:
         raise UserError(
             f"{error.name} is missing; install the extra: pip install 'emu3-megatron[serve]'"
@@ -68,4 +69,10 @@ def main() -> None:
         model_name=arguments.name,
         hosts=hosts,
     )
-    uvicorn.run(app, host=arguments.host, port=arguments.port, timeout_graceful_shutdown=5)
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        http=reading_protocol(limits.send_seconds),
+        timeout_graceful_shutdown=5,
+    )

@@ -19,6 +19,8 @@ class Limits:
     """Longest time of a request, waiting included (504)."""
     body_seconds: float = 60.0
     """Longest time in which a body must arrive (408)."""
+    send_seconds: float = 60.0
+    """Longest time in which a client must take what waits for it; then its connection is cut off."""
     body_bytes: int = 32 << 20
     """Largest body; an upload is a third longer than its file (413)."""
     upload_pixels: int = 1 << 25
