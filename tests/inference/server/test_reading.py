@@ -50,7 +50,7 @@ def serving(limits: Limits) -> Iterator[tuple[uvicorn.Server, int]]:
             eventually(lambda: server.started)
             yield server, listener.getsockname()[1]
         finally:
-            server.should_exit = True
+            server.should_exit = server.force_exit = True
             thread.join()
 
 
