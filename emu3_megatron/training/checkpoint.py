@@ -19,7 +19,7 @@ import torch
 
 from emu3_megatron.files import write_json_atomic
 from emu3_megatron.model import LoRAConfig, ModelConfig
-from emu3_megatron.model.config import ADAPTER_SUFFIX
+from emu3_megatron.model.config import ADAPTER_SUFFIX, AttentionBackend
 from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint_files import CheckpointError
@@ -412,6 +412,7 @@ def load_model_for_inference(
     averaged: bool | None = None,
     merge: bool = True,
     precision: Precision | None = None,
+    backend: AttentionBackend | None = None,
 ) -> tuple[list[Any], ModelConfig, Vocabulary]:
     """Build the model of a checkpoint under any layout, with its weights, in evaluation mode.
 
@@ -423,6 +424,7 @@ def load_model_for_inference(
         averaged: Take the averaged weights; where not given, they are taken if the checkpoint has them.
         merge: Add adapters (LoRA) to the weights, so that the model is a plain one.
         precision: Of the parameters; the run's where not given.
+        backend: Of the layers; the run's where not given. Checkpoints name weights alike for all.
 
     Returns:
         The chunks of this rank, the model's configuration, its vocabulary.
@@ -440,7 +442,7 @@ def load_model_for_inference(
     model = ModelConfig(**record.config["model"])
     vocabulary = Vocabulary(**record.vocabulary)
     chunks = build_model(
-        model,
+        replace(model, attention_backend=backend or model.attention_backend),
         vocabulary_padded_size=vocabulary.padded_size,
         vocabulary_size=vocabulary.size,
         parallel=parallel,

@@ -352,6 +352,34 @@ def test_a_folder_that_exists_may_have_a_dot(capsys, folder: Path, tmp_path: Pat
     assert len(run(capsys, folder, *command)) == len(list((tmp_path / "v1.5").iterdir())) == 2
 
 
+def test_layers_are_torch_ones_whatever_is_installed(folder: Path, monkeypatch) -> None:
+    """As on a GPU with Transformer Engine; its layers could not be reduced to one byte."""
+    from emu3_megatron.inference import open_bundle
+    from emu3_megatron.model import build, layers
+
+    def as_on_a_gpu(config: Any, *, cuda: bool) -> bool:
+        return config.attention_backend != "torch"
+
+    for module in (build, layers):
+        monkeypatch.setattr(module, "uses_transformer_engine", as_on_a_gpu)
+    own = {"text_tokenizer": folder / "text.model", "vision_tokenizer": folder / "vision"}
+    for name, tokenizers in (("run", own), ("hf", {})):
+        bundle = open_bundle(folder / name, weights="int8", **tokenizers)
+        assert not bundle.model.transformer_engine
+        assert bundle.config.attention_backend == "auto"
+
+
+def test_checkpoints_name_norms_as_transformer_engine_does(folder: Path) -> None:
+    """So that what was trained with its layers is found by torch's, and the other way round."""
+    from emu3_megatron.conversion.maps import TRANSFORMER_ENGINE_NAMES
+    from emu3_megatron.training.checkpoint import model_state
+
+    sharded = model_state([worlds.tiny_model()])["model"]
+    for fused, apart in TRANSFORMER_ENGINE_NAMES.items():
+        for layer in range(2):
+            assert sharded[f"decoder.layers.{layer}.{apart}"].key == f"decoder.layers.{fused}"
+
+
 def test_bad_folders(folder: Path, tmp_path: Path) -> None:
     from emu3_megatron.inference import open_bundle
 
