@@ -17,7 +17,7 @@ def reading_protocol(seconds: float) -> type[asyncio.Protocol]:
     keep the answer in memory. Here a buffer must empty within `seconds`, or the connection is cut off.
     """
 
-    class Protocol(_Base):  # type: ignore[misc]
+    class Protocol(_Base):
         _cut_off: asyncio.TimerHandle | None = None
 
         def pause_writing(self) -> None:
