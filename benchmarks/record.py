@@ -46,6 +46,7 @@ it is installed, and print lines of JSON; `--smoke` runs them on a CPU at toy si
 |---|---|
 | `python benchmarks/gpu/step.py` | a training step of `emu3_1_5b` in windows of 8,192 and 32,768 tokens: tokens/s, MFU, memory |
 | `python benchmarks/gpu/attention.py` | attention over packed windows: time, memory, error, with and without dropout |
+| `python benchmarks/gpu/generation.py` | guided images of `emu3_8b`, one and 8 at a time: tokens/s, and the share of what reading the weights once a step allows |
 | `python benchmarks/gpu/parity.py` | losses in fp32 and bf16 against fp32 on the CPU |
 """  # noqa: E501
 

@@ -16,6 +16,7 @@ from emu3_megatron.evaluation.generation import SETTINGS, Drawing, draw
 from emu3_megatron.evaluation.models import Clip, Detector
 from emu3_megatron.evaluation.report import write_report
 from emu3_megatron.evaluation.tasks import READERS, TASKS, load_tasks
+from emu3_megatron.inference.checks import check_arguments, check_single_process
 from emu3_megatron.inference.command_line import (
     add_model,
     add_sampling,
@@ -88,6 +89,7 @@ def main() -> None:
     """Parse the command line and run one command."""
     arguments = build_parser().parse_args()
     if arguments.command in ("generate", "answer"):
+        check_single_process("evaluate.py")
         from emu3_megatron.parallel import platform
         from emu3_megatron.parallel.config import ParallelConfig
         from emu3_megatron.parallel.groups import initialize_parallel
@@ -104,6 +106,7 @@ def evaluate(arguments: argparse.Namespace) -> None:
     commands = {
         "generate": _generate, "answer": _answer, "configure": _configure, "score": _score, "report": _report,
     }  # fmt: skip
+    check_arguments(arguments)
     commands[arguments.command](arguments)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Dialect
 from emu3_megatron.inference.quantized import quantize
 from emu3_megatron.model import ModelConfig
+from emu3_megatron.model.config import AttentionBackend
 from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.text import TextTokenizer, load_text_tokenizer
 from emu3_megatron.training.checkpoint_files import resolve
@@ -29,6 +30,10 @@ from emu3_megatron.vision import VisionTokenizer
 from emu3_megatron.vocabulary import Vocabulary
 
 StrPath = str | os.PathLike[str]
+
+LAYERS: AttentionBackend = "torch"
+"""The layers of a model for generation, on a GPU too: the engine has an attention of its own, uses their
+weights without their calls, and can reduce them to one byte."""
 
 
 @dataclass(frozen=True)
@@ -82,13 +87,12 @@ def open_bundle(
     if hugging_face:
         model, config, vocabulary, named = _open_hugging_face(folder, parallel)
         text_tokenizer = text_tokenizer or folder / "tokenizer.json"
-        vision_tokenizer = vision_tokenizer or folder
     else:
         model, config, vocabulary, named, trained_with = _open_run(folder, parallel, averaged)
         kept = kept_folder(resolve(folder), KEPT)
         if kept is not None and (kept / "tokenizer.json").is_file():
             text_tokenizer = text_tokenizer or kept / "tokenizer.json"
-        vision_tokenizer = vision_tokenizer or kept_folder(resolve(folder), VISION)
+    vision_tokenizer = vision_tokenizer or vision_folder(folder)
     if text_tokenizer is None or vision_tokenizer is None:
         missing = "--text-tokenizer" if text_tokenizer is None else "--vision-tokenizer"
         raise UserError(f"{folder} is a training run, which holds no tokenizers; give {missing}")
@@ -107,6 +111,15 @@ def open_bundle(
     if weights is not None:
         quantize(model, weights)
     return ModelBundle(model, config, language, _prepared(vision, next(model.parameters()).device))
+
+
+def vision_folder(checkpoint: StrPath) -> Path | None:
+    """Where a run, a checkpoint or a Hugging Face folder holds its vision tokenizer; None where it has
+    none."""
+    folder = Path(checkpoint)
+    if (folder / "config.json").is_file():
+        return folder
+    return kept_folder(resolve(folder), VISION) if folder.exists() else None
 
 
 def _prepared(vision: VisionTokenizer, device: torch.device) -> VisionTokenizer:
@@ -151,7 +164,7 @@ def _open_hugging_face(
     weights = dict(opened.weights())
     bf16 = next(iter(weights.values())).dtype in (torch.bfloat16, torch.float16)
     (model,) = build_model(
-        opened.config,
+        replace(opened.config, attention_backend=LAYERS),
         vocabulary_padded_size=opened.vocabulary.padded_size,
         vocabulary_size=opened.vocabulary.size,
         parallel=ParallelConfig(),
@@ -181,7 +194,9 @@ def _open_run(
     from emu3_megatron.training.checkpoint_choice import sound_checkpoint
 
     checkpoint = sound_checkpoint(folder)
-    chunks, config, vocabulary = load_model_for_inference(checkpoint, parallel, averaged=averaged)
+    chunks, config, vocabulary = load_model_for_inference(
+        checkpoint, parallel, averaged=averaged, backend=LAYERS
+    )
     if len(chunks) != 1:
         raise UserError("generation needs pipeline_model_parallel_size=1")
     record = Record.read(checkpoint)

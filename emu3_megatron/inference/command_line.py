@@ -21,6 +21,7 @@ from tqdm import tqdm
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Image, Video
 from emu3_megatron.inference.bundle import open_bundle
+from emu3_megatron.inference.checks import check_arguments, check_single_process
 from emu3_megatron.inference.dialogue import (
     UNDERSTANDING_AREA,
     MediaReader,
@@ -153,6 +154,7 @@ def add_size(parser: argparse.ArgumentParser) -> None:
 def main() -> None:
     """Parse the command line, start a single process and generate."""
     arguments = build_parser().parse_args()
+    check_single_process("generate.py")
     from emu3_megatron.parallel import platform
     from emu3_megatron.parallel.config import ParallelConfig
     from emu3_megatron.parallel.groups import initialize_parallel
@@ -166,6 +168,7 @@ def generate(arguments: argparse.Namespace) -> None:
 
     Process groups must exist. Raises `UserError` for arguments, files or folders that cannot be used.
     """
+    check_arguments(arguments)
     if arguments.seed < 0 or getattr(arguments, "samples", 1) < 1:
         raise UserError(f"--seed={arguments.seed} must not be negative, and --samples at least 1")
     read_sampling(arguments)

@@ -71,12 +71,8 @@ class CachedDecoder:
         max_length: int,
         cache_dtype: torch.dtype | None = None,
     ) -> None:
-        self._model = unwrap(model)
+        self._model = whole_model(model)
         config = self._model.config
-        if not (self._model.pre_process and self._model.post_process):
-            raise ValueError(
-                "generation needs the whole model on every rank; load it with pipeline_model_parallel_size=1"
-            )
         if config.sequence_parallel:
             raise ValueError(
                 "generation needs a model without sequence parallelism; load it with sequence_parallel=False"
@@ -233,6 +229,16 @@ def unwrap(model: torch.nn.Module) -> Any:
     while hasattr(inner, "module"):
         inner = inner.module
     return inner
+
+
+def whole_model(model: torch.nn.Module) -> Any:
+    """The GPTModel inside wrappers; raises `ValueError` where pipeline parallelism has cut it."""
+    whole = unwrap(model)
+    if not (whole.pre_process and whole.post_process):
+        raise ValueError(
+            "generation needs the whole model on every rank; load it with pipeline_model_parallel_size=1"
+        )
+    return whole
 
 
 def _product(x: Tensor, weight: Tensor | Quantized) -> Tensor:

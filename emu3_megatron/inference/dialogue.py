@@ -247,7 +247,41 @@ def chat_request(
 
 def read_text(dialect: Dialect, ids: Ids) -> str:
     """The text of the new tokens of a `chat_request`."""
-    return dialect.parse_text(ids[ids != dialect.vocabulary.eos]).text
+    return dialect.text_tokenizer.decode(ids[ids != dialect.vocabulary.eos].tolist())
+
+
+class TextStream:
+    """The text of new tokens as they come; each is decoded a few times, however many there are.
+
+    What is new is the difference of two decodings that begin at the same earlier token, because tokenizers
+    treat the beginning of a text in ways of their own.
+    """
+
+    def __init__(self, dialect: Dialect) -> None:
+        self._decode, self._eos = dialect.text_tokenizer.decode, dialect.vocabulary.eos
+        self._context: list[int] = []
+        """Tokens whose text was told last."""
+        self._fresh: list[int] = []
+        """Tokens after them."""
+        self._read = 0
+
+    def extend(self, ids: Sequence[int]) -> None:
+        """Take new tokens."""
+        self._fresh += (token for token in ids if token != self._eos)
+
+    def read(self) -> str:
+        """The text that has come since the last time, as far as no character is cut."""
+        if self._read == len(self._fresh):
+            return ""
+        self._read = len(self._fresh)
+        before, text = self._decode(self._context), self._decode(self._context + self._fresh)
+        if text.endswith("\ufffd") or not text.startswith(before) or text == before:
+            return ""
+        new = text[len(before) :]
+        # a tokenizer may drop all spaces that a text begins with, so that spaces alone are no context
+        self._context = self._fresh if new.strip() else self._context + self._fresh
+        self._fresh, self._read = [], 0
+        return new
 
 
 def answer(

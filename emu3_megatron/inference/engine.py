@@ -14,6 +14,7 @@ import torch
 
 from emu3_megatron.grammar import Dialect
 from emu3_megatron.inference.decoder import CachedDecoder
+from emu3_megatron.inference.memory import Budget
 from emu3_megatron.inference.request import Completion, Request
 from emu3_megatron.inference.session import Session
 
@@ -34,7 +35,7 @@ class Engine:
         max_rows: int = 128,
         cache_dtype: torch.dtype | None = None,
     ) -> None:
-        """`max_rows` bounds the batch (guided requests count twice) and with it the cache's memory.
+        """`max_rows` bounds the batch (guided requests count twice); free memory bounds it too.
 
         `cache_dtype` is that of keys and values, and so of attention; by default the model's.
         """
@@ -49,8 +50,13 @@ class Engine:
     def session(self, *, max_rows: int, max_length: int) -> Session:
         """A session that takes requests of up to `max_length` positions at any time, for a server.
 
-        The model must be in evaluation mode for as long as it is used.
+        The model must be in evaluation mode for as long as it is used. Raises `UserError` where the memory
+        does not hold it.
         """
+        Budget(self.model, self._cache_dtype).rows(max_rows, max_rows, max_length)
+        return self._session(max_rows, max_length)
+
+    def _session(self, max_rows: int, max_length: int) -> Session:
         return Session(
             CachedDecoder(
                 self.model, max_rows=max_rows, max_length=max_length, cache_dtype=self._cache_dtype
@@ -69,7 +75,8 @@ class Engine:
             progress: called with the number of requests that have just finished.
 
         Raises:
-            ValueError: a prompt is no prefix of the grammar (the grammar's error tells the position).
+            ValueError: a prompt is no prefix of the grammar (the grammar's error tells the position), or a
+                request alone is more than the free memory holds (`UserError`).
         """
         if not requests:
             return []
@@ -84,11 +91,12 @@ class Engine:
     def _complete(
         self, requests: Sequence[Request], progress: Callable[[int], object] | None
     ) -> list[Completion]:
-        """Work until every request has its result."""
-        session = self.session(
-            max_rows=min(self.max_rows, sum(request.rows for request in requests)),
-            max_length=max(request.length for request in requests),
-        )
+        """Work until every request has its result, as many at a time as the memory holds."""
+        length = max(request.length for request in requests)
+        wanted = min(self.max_rows, sum(request.rows for request in requests))
+        least = min(wanted, max(request.rows for request in requests))
+        rows = Budget(self.model, self._cache_dtype).rows(wanted, least, length)
+        session = self._session(rows, length)
         # neighbours of similar length waste the least padding
         order = sorted(range(len(requests)), key=lambda i: (requests[i].length, len(requests[i].prompt)))
         tickets = {index: session.submit(requests[index]) for index in order}

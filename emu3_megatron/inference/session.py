@@ -12,17 +12,12 @@ from torch import Tensor
 
 from emu3_megatron.grammar import Allowed, Automaton, State
 from emu3_megatron.inference.decoder import MAX_RUN, CachedDecoder, Ranges
+from emu3_megatron.inference.memory import PREFILL_SCORES, PREFILL_TOKENS
 from emu3_megatron.inference.request import Completion, Ids, Request
 from emu3_megatron.inference.sampling import UniformStream, guide, sample
 
 OnTokens = Callable[[list[int]], object]
 """Called with the new tokens of a request, as they come."""
-
-_PREFILL_TOKENS = 16_384
-"""Most tokens fed in one pass of prefill, over all rows; bounds its memory."""
-
-_PREFILL_SCORES = 1 << 28
-"""Most pairs of a fed token and a cache slot in one pass: attention holds a mask of them."""
 
 
 @lru_cache(maxsize=1024)
@@ -225,7 +220,7 @@ class Session:
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
         tokens_BN = torch.from_numpy(tokens).to(device)
-        fed = min(_PREFILL_TOKENS, _PREFILL_SCORES // longest)
+        fed = min(PREFILL_TOKENS, PREFILL_SCORES // longest)
         width = max(MAX_RUN, fed // len(prompts))
         last: Tensor | None = None
         for start in range(0, longest, width):

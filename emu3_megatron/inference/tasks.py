@@ -365,8 +365,10 @@ def image_size(ratio: str, area: int, factor: int) -> tuple[int, int]:
         factor: spatial factor of the vision tokenizer.
 
     Raises:
-        UserError: `ratio` is not two positive integers.
+        UserError: `ratio` is not two positive integers, or `area` is not positive.
     """
+    if area < 1:
+        raise UserError(f"area={area} must be at least 1 pixel")
     parts = ratio.split(":")
     if len(parts) != 2 or not all(part.isdigit() and int(part) for part in parts):
         raise UserError(f"ratio {ratio!r} must be WIDTH:HEIGHT, such as 16:9")

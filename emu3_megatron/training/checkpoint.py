@@ -18,7 +18,7 @@ import torch
 
 from emu3_megatron.files import write_json_atomic
 from emu3_megatron.model import LoRAConfig, ModelConfig
-from emu3_megatron.model.config import ADAPTER_SUFFIX
+from emu3_megatron.model.config import ADAPTER_SUFFIX, AttentionBackend
 from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint_choice import sound_checkpoint
@@ -391,6 +391,7 @@ def load_model_for_inference(
     merge: bool = True,
     precision: Precision | None = None,
     verify: bool = True,
+    backend: AttentionBackend | None = None,
 ) -> tuple[list[Any], ModelConfig, Vocabulary]:
     """Build the model of a checkpoint under any layout, with its weights, in evaluation mode.
 
@@ -403,6 +404,7 @@ def load_model_for_inference(
         merge: Add adapters (LoRA) to the weights, so that the model is a plain one.
         precision: Of the parameters; the run's where not given.
         verify: Check the checksum of every file first, as `CheckpointConfig.verify`.
+        backend: Of the layers; the run's where not given. Checkpoints name weights alike for all.
 
     Returns:
         The chunks of this rank, the model's configuration, its vocabulary.
@@ -421,7 +423,7 @@ def load_model_for_inference(
     model = ModelConfig(**record.config["model"])
     vocabulary = Vocabulary(**record.vocabulary)
     chunks = build_model(
-        model,
+        replace(model, attention_backend=backend or model.attention_backend),
         vocabulary_padded_size=vocabulary.padded_size,
         vocabulary_size=vocabulary.size,
         parallel=parallel,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -291,23 +292,92 @@ def test_bad_arguments(
         (["interleave", "--prompt", "a", "--samples", "2", "--output", "taken"], "taken is a file"),
         (["chat", "--prompt", "a", "--fps", "0"], "--fps=0"),
         (["image", "--prompt", "a", "--top-p", "2", "--output", "x.png"], "top_p"),
+        (["image", "--prompt", "a", "--area", "-1", "--output", "a.png"], "--area=-1 must be"),
+        (["image", "--prompt", "a", "--max-rows", "0", "--output", "a.png"], "--max-rows=0 must be"),
+        (["video", "--prompt", "a", "--seconds", "inf", "--output", "a.mp4"], "--seconds=inf must be"),
+        (["video", "--prompt", "a", "--seconds", "-2", "--output", "a.mp4"], "--seconds=-2"),
+        (
+            ["video", "--prompt", "a", "--frames", "9", "--output", "a.mp4"],
+            "--frames=9 must be a multiple of 4",
+        ),
+        (["continue", "--video", "a", "--rounds", "0", "--frames", "8", "--output", "a.mp4"], "--rounds=0"),
+        (
+            ["continue", "--video", "a", "--given-frames", "3", "--frames", "8", "--output", "a.mp4"],
+            "--given-frames=3 must be a multiple of 4",
+        ),
+        (["chat", "--prompt", "a", "--video", "a", "--frames", "3"], "--frames=3 must be a multiple of 4"),
     ],
 )
 def test_arguments_are_checked_before_the_model_is_opened(
-    tmp_path: Path, monkeypatch, arguments: list[str], message: str
+    folder: Path, tmp_path: Path, monkeypatch, arguments: list[str], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "taken").write_text("")
     (tmp_path / "there" / "00000.png").mkdir(parents=True)
+    vision = ["--vision-tokenizer", str(folder / "vision")]
     with pytest.raises(ValueError, match=message):
-        generate(build_parser().parse_args([*arguments, "--checkpoint", "no model"]))
+        generate(build_parser().parse_args([*arguments, *vision, "--checkpoint", "no model"]))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["taken", "there"]
+
+
+def test_frames_fit_the_vision_tokenizer_that_a_folder_holds(folder: Path, tmp_path: Path) -> None:
+    command = ["video", "--prompt", "a", "--frames", "9", "--output", str(tmp_path / "a.mp4")]
+    with pytest.raises(UserError, match="--frames=9 must be a multiple of 4"):
+        generate(build_parser().parse_args([*command, "--checkpoint", str(folder / "hf")]))
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("emu3_megatron.inference.command_line", ["image", "--prompt", "a", "--output", "a.png"]),
+        ("emu3_megatron.inference.server.command_line", []),
+        ("emu3_megatron.evaluation.command_line", ["answer", "--data", "a.tsv", "--output", "a"]),
+        (
+            "emu3_megatron.evaluation.command_line",
+            ["generate", "--suite", "geneval", "--prompts", "a", "--output", "a"],
+        ),
+    ],
+)
+def test_several_processes_are_refused(monkeypatch, module: str, arguments: list[str]) -> None:
+    """They would all write the same files."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["program", *arguments, "--checkpoint", "no model"])
+    with pytest.raises(UserError, match=r"WORLD_SIZE=2: .* one process"):
+        importlib.import_module(module).main()
 
 
 def test_a_folder_that_exists_may_have_a_dot(capsys, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "v1.5").mkdir()
     command = ["image", "--prompt", "a", "--samples", 2, *SIZE, "--output", tmp_path / "v1.5"]
     assert len(run(capsys, folder, *command)) == len(list((tmp_path / "v1.5").iterdir())) == 2
+
+
+def test_layers_are_torch_ones_whatever_is_installed(folder: Path, monkeypatch) -> None:
+    """As on a GPU with Transformer Engine; its layers could not be reduced to one byte."""
+    from emu3_megatron.inference import open_bundle
+    from emu3_megatron.model import build, layers
+
+    def as_on_a_gpu(config: Any, *, cuda: bool) -> bool:
+        return config.attention_backend != "torch"
+
+    for module in (build, layers):
+        monkeypatch.setattr(module, "uses_transformer_engine", as_on_a_gpu)
+    own = {"text_tokenizer": folder / "text.model", "vision_tokenizer": folder / "vision"}
+    for name, tokenizers in (("run", own), ("hf", {})):
+        bundle = open_bundle(folder / name, weights="int8", **tokenizers)
+        assert not bundle.model.transformer_engine
+        assert bundle.config.attention_backend == "auto"
+
+
+def test_checkpoints_name_norms_as_transformer_engine_does(folder: Path) -> None:
+    """So that what was trained with its layers is found by torch's, and the other way round."""
+    from emu3_megatron.conversion.maps import TRANSFORMER_ENGINE_NAMES
+    from emu3_megatron.training.checkpoint import model_state
+
+    sharded = model_state([worlds.tiny_model()])["model"]
+    for fused, apart in TRANSFORMER_ENGINE_NAMES.items():
+        for layer in range(2):
+            assert sharded[f"decoder.layers.{layer}.{apart}"].key == f"decoder.layers.{fused}"
 
 
 def test_bad_folders(folder: Path, tmp_path: Path) -> None:

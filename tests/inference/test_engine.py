@@ -266,7 +266,7 @@ def test_a_long_prompt_is_fed_in_pieces(model, monkeypatch: pytest.MonkeyPatch) 
     dialect = worlds.dialect()
     requests = [image_request("long " * 40, seed=1), image_request("short", seed=2)]
     whole = module.Engine(model, dialect).generate(requests)
-    monkeypatch.setattr(session, "_PREFILL_TOKENS", 2)
+    monkeypatch.setattr(session, "PREFILL_TOKENS", 2)
     for left, right in zip(whole, module.Engine(model, dialect).generate(requests), strict=True):
         np.testing.assert_array_equal(left.ids, right.ids)
 

@@ -13,6 +13,7 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from importlib.resources import files
 from typing import Any
 
@@ -36,6 +37,9 @@ Shape = Callable[[Event], dict[str, Any] | None]
 """An event of a job as an event for the client; None where it is not told."""
 
 
+_PROMPT_SHARE = 32
+"""One of so many positions of a sequence is for words where the largest picture is reckoned."""
+
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1", "[::1]")
 """Names by which a browser on this machine calls the server."""
 
@@ -48,9 +52,10 @@ class Service:
     ) -> None:
         self.worker = Worker(generator.engine, limits)
         self.model_name = model_name
-        self._generator, self._limits, self._template = generator, limits, template
         vision = generator.bundle.vision_tokenizer
         self._spatial, self._temporal = vision.spatial_factor, vision.temporal_factor
+        limits = replace(limits, pixels=min(limits.pixels, _square(generator, limits.length)))
+        self._generator, self._limits, self._template = generator, limits, template
         self._reader = MediaReader(
             generator,
             area=limits.understanding_area,
@@ -79,6 +84,7 @@ class Service:
             width=width,
             sampling=body.sampling(guidance=body.guidance, temperature=1.0),
             seeds=range(body.seed, body.seed + body.n),
+            most_positions=self._limits.length,
         )
         return await self._answer(work, request, body.stream, _picture_event("image_generation"), _pictures)
 
@@ -153,6 +159,14 @@ class Service:
         if event["type"] == "error":
             return refusal(event["status"], event["message"])
         return JSONResponse(whole(event))
+
+
+def _square(generator: Generator, length: int) -> int:
+    """Pixels of the largest square picture that `length` positions hold after a prompt; at least one code."""
+    dialect, side, most = generator.bundle.dialect, 1, length - length // _PROMPT_SHARE
+    while dialect.span_length(side + 1, side + 1) <= most:
+        side += 1
+    return int((side * generator.bundle.vision_tokenizer.spatial_factor) ** 2)
 
 
 async def _last(job: Job) -> Event:

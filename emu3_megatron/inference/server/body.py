@@ -1,8 +1,9 @@
-"""Bodies are read before anything else: within a size, a time, and a number of connections."""
+"""Bodies are read before anything else, within a size, a time, and a number of connections; answers end."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -26,7 +27,7 @@ class _TooLarge(Exception):
 
 
 class BoundedBodies:
-    """Middleware that passes requests on once their whole body is there."""
+    """Middleware that passes requests on once their whole body is there, and ends them in time."""
 
     def __init__(self, app: ASGIApp, limits: Limits) -> None:
         self._app, self._limits = app, limits
@@ -66,7 +67,11 @@ class BoundedBodies:
         async def replay() -> Message:
             return whole.pop() if whole else await receive()
 
-        await self._app(scope, replay, send)
+        # jobs end by themselves; a client that reads a little now and then would keep its place for ever
+        with contextlib.suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(
+                self._app(scope, replay, send), timeout=limits.seconds + limits.send_seconds
+            )
 
     async def _read(self, receive: Receive) -> bytes | None:
         """The whole body; None where the client has gone."""

@@ -6,6 +6,7 @@ import argparse
 from dataclasses import fields
 
 from emu3_megatron.errors import UserError
+from emu3_megatron.inference.checks import check_single_process
 from emu3_megatron.inference.command_line import add_model, open_generator
 from emu3_megatron.inference.dialogue import chat_template
 from emu3_megatron.inference.server.limits import Limits
@@ -43,12 +44,14 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Parse the command line, open the model and serve until interrupted."""
     arguments = build_parser().parse_args()
+    check_single_process("serve.py")
     limits = Limits(**{field.name: getattr(arguments, field.name) for field in fields(Limits)})
     template = chat_template(arguments.template)
     try:
         import uvicorn
 
         from emu3_megatron.inference.server.app import LOCAL_HOSTS, create_app
+        from emu3_megatron.inference.server.reading import reading_protocol
     except ImportError as error:
         raise UserError(
             f"{error.name} is missing; install the extra: pip install 'emu3-megatron[serve]'"
@@ -66,4 +69,10 @@ def main() -> None:
         model_name=arguments.name,
         hosts=hosts,
     )
-    uvicorn.run(app, host=arguments.host, port=arguments.port, timeout_graceful_shutdown=5)
+    uvicorn.run(
+        app,
+        host=arguments.host,
+        port=arguments.port,
+        http=reading_protocol(limits.send_seconds),
+        timeout_graceful_shutdown=5,
+    )

@@ -19,6 +19,8 @@ class Limits:
     """Longest time of a request, waiting included (504)."""
     body_seconds: float = 60.0
     """Longest time in which a body must arrive (408)."""
+    send_seconds: float = 60.0
+    """Longest time in which a client must take what waits for it; then its connection is cut off."""
     body_bytes: int = 32 << 20
     """Largest body; an upload is a third longer than its file (413)."""
     upload_pixels: int = 1 << 25
@@ -29,8 +31,8 @@ class Limits:
     """Most files of one request."""
     understanding_area: int = 512 * 512
     """Pixels that an uploaded picture is brought to."""
-    pixels: int = 1 << 20
-    """Most pixels of a picture to generate."""
+    pixels: int = 1 << 19
+    """Most pixels of a picture to generate (released: 720 x 720); fewer where `length` holds fewer."""
     frames: int = 64
     """Most frames of a clip, given and generated."""
     samples: int = 4

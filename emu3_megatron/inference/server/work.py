@@ -15,7 +15,7 @@ from PIL import Image as PillowImage
 
 from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Image, Video
-from emu3_megatron.inference.dialogue import MediaReader, Message, chat_request, read_text
+from emu3_megatron.inference.dialogue import MediaReader, Message, TextStream, chat_request, read_text
 from emu3_megatron.inference.request import Request
 from emu3_megatron.inference.sampling import Sampling
 from emu3_megatron.inference.server.worker import Event
@@ -56,8 +56,10 @@ class ImageWork:
         width: int,
         sampling: Sampling,
         seeds: Sequence[int],
+        most_positions: int,
     ) -> None:
         self._generator, self._dialect = generator, generator.bundle.dialect
+        self._most_positions = most_positions
         self._vision = generator.bundle.vision_tokenizer
         self._prompt, self._negative_prompt = prompt, negative_prompt
         self._rows, self._columns = (
@@ -80,6 +82,8 @@ class ImageWork:
             self._seeds,
             self._negative_prompt,
         )
+        for request in requests:
+            _check_length(request, self._most_positions)
         return [(request, self._take(index)) for index, request in enumerate(requests)]
 
     def _take(self, index: int) -> OnTokens:
@@ -234,13 +238,12 @@ class AnswerWork:
         self._most_positions = most_positions
         self._messages, self._template, self._frames = messages, template, frames
         self._sampling, self._seed, self._max_new_tokens = sampling, seed, max_new_tokens
-        self._ids: list[int] = []
-        self._seen, self._text = 0, ""
+        self._stream, self._text = TextStream(self._dialect), ""
 
     def requests(self, check: Callable[[], None]) -> list[tuple[Request, OnTokens]]:
         """One; its length is checked before any file is decoded and encoded."""
         _check_length(self._request(self._plan, check), self._most_positions)
-        return [(self._request(self._read, check), self._ids.extend)]
+        return [(self._request(self._read, check), self._stream.extend)]
 
     def _request(self, read: Callable[[Upload], Image | Video], check: Callable[[], None]) -> Request:
         """With what `read` makes of the files."""
@@ -273,17 +276,10 @@ class AnswerWork:
 
     def news(self) -> Event | None:
         """The words that have come, as far as no character is cut."""
-        if self._seen == len(self._ids):
-            return None
-        self._seen = len(self._ids)
-        text = self._whole_text()
-        if text.endswith("\ufffd") or not text.startswith(self._text) or text == self._text:
-            return None
-        delta, self._text = text[len(self._text) :], text
-        return {"type": "text", "text": delta}
-
-    def _whole_text(self) -> str:
-        return read_text(self._dialect, np.array(self._ids, dtype=np.int64)).lstrip()
+        text = self._stream.read()
+        delta = text if self._text else text.lstrip()
+        self._text += delta
+        return {"type": "text", "text": delta} if delta else None
 
     def preview(self) -> Event | None:
         """Nothing: words are news."""
@@ -291,9 +287,9 @@ class AnswerWork:
 
     def result(self, tickets: list[Ticket]) -> Event:
         """The whole answer, and what of it has not been told."""
-        text = self._whole_text()
-        rest = text[len(self._text) :] if text.startswith(self._text) else ""
         (ticket,) = tickets
+        text = read_text(self._dialect, ticket.completion().ids).lstrip()
+        rest = text[len(self._text) :] if text.startswith(self._text) else ""
         return {
             "type": "done", "text": text, "rest": rest, "finished": ticket.finished, "tokens": usage(tickets),
         }  # fmt: skip
@@ -304,7 +300,7 @@ def _check_length(request: Request, most: int) -> None:
     if request.length > most:
         raise UserError(
             f"the request takes {request.length} positions, files and new tokens included, more than the "
-            f"{most} of this server; send less, or ask for fewer tokens"
+            f"{most} of this server; send less, or ask for fewer pixels or tokens"
         )
 
 

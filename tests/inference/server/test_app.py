@@ -6,8 +6,10 @@ import asyncio
 import base64
 import io
 import json
+import math
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -132,6 +134,22 @@ def test_page_models_and_status(client: TestClient) -> None:
     assert "<canvas" in client.get("/").text or 'createElement("canvas")' in client.get("/").text
     assert client.get("/v1/models").json()["data"][0]["id"] == "emu3"
     assert client.get("/status").json()["jobs"] == 0
+
+
+def test_pictures_that_are_offered_are_drawn(generator: Generator) -> None:
+    """Whatever `pixels` says, no more than a sequence holds; what is too long by its shape is told so."""
+    limits = replace(LIMITS, pixels=1 << 20)
+    with TestClient(create_app(generator, limits=limits), base_url="http://localhost") as client:
+        most = client.get("/status").json()["most_pixels"]
+        side = math.isqrt(most)
+        assert side * side == most
+        body = {**PICTURE, "guidance": 1.0}
+        assert client.post(IMAGES, json={**body, "size": f"{side}x{side}"}).status_code == 200
+        refused = client.post(IMAGES, json={**body, "size": f"{side + 4}x{side}"})
+        assert (refused.status_code, "pixels" in refused.text) == (400, True)
+        thin = client.post(IMAGES, json={**body, "size": f"4x{most // 4 // 4 * 4}"})
+        assert thin.status_code == 400
+        assert f"more than the {LIMITS.length} of this server" in thin.text
 
 
 def image_part(url: Any) -> dict[str, Any]:
