@@ -21,7 +21,7 @@ from emu3_megatron.curation.frames import Picture, clip_frames, image_of, info_o
 from emu3_megatron.curation.manifest import BadEntry, RawManifest
 from emu3_megatron.curation.units import Unit
 from emu3_megatron.errors import UserError, one_line
-from emu3_megatron.files import atomic_write, fsync_directory
+from emu3_megatron.files import atomic_write, entry_interval, fsync_directory
 from emu3_megatron.media import MediaError, frame_range
 
 JOURNAL_FILE, MANIFEST_FILE, FAILURES_FILE = "journal.jsonl", "manifest.jsonl", "failures.jsonl"
@@ -341,10 +341,8 @@ def piece_count(seconds: float, longest: float) -> int:
 
 def _interval(unit: Unit, seconds: float) -> tuple[float, float]:
     """Part of the file that an entry means: its ``start`` and ``end``, or all of it."""
-    values = [unit.record.get("start", 0.0), unit.record.get("end", seconds)]
-    if not all(isinstance(value, (int, float)) for value in values):
-        raise MediaError(f"has a start or end that is no number: {values}")
-    start, end = (min(max(float(value), 0.0), seconds) for value in values)
+    start, end = entry_interval(unit.record) or (0.0, None)
+    end = seconds if end is None else min(end, seconds)
     if end <= start:
         raise MediaError(f"lasts {seconds:.2f} s; start {start:g} and end {end:g} leave nothing of it")
     return start, end

@@ -162,10 +162,12 @@ class CurationJob:
 
 def _is_cut(step: Step) -> bool:
     """Whether a kept unit is a part of its video."""
-    frames = next((s.score["frames"] for s in step.path if s.stage and s.stage.name == "probe"), None)
-    if frames is None:
-        frames = next((len(s.score["seconds"]) for s in step.path if s.stage and s.stage.name == "scenes"), 0)
-    return is_part(step.unit, frames)
+    scores = {before.stage.name: before.score for before in step.path if before.stage}
+    if "part" in scores:
+        return is_part(step.unit, scores["part"]["of"])
+    if "probe" in scores:
+        return is_part(step.unit, scores["probe"]["frames"])
+    return is_part(step.unit, len(scores["scenes"]["seconds"]) if "scenes" in scores else 0)
 
 
 class _Results:
@@ -226,8 +228,8 @@ class _Results:
         if unit.interval is not None and _is_cut(step):
             interval = {"start": unit.interval[0], "end": unit.interval[1]}
             if self._config.video.write_clips:
-                name = unit.id[: unit.id.rindex("@")]
-                record["source"] = {"id": name, "video": record["video"], **interval}
+                record = {key: value for key, value in record.items() if key not in interval}
+                record["source"] = {"id": unit.entry, "video": record["video"], **interval}
                 record["video"] = f"clips/{clip_name(unit)}"
             else:
                 record |= interval

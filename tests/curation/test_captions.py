@@ -308,3 +308,17 @@ def test_any_captioner_will_do(manifest: Path, tmp_path: Path) -> None:
     assert [len(request.pictures) for request in (clip, first, second)] == [4, 4, 4]
     assert [request.seconds for request in (clip, first, second)] == pytest.approx([3.0, 15.0, 15.0])
     assert not np.array_equal(first.pictures[-1], second.pictures[0])
+
+
+def test_a_part_may_be_open_at_either_end(manifest: Path, tmp_path: Path) -> None:
+    """`null`, as other programs write what is absent, is absent."""
+    clip = str(manifest.parent / "clip.mp4")
+    parts = {"all": (None, None), "tail": (1.0, None), "head": (None, 1.5)}
+    records = [{"id": name, "video": clip, "start": a, "end": b} for name, (a, b) in parts.items()]
+    records.append({"id": "bad", "video": clip, "start": "1"})
+    recorder = Recorder()
+    config = config_for(write_manifest(tmp_path / "m.jsonl", records), tmp_path / "out", "http://x/v1")
+    assert CaptionJob(config, recorder).run() == (3, 1)
+    assert [request.seconds for request in recorder.requests] == pytest.approx([3.0, 2.0, 1.5])
+    (failure,) = rows(tmp_path / "out" / "failures.jsonl")
+    assert "number of seconds" in failure["reason"]
