@@ -130,8 +130,8 @@ class CurationJob:
                 elif results.take(step):
                     report.step(step)
             report.write(output)
-            if self.config.thumbnails:
-                write_sheets(report, output)
+        if self.config.thumbnails:  # once the results are out: nothing that happens here takes them away
+            write_sheets(report, output, processes=self.config.processes, timeout=self.config.entry_timeout)
         if self.config.num_workers == 1:  # else another worker may be writing the same results
             for leftover in output.rglob(f".*{TEMPORARY_SUFFIX}"):  # of killed runs
                 leftover.unlink(missing_ok=True)

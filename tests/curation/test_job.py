@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 import pytest
 
-from emu3_megatron.curation import scoring
+from emu3_megatron.curation import scoring, sheets
 from emu3_megatron.curation.config import (
     ContaminationConfig,
     CurationConfig,
@@ -35,6 +35,7 @@ from emu3_megatron.curation.config import (
 )
 from emu3_megatron.curation.job import curate
 from emu3_megatron.curation.pool import run_tasks
+from emu3_megatron.curation.sheets import Thumbnailer, ThumbnailTask
 from emu3_megatron.errors import UserError
 from emu3_megatron.media import probe_video
 from tests.curation import corpus
@@ -309,6 +310,57 @@ def test_a_file_that_ends_or_stops_its_process_is_set_aside(processes: int) -> N
     }
     assert "SIGSEGV" in results["c segfault d"]
     assert "longer than 3 s" in results["f hang"]
+
+
+class CrashingThumbnailer(Thumbnailer):
+    """Ends its process at one file."""
+
+    def __call__(self, task: ThumbnailTask, *rest: Any) -> tuple[str, ...]:
+        if task.path.name == "deadly.png" and not rest[1]:
+            rest[0](("thumbnail", str(task.path)))
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().__call__(task, *rest)
+
+
+def figures(output: Path, reason: str) -> dict[str, int]:
+    """Number of pictures of each example on a sheet."""
+    (page,) = (path.read_text() for path in (output / "sheets").glob(f"image-*{reason}.html"))
+    shown = [part.split("</figure>")[0] for part in page.split("<figure")[1:]]
+    return {part.split("<b>")[1].split("</b>")[0]: part.count("<img") for part in shown}
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_no_file_keeps_the_results_from_being_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """One file was unusable, one is when it is to be shown."""
+    folder, out = tmp_path / "raw", tmp_path / "out"
+    folder.mkdir()
+    for name in ("good", "deadly", "unusable"):
+        save(folder / f"{name}.png", photograph("astronaut.png", (320, 320)))
+    (folder / "unusable.png").write_bytes(b"no picture")
+    records = [{"id": name, "image": f"{name}.png"} for name in ("good", "deadly", "unusable")]
+    manifest = write_manifest(folder / "raw.jsonl", records)
+    image = replace(IMAGE, stages=("probe",))
+    config = config_for(manifest, out, image=image, processes=processes)
+    decoded: list[str] = []
+
+    def failing(unit: Any, count: int) -> Any:
+        assert (out / "manifest.jsonl").exists()
+        decoded.append(unit.path.name)
+        if unit.path.name != "good.png":
+            raise RuntimeError("the decoder does not like it")
+        return [photograph("astronaut.png", (60, 60))]
+
+    if processes:
+        monkeypatch.setattr(sheets, "Thumbnailer", CrashingThumbnailer)
+    else:
+        monkeypatch.setattr(sheets, "pictures_of", failing)
+    assert curate(config) is not None
+    assert {row["id"] for row in read(out / "manifest.jsonl")} == {"good", "deadly"}
+    assert figures(out, "kept") == {"good": 1, "deadly": 0}
+    assert figures(out, "unusable") == {"unusable": 0}
+    assert "unusable.png" not in decoded
 
 
 def test_contamination_is_reported_and_dropped(raw: Path, output: Path, tmp_path: Path) -> None:
