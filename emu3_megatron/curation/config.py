@@ -318,6 +318,8 @@ class CurationConfig:
     """Jobs that share the folder."""
     entry_timeout: float = 600.0
     """Seconds after which an entry's stage is given up and the entry set aside."""
+    max_unusable_fraction: float = 0.05
+    """Share of the entries that may be set aside before the job fails."""
     retry_unusable: bool = False
     """Look again at entries that were set aside in an earlier run."""
     thumbnails: int = 48
@@ -333,6 +335,8 @@ class CurationConfig:
             raise UserError("processes and thumbnails must not be negative, num_workers at least 1")
         if not 0 <= self.worker < self.num_workers:
             raise UserError(f"worker={self.worker} must lie in 0..{self.num_workers - 1} (num_workers - 1)")
+        if not 0 <= self.max_unusable_fraction <= 1:
+            raise UserError(f"max_unusable_fraction={self.max_unusable_fraction} must lie in 0..1")
         if not self.entry_timeout > 0:
             raise UserError(f"entry_timeout={self.entry_timeout} must be positive")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -20,7 +20,7 @@ from emu3_megatron.curation.manifest import BadEntry, RawManifest
 from emu3_megatron.curation.pipeline import Pipeline, Step, look_ahead
 from emu3_megatron.curation.pool import run_tasks
 from emu3_megatron.curation.report import Report, headlines
-from emu3_megatron.curation.scoring import ChunkScorer, MissingScore, read_scores
+from emu3_megatron.curation.scoring import ChunkScorer, MissingScore, read_scores, set_aside, unusable
 from emu3_megatron.curation.sheets import write_sheets
 from emu3_megatron.curation.units import Comparer, Score, Stage, Unit
 from emu3_megatron.errors import UserError
@@ -42,6 +42,7 @@ class CurationJob:
         self.manifest = RawManifest(config.manifest)
         self.pipeline = Pipeline(config)
         self._claim_folder()
+        self._budget = _Budget(config, len(self.manifest))
 
     def _claim_folder(self) -> None:
         """Write ``job.json``, or compare with the one that is there. Settings may change, entries may not."""
@@ -68,7 +69,7 @@ class CurationJob:
             What was kept and dropped; None where other workers' chunks are missing.
 
         Raises:
-            UserError: a setting does not fit.
+            UserError: a setting does not fit, or more entries cannot be used than the settings allow.
             OSError: a fault that did not pass; what is done stays.
         """
         config = self.config
@@ -81,6 +82,7 @@ class CurationJob:
                 processes=config.processes,
                 timeout=config.entry_timeout,
                 on_step=lambda: bar.update(),
+                on_result=self._budget.add,
             )
         try:
             return self._finish()
@@ -116,6 +118,8 @@ class CurationJob:
 
     def _finish(self) -> Report:
         """Decide, write the clips, and then all results."""
+        self._budget = _Budget(self.config, len(self.manifest))  # this time of all workers
+        self._budget.add(self._unusable())
         problems = self._write_clips()
         report = Report(self.config.thumbnails)
         output = self.config.output
@@ -137,6 +141,18 @@ class CurationJob:
                 leftover.unlink(missing_ok=True)
         return report
 
+    def _unusable(self) -> Iterator[BadEntry]:
+        """One line about each entry that cannot be used. Raises `MissingScore`."""
+        last: Unit | None = None
+        for step in self._walk(None):
+            if isinstance(step, BadEntry):
+                yield step
+            elif isinstance(step, Unit):
+                last = step
+            elif last is not None and (found := next(unusable([step]), None)):
+                yield found
+                last = None
+
     def _write_clips(self) -> dict[str, str]:
         """Write the kept clips that are parts of videos; what is wrong with the others, by id."""
         config = self.config
@@ -157,7 +173,13 @@ class CurationJob:
                 timeout=config.entry_timeout,
                 on_step=lambda: bar.update(),
             )
-        return {task.id: problem for task, problem in results.items() if problem is not None}
+        problems = {task: problem for task, problem in results.items() if problem is not None}
+        first = {task.id[: task.id.rindex("@")]: task for task in reversed(problems)}  # of each entry
+        self._budget.add(
+            BadEntry(task.id, printable(str(task.source)), problems[task], "MediaError", "clips")
+            for task in first.values()
+        )
+        return {task.id: problem for task, problem in problems.items()}
 
 
 def _is_cut(step: Step) -> bool:
@@ -168,6 +190,31 @@ def _is_cut(step: Step) -> bool:
     if "probe" in scores:
         return is_part(step.unit, scores["probe"]["frames"])
     return is_part(step.unit, len(scores["scenes"]["seconds"]) if "scenes" in scores else 0)
+
+
+class _Budget:
+    """Ends a job of which too much cannot be used: then it is rarely the files."""
+
+    def __init__(self, config: CurationConfig, entries: int) -> None:
+        self._config, self._entries = config, entries
+        self._allowed = int(config.max_unusable_fraction * entries)
+        self._bad: list[BadEntry] = []
+
+    def add(self, bad: Iterable[BadEntry]) -> None:
+        """Count entries. Raises `UserError` above the limit, and leaves a list of what was counted."""
+        self._bad += bad
+        if len(self._bad) <= self._allowed:
+            return
+        path, first = self._config.output / QUARANTINE_FILE, self._bad[0]
+        with atomic_write(path) as stream:
+            for entry in self._bad:
+                _write_line(stream, asdict(entry))
+        raise UserError(
+            f"{len(self._bad)} of {self._entries} entries cannot be used, and max_unusable_fraction="
+            f"{self._config.max_unusable_fraction:g} allows {self._allowed}; the first: "
+            f"{first.path or first.id} {first.reason}; see {path}, repair the files, or raise it and run "
+            "again: scores are kept"
+        )
 
 
 class _Results:
@@ -205,9 +252,7 @@ class _Results:
         return True
 
     def _set_aside(self, unit: Unit, reason: str, error: str, stage: str) -> None:
-        self.quarantine(
-            BadEntry(unit.id, printable(str(unit.path)) if unit.path else None, reason, error, stage)
-        )
+        self.quarantine(set_aside(unit, reason, error, stage))
 
     def _stage_file(self, name: str) -> BinaryIO:
         if name not in self._stages:

@@ -57,6 +57,7 @@ def run_tasks(
     processes: int,
     timeout: float,
     on_step: Callable[[], object] = lambda: None,
+    on_result: Callable[[Any], object] = lambda result: None,
 ) -> dict[Any, Any]:
     """Do all tasks.
 
@@ -66,6 +67,7 @@ def run_tasks(
         processes: how many; 0 does the tasks here.
         timeout: seconds that one announced step may take.
         on_step: called for every announcement of None.
+        on_result: called with what the handler returned for a task; what it raises ends all.
 
     Returns:
         What the handler returned for each task.
@@ -75,12 +77,15 @@ def run_tasks(
         OSError: a handler met a fault that did not pass.
     """
     if processes == 0:
-        handler = make()
-        return {task: handler(task, lambda key: on_step() if key is None else None, {}) for task in tasks}
+        handler, results = make(), {}
+        for task in tasks:
+            results[task] = handler(task, lambda key: on_step() if key is None else None, {})
+            on_result(results[task])
+        return results
     waiting = deque(tasks)
     if not waiting:
         return {}
-    pool = _Pool(waiting, make, timeout, on_step)
+    pool = _Pool(waiting, make, timeout, on_step, on_result)
     try:
         return pool.run(min(processes, len(waiting)))
     finally:
@@ -97,9 +102,11 @@ class _Pool:
         make: Callable[[], Handler],
         timeout: float,
         on_step: Callable[[], object],
+        on_result: Callable[[Any], object],
     ) -> None:
         self.workers: list[_Worker] = []
-        self._waiting, self._make, self._timeout, self._on_step = waiting, make, timeout, on_step
+        self._waiting, self._make, self._timeout = waiting, make, timeout
+        self._on_step, self._on_result = on_step, on_result
         self._results: dict[Any, Any] = {}
         self._failures: dict[Any, dict[Key, Score]] = {}
         self._attempts: dict[tuple[Any, Key], int] = {}
@@ -139,6 +146,7 @@ class _Pool:
         elif kind == "done":
             self._results[worker.task] = value
             worker.task = worker.at = None
+            self._on_result(value)
         else:
             raise value
 

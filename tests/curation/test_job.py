@@ -135,6 +135,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_for(raw: Path, output: Path, **settings: Any) -> CurationConfig:
     defaults: dict[str, Any] = {"image": IMAGE, "video": VIDEO, "processes": 0, "progress": False}
+    defaults["max_unusable_fraction"] = 1.0
     text = TextConfig(min_similarity=0.7)  # the texts here are short
     return CurationConfig(manifest=(raw,), output=output, **{"text": text, **defaults, **settings})
 
