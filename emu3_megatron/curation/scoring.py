@@ -48,9 +48,10 @@ def read_scores(output: Path, chunk: int) -> dict[Key, Score]:
     rows: dict[Key, Score] = {}
     if path.exists():
         try:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                rows[row["key"], row["id"]] = row["score"]
+            with open(path, "rb") as stream:  # bytes: a name may hold what ends a line of text, as U+2028
+                for line in stream:
+                    row = json.loads(line)
+                    rows[row["key"], row["id"]] = row["score"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: is damaged ({error}); remove it, and its scores are made again"

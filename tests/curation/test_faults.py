@@ -14,6 +14,7 @@ import torch
 
 from emu3_megatron.curation import scoring
 from emu3_megatron.curation.config import CurationConfig, ImageConfig, SizeConfig
+from emu3_megatron.curation.contamination import read_prompts
 from emu3_megatron.curation.job import curate
 from emu3_megatron.curation.models import to_device
 from emu3_megatron.curation.quality import NoReferenceScorer
@@ -61,7 +62,7 @@ def prepare(folder: Path, count: int, broken: Sequence[int] = ()) -> CurationCon
 
 
 def names(path: Path) -> list[str]:
-    return [json.loads(line)["id"] for line in path.read_bytes().splitlines()]
+    return [json.loads(line)["id"] for line in path.read_bytes().split(b"\n")[:-1]]
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -121,3 +122,28 @@ def test_too_many_unusable_files_end_the_job(tmp_path: Path, workers: int) -> No
     assert names(config.output / "quarantine.jsonl") == [str(i) for i in broken]
     assert curate(replace(config, max_unusable_fraction=0.02)) is not None
     assert len(names(config.output / "manifest.jsonl")) == 147
+
+
+LINE_ENDS = "\u2028\u2029\x85\x0b\x0c\x1c"
+"""What ends a line for Python's str and not for JSON Lines."""
+
+
+def test_a_name_may_hold_any_character(tmp_path: Path) -> None:
+    config = prepare(tmp_path, 1)
+    config = replace(config, image=replace(config.image, stages=("probe",)))
+    record = {"id": f"a{LINE_ENDS}b", "image": str(tmp_path / "CUDA 0.png")}
+    write_manifest(config.manifest[0], [record])
+    for _ in range(2):  # the second time from the scores that are kept
+        assert curate(config) is not None
+        assert names(config.output / "manifest.jsonl") == [record["id"]]
+
+
+def test_prompts_may_hold_any_character(tmp_path: Path) -> None:
+    prompt = f"a cat{LINE_ENDS[:3]}on a mat"
+    write_manifest(tmp_path / "a.jsonl", [{"prompt": prompt}, {"prompt": "b"}])
+    assert list(read_prompts(tmp_path / "a.jsonl")) == [prompt, "b"]
+    (tmp_path / "a.txt").write_bytes(f"{prompt}\r\n\nb".encode())
+    assert list(read_prompts(tmp_path / "a.txt")) == [prompt, "b"]
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"deep\.jsonl:1: is not valid JSON"):
+        list(read_prompts(tmp_path / "deep.jsonl"))
