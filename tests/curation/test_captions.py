@@ -254,6 +254,35 @@ def test_a_cut_journal_keeps_its_whole_lines(
     journal.close()
 
 
+OTHER = """
+import sys
+from pathlib import Path
+from emu3_megatron.curation.captions import Journal
+from emu3_megatron.errors import UserError
+try:
+    Journal(Path(sys.argv[1])).add({"key": "b", "id": "b", "caption": "other"})
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_two_processes_do_not_write_one_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    command = [sys.executable, "-c", OTHER, str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    journal = Journal(path)
+    journal.add({"key": "a", "id": "a", "caption": "one"})
+    other = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert other.returncode
+    assert "another process captions into this folder" in other.stderr
+    journal.add({"key": "c", "id": "c", "caption": "two"})
+    with pytest.raises(UserError, match="another process"):
+        Journal(path)
+    journal.close()
+    subprocess.run(command, env=environment, check=True)
+    assert [row["key"] for row in rows(path)] == ["a", "c", "b"]
+
+
 def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_bytes(
