@@ -6,11 +6,14 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from hypothesis import strategies as st
 
 from emu3_megatron.curation.captions import (
     CaptionAnswer,
+    CaptionError,
     CaptionJob,
     CaptionRequest,
     Journal,
@@ -180,6 +184,43 @@ def test_a_server_that_is_not_there(manifest: Path, tmp_path: Path) -> None:
 def test_an_answer_without_a_caption_is_a_failure(server: Start, manifest: Path, tmp_path: Path) -> None:
     url, _ = server("garbage")
     assert caption(config_for(manifest, tmp_path / "out", url))[1] == len(SAMPLES) + 2
+
+
+def trickle(listener: socket.socket, ended: threading.Event) -> None:
+    """A server that sends a byte of its answer now and then, and never all of it."""
+    while not ended.is_set():
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        with connection, suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            for _ in range(100):
+                if ended.wait(0.1):
+                    break
+                connection.sendall(b" ")
+
+
+def test_an_answer_that_trickles_in_without_end_is_given_up(tmp_path: Path) -> None:
+    """Every read is in time, and all of them together are not."""
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        server = threading.Thread(target=trickle, args=(listener, ended), daemon=True)
+        server.start()
+        try:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            captioner = ServerCaptioner(
+                config_for(tmp_path / "none", tmp_path, url, model="m", timeout=1.0, retries=0)
+            )
+            request = CaptionRequest("image", [np.zeros((8, 8, 3), np.uint8)], "what is it?")
+            (answer,) = captioner([request])
+        finally:
+            ended.set()
+            server.join(10)
+    assert isinstance(answer, CaptionError)
+    assert "no whole answer in 1 s" in str(answer)
 
 
 PROGRAM = """
