@@ -317,7 +317,8 @@ class CurationConfig:
     num_workers: int = 1
     """Jobs that share the folder."""
     entry_timeout: float = 600.0
-    """Seconds after which an entry's stage is given up and the entry set aside."""
+    """Seconds without progress (a decoded frame) after which an entry's stage is given up; the second time
+    the entry is set aside."""
     max_unusable_fraction: float = 0.05
     """Share of the entries that may be set aside before the job fails."""
     retry_unusable: bool = False
@@ -402,7 +403,7 @@ class CaptionConfig:
     first_wait: float = 1.0
     """Seconds before the second try, doubled from try to try up to a minute."""
     timeout: float = 180.0
-    """Seconds that one request may take."""
+    """Seconds that one request may take from its start to the end of its answer."""
     replace: bool = False
     """Ask for entries that have a caption, too."""
     progress: bool = True

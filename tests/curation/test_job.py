@@ -11,9 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,6 @@ from emu3_megatron.curation.config import (
     VideoConfig,
 )
 from emu3_megatron.curation.job import curate
-from emu3_megatron.curation.pool import run_tasks
 from emu3_megatron.curation.sheets import Thumbnailer, ThumbnailTask
 from emu3_megatron.errors import UserError
 from emu3_megatron.media import probe_video
@@ -283,34 +280,6 @@ def test_kills_leave_no_trace(raw: Path, output: Path) -> None:
     assert kills
     subprocess.run(command, env=environment, check=True)
     assert contents(folder) == contents(output)
-
-
-class Troublemaker:
-    """A handler that ends or stops its process at the step called so."""
-
-    def __call__(self, task: str, announce: Callable[..., object], failures: dict[Any, Any]) -> str:
-        for step in task.split():
-            key = ("stage", step)
-            announce(key)
-            if key in failures:
-                return f"{task}: {failures[key]['error']}"
-            if step == "segfault":
-                os.kill(os.getpid(), signal.SIGSEGV)
-            if step == "hang":
-                time.sleep(60)
-            announce(None)
-        return f"{task}: done"
-
-
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_file_that_ends_or_stops_its_process_is_set_aside(processes: int) -> None:
-    tasks = ["a b", "c segfault d", "e", "f hang", "g h"]
-    results = run_tasks(tasks, partial(Troublemaker), processes=processes, timeout=3.0)
-    assert {task: results[task] for task in ("a b", "e", "g h")} == {
-        t: f"{t}: done" for t in ("a b", "e", "g h")
-    }
-    assert "SIGSEGV" in results["c segfault d"]
-    assert "longer than 3 s" in results["f hang"]
 
 
 class CrashingThumbnailer(Thumbnailer):
