@@ -29,6 +29,10 @@ MAX_DEPTH = 200
 """Lists and objects within one another that `parse_json` accepts."""
 
 
+MAX_SECONDS = 1e9
+"""Beyond this, `entry_interval` takes a number of seconds for a mistake."""
+
+
 def temporary_path(path: Path) -> Path:
     """A hidden name beside `path`, new at every call (nodes may share a disk): ``.NAME.RANDOM.tmp``."""
     return path.parent / f".{path.name}.{secrets.token_hex(6)}{TEMPORARY_SUFFIX}"
@@ -155,6 +159,40 @@ def entry_id(record: Mapping[str, Any], place: str) -> str:
     """
     given = record.get("id")
     return printable(str(given) if isinstance(given, (str, int)) and str(given) else place)
+
+
+def entry_interval(record: Mapping[str, Any]) -> tuple[float, float | None] | None:
+    """The part of a video that an entry of a manifest means, the same by every program.
+
+    Args:
+        record: the entry; its ``start`` and ``end``, in seconds from the first frame, may be absent.
+
+    Returns:
+        Start and end (None: the video's end); None where both are absent.
+
+    Raises:
+        ValueError: they are no numbers of seconds, or leave nothing.
+    """
+    start, end = (_seconds(record, key) for key in ("start", "end"))
+    if start is None and end is None:
+        return None
+    start = start or 0.0
+    if start < 0 or (end is not None and end <= start):
+        raise ValueError(f'has "start" {start:g} and "end" {end}; 0 <= start < end must hold')
+    return start, end
+
+
+def _seconds(record: Mapping[str, Any], key: str) -> float | None:
+    """A number of seconds, where there is one."""
+    value = record.get(key)
+    if value is None:
+        return None
+    # Comparing, unlike converting, also works for whole numbers that no float can hold.
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_SECONDS:
+        raise ValueError(
+            f'has a "{key}" that is {printable(str(value)[:40])!r}; it must be a number of seconds'
+        )
+    return float(value)
 
 
 def printable(text: str) -> str:

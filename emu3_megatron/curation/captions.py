@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
@@ -12,7 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 from tqdm import tqdm
 
@@ -21,7 +23,7 @@ from emu3_megatron.curation.frames import Picture, clip_frames, image_of, info_o
 from emu3_megatron.curation.manifest import BadEntry, RawManifest
 from emu3_megatron.curation.units import Unit
 from emu3_megatron.errors import UserError, one_line
-from emu3_megatron.files import atomic_write, fsync_directory
+from emu3_megatron.files import atomic_write, entry_interval, fsync_directory
 from emu3_megatron.media import MediaError, frame_range
 
 JOURNAL_FILE, MANIFEST_FILE, FAILURES_FILE = "journal.jsonl", "manifest.jsonl", "failures.jsonl"
@@ -110,29 +112,44 @@ class Sample:
 
 
 class Journal:
-    """Captions that are paid for: appended, flushed to the disk, and never asked for again."""
+    """Captions that are paid for: appended, flushed to the disk, and never asked for again.
+
+    One process at a time holds the file: two would ask for the same captions, and pay for them twice.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Read what is there; a last line that a kill cut off is dropped."""
+        """Read what is there; a last line that a kill cut off is dropped.
+
+        Raises:
+            UserError: the file is damaged, or another process holds it.
+        """
         path.parent.mkdir(parents=True, exist_ok=True)
         self._lock = threading.Lock()
         self._rows: dict[str, dict[str, Any]] = {}
-        sound = 0
-        if path.exists():
-            with open(path, "rb") as stream:
-                for line in stream:
-                    try:
-                        row: dict[str, Any] = json.loads(line if line.endswith(b"\n") else b"")
-                        self._rows[row["key"]] = row
-                    except (ValueError, KeyError, TypeError):
-                        break
-                    sound += len(line)
+        self._stream = open(path, "ab")  # noqa: SIM115  (closed by close)
+        try:
+            _hold(self._stream, path)
+            sound = self._read(path)
             if sound < path.stat().st_size:
                 _check_tail(path, sound)
-        self._stream = open(path, "r+b" if path.exists() else "w+b")  # noqa: SIM115  (closed by close)
-        self._stream.truncate(sound)
-        self._stream.seek(sound)
+                self._stream.truncate(sound)
+        except BaseException:
+            self._stream.close()
+            raise
         fsync_directory(path.parent)
+
+    def _read(self, path: Path) -> int:
+        """Read the rows up to a damaged one; how many bytes they take."""
+        sound = 0
+        with open(path, "rb") as stream:
+            for line in stream:
+                try:
+                    row: dict[str, Any] = json.loads(line if line.endswith(b"\n") else b"")
+                    self._rows[row["key"]] = row
+                except (ValueError, KeyError, TypeError):
+                    break
+                sound += len(line)
+        return sound
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The row of a key."""
@@ -150,6 +167,22 @@ class Journal:
     def close(self) -> None:
         """Close the file."""
         self._stream.close()
+
+
+def _hold(stream: BinaryIO, path: Path) -> None:
+    """Keep other processes from the journal until it is closed, or this process ends.
+
+    A file system without locks (Lustre may be mounted so) leaves it to the user.
+    """
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise UserError(
+            f"{path}: another process captions into this folder; wait for its end, or choose another output"
+        ) from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
+            raise
 
 
 def _check_tail(path: Path, sound: int) -> None:
@@ -341,10 +374,8 @@ def piece_count(seconds: float, longest: float) -> int:
 
 def _interval(unit: Unit, seconds: float) -> tuple[float, float]:
     """Part of the file that an entry means: its ``start`` and ``end``, or all of it."""
-    values = [unit.record.get("start", 0.0), unit.record.get("end", seconds)]
-    if not all(isinstance(value, (int, float)) for value in values):
-        raise MediaError(f"has a start or end that is no number: {values}")
-    start, end = (min(max(float(value), 0.0), seconds) for value in values)
+    start, end = entry_interval(unit.record) or (0.0, None)
+    end = seconds if end is None else min(end, seconds)
     if end <= start:
         raise MediaError(f"lasts {seconds:.2f} s; start {start:g} and end {end:g} leave nothing of it")
     return start, end

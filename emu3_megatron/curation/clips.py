@@ -13,6 +13,7 @@ import numpy as np
 
 from emu3_megatron.curation.frames import SOURCE, Picture, open_video
 from emu3_megatron.curation.pool import Handler
+from emu3_megatron.curation.progress import listening, lively
 from emu3_megatron.curation.scoring import Announce, Key
 from emu3_megatron.curation.units import Score, Unit
 from emu3_megatron.errors import one_line
@@ -54,7 +55,8 @@ class ClipWriter(Handler):
         announce(key)
         problem: Any = failures[key]["error"] if key in failures else None
         if problem is None and not task.target.exists():
-            problem = _write(task)
+            with listening(lambda: announce(key)):
+                problem = _write(task)
         announce(None)
         return None if problem is None else str(problem)
 
@@ -83,7 +85,7 @@ def steady_frames(video: OpenVideo, first: int, stop: int) -> Iterator[Picture]:
     shown = np.maximum(np.searchsorted(times, instants, side="right") - 1, 0)
     wanted = iter([*shown.tolist(), -1])
     following = next(wanted)
-    for place, picture in enumerate(SOURCE.stream(video, first=first, stop=stop, size=size)):
+    for place, picture in enumerate(lively(SOURCE.stream(video, first=first, stop=stop, size=size))):
         while following == place:
             yield picture
             following = next(wanted)

@@ -320,7 +320,10 @@ class CurationConfig:
     num_workers: int = 1
     """Jobs that share the folder."""
     entry_timeout: float = 600.0
-    """Seconds after which an entry's stage is given up and the entry set aside."""
+    """Seconds without progress (a decoded frame) after which an entry's stage is given up; the second time
+    the entry is set aside."""
+    max_unusable_fraction: float = 0.05
+    """Share of the entries that may be set aside before the job fails."""
     retry_unusable: bool = False
     """Look again at entries that were set aside in an earlier run."""
     thumbnails: int = 48
@@ -336,6 +339,8 @@ class CurationConfig:
             raise UserError("processes and thumbnails must not be negative, num_workers at least 1")
         if not 0 <= self.worker < self.num_workers:
             raise UserError(f"worker={self.worker} must lie in 0..{self.num_workers - 1} (num_workers - 1)")
+        if not 0 <= self.max_unusable_fraction <= 1:
+            raise UserError(f"max_unusable_fraction={self.max_unusable_fraction} must lie in 0..1")
         if not self.entry_timeout > 0:
             raise UserError(f"entry_timeout={self.entry_timeout} must be positive")
         if self.held_out is not None and not 0 <= self.held_out < 1:
@@ -403,7 +408,7 @@ class CaptionConfig:
     first_wait: float = 1.0
     """Seconds before the second try, doubled from try to try up to a minute."""
     timeout: float = 180.0
-    """Seconds that one request may take."""
+    """Seconds that one request may take from its start to the end of its answer."""
     replace: bool = False
     """Ask for entries that have a caption, too."""
     progress: bool = True

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from emu3_megatron.curation.frames import pictures_of
 from emu3_megatron.curation.text_filters import is_spaceless, shingles, tokens_of
 from emu3_megatron.curation.units import Comparer, ComparingStage, Decision, Score, Unit
 from emu3_megatron.errors import UserError
+from emu3_megatron.files import parse_json
 from emu3_megatron.media import MediaError, decode_image
 
 PROMPT_KEYS = ("prompt", "text", "caption", "question")
@@ -114,17 +114,18 @@ def read_prompts(path: Path) -> Iterator[str]:
         UserError: the file cannot be read, or a line has no prompt.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Lines of the file: text may hold what else ends a line, as U+2028.
+        lines = [line.decode() for line in path.read_bytes().split(b"\n")]
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot read the evaluation prompts ({error})") from error
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         if path.suffix not in (".jsonl", ".json"):
-            yield line
+            yield line.strip()
             continue
         try:
-            record = json.loads(line)
+            record = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path}:{number}: is not valid JSON ({error})") from error
         known = record if isinstance(record, dict) else {}

@@ -11,7 +11,7 @@ import numpy as np
 
 from emu3_megatron.curation.config import TypeConfig
 from emu3_megatron.curation.frames import Picture, pictures_of, resize
-from emu3_megatron.curation.models import fingerprint
+from emu3_megatron.curation.models import fingerprint, to_device
 from emu3_megatron.curation.ocr import detector_name, text_coverage
 from emu3_megatron.curation.units import KEEP, Decision, Score, Stage, Unit, drop
 from emu3_megatron.errors import UserError
@@ -130,7 +130,7 @@ class ModelClassifier:
             model = AutoModelForImageClassification.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, KeyError) as error:
             raise UserError(f"{folder}: not an image classifier: {str(error).splitlines()[0]}") from error
-        self._model, self._device = model.eval().to(device), device
+        self._model, self._device = to_device(model, device), device
         self.labels = [model.config.id2label[i] for i in range(model.config.num_labels)]
         self.name = f"classifier {fingerprint(folder)}"
 

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
@@ -21,7 +21,7 @@ from emu3_megatron.curation.manifest import BadEntry, RawManifest
 from emu3_megatron.curation.pipeline import Pipeline, Step, look_ahead
 from emu3_megatron.curation.pool import run_tasks
 from emu3_megatron.curation.report import Report, headlines
-from emu3_megatron.curation.scoring import ChunkScorer, MissingScore, read_scores
+from emu3_megatron.curation.scoring import ChunkScorer, MissingScore, read_scores, set_aside, unusable
 from emu3_megatron.curation.sheets import write_sheets
 from emu3_megatron.curation.units import Comparer, Score, Stage, Unit
 from emu3_megatron.errors import UserError
@@ -43,6 +43,7 @@ class CurationJob:
         self.manifest = RawManifest(config.manifest)
         self.pipeline = Pipeline(config)
         self._claim_folder()
+        self._budget = _Budget(config, len(self.manifest))
 
     def _claim_folder(self) -> None:
         """Write ``job.json``, or compare with the one that is there. Settings may change, entries may not."""
@@ -69,7 +70,7 @@ class CurationJob:
             What was kept and dropped; None where other workers' chunks are missing.
 
         Raises:
-            UserError: a setting does not fit.
+            UserError: a setting does not fit, or more entries cannot be used than the settings allow.
             OSError: a fault that did not pass; what is done stays.
         """
         config = self.config
@@ -82,6 +83,7 @@ class CurationJob:
                 processes=config.processes,
                 timeout=config.entry_timeout,
                 on_step=lambda: bar.update(),
+                on_result=self._budget.add,
             )
         try:
             return self._finish()
@@ -117,6 +119,8 @@ class CurationJob:
 
     def _finish(self) -> Report:
         """Decide, write the clips, and then all results."""
+        self._budget = _Budget(self.config, len(self.manifest))  # this time of all workers
+        self._budget.add(self._unusable())
         problems = self._write_clips()
         report = Report(self.config.thumbnails)
         output = self.config.output
@@ -131,12 +135,24 @@ class CurationJob:
                 elif results.take(step):
                     report.step(step)
             report.write(output)
-            if self.config.thumbnails:
-                write_sheets(report, output)
+        if self.config.thumbnails:  # once the results are out: nothing that happens here takes them away
+            write_sheets(report, output, processes=self.config.processes, timeout=self.config.entry_timeout)
         if self.config.num_workers == 1:  # else another worker may be writing the same results
             for leftover in output.rglob(f".*{TEMPORARY_SUFFIX}"):  # of killed runs
                 leftover.unlink(missing_ok=True)
         return report
+
+    def _unusable(self) -> Iterator[BadEntry]:
+        """One line about each entry that cannot be used. Raises `MissingScore`."""
+        last: Unit | None = None
+        for step in self._walk(None):
+            if isinstance(step, BadEntry):
+                yield step
+            elif isinstance(step, Unit):
+                last = step
+            elif last is not None and (found := next(unusable([step]), None)):
+                yield found
+                last = None
 
     def _write_clips(self) -> dict[str, str]:
         """Write the kept clips that are parts of videos; what is wrong with the others, by id."""
@@ -158,15 +174,48 @@ class CurationJob:
                 timeout=config.entry_timeout,
                 on_step=lambda: bar.update(),
             )
-        return {task.id: problem for task, problem in results.items() if problem is not None}
+        problems = {task: problem for task, problem in results.items() if problem is not None}
+        first = {task.id[: task.id.rindex("@")]: task for task in reversed(problems)}  # of each entry
+        self._budget.add(
+            BadEntry(task.id, printable(str(task.source)), problems[task], "MediaError", "clips")
+            for task in first.values()
+        )
+        return {task.id: problem for task, problem in problems.items()}
 
 
 def _is_cut(step: Step) -> bool:
     """Whether a kept unit is a part of its video."""
-    frames = next((s.score["frames"] for s in step.path if s.stage and s.stage.name == "probe"), None)
-    if frames is None:
-        frames = next((len(s.score["seconds"]) for s in step.path if s.stage and s.stage.name == "scenes"), 0)
-    return is_part(step.unit, frames)
+    scores = {before.stage.name: before.score for before in step.path if before.stage}
+    if "part" in scores:
+        return is_part(step.unit, scores["part"]["of"])
+    if "probe" in scores:
+        return is_part(step.unit, scores["probe"]["frames"])
+    return is_part(step.unit, len(scores["scenes"]["seconds"]) if "scenes" in scores else 0)
+
+
+class _Budget:
+    """Ends a job of which too much cannot be used: then it is rarely the files."""
+
+    def __init__(self, config: CurationConfig, entries: int) -> None:
+        self._config, self._entries = config, entries
+        self._allowed = int(config.max_unusable_fraction * entries)
+        self._bad: list[BadEntry] = []
+
+    def add(self, bad: Iterable[BadEntry]) -> None:
+        """Count entries. Raises `UserError` above the limit, and leaves a list of what was counted."""
+        self._bad += bad
+        if len(self._bad) <= self._allowed:
+            return
+        path, first = self._config.output / QUARANTINE_FILE, self._bad[0]
+        with atomic_write(path) as stream:
+            for entry in self._bad:
+                _write_line(stream, asdict(entry))
+        raise UserError(
+            f"{len(self._bad)} of {self._entries} entries cannot be used, and max_unusable_fraction="
+            f"{self._config.max_unusable_fraction:g} allows {self._allowed}; the first: "
+            f"{first.path or first.id} {first.reason}; see {path}, repair the files, or raise it and run "
+            "again: scores are kept"
+        )
 
 
 class _Results:
@@ -204,9 +253,7 @@ class _Results:
         return True
 
     def _set_aside(self, unit: Unit, reason: str, error: str, stage: str) -> None:
-        self.quarantine(
-            BadEntry(unit.id, printable(str(unit.path)) if unit.path else None, reason, error, stage)
-        )
+        self.quarantine(set_aside(unit, reason, error, stage))
 
     def _stage_file(self, name: str) -> BinaryIO:
         if name not in self._stages:
@@ -229,8 +276,8 @@ class _Results:
         if unit.interval is not None and _is_cut(step):
             interval = {"start": unit.interval[0], "end": unit.interval[1]}
             if self._config.video.write_clips:
-                name = unit.id[: unit.id.rindex("@")]
-                record["source"] = {"id": name, "video": record["video"], **interval}
+                record = {key: value for key, value in record.items() if key not in interval}
+                record["source"] = {"id": unit.entry, "video": record["video"], **interval}
                 record["video"] = f"clips/{clip_name(unit)}"
             else:
                 record |= interval

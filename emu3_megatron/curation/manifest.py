@@ -13,7 +13,7 @@ from typing import Any
 
 from emu3_megatron.curation.units import Unit
 from emu3_megatron.errors import UserError
-from emu3_megatron.files import entry_id, parse_json, printable
+from emu3_megatron.files import entry_id, entry_interval, parse_json, printable
 
 KINDS = ("image", "video", "text")
 """Keys of which an entry has exactly one."""
@@ -149,6 +149,8 @@ def parse_line(line: bytes, place: str, folder: Path, *, repeated: bool = False)
             raise EntryError(f'has a "{kind}" that is not a string with something in it')
         if kind != "text":
             path = folder / _valid_path(value, kind)
+        if kind == "video":
+            _check_interval(record)
         return Unit(id=name, kind=kind, record=record, path=path)
     except EntryError as error:
         return BadEntry(name, None if path is None else printable(str(path)), str(error), "EntryError")
@@ -163,6 +165,14 @@ def _object(line: bytes) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise EntryError(f"is a JSON {type(record).__name__}; an entry is an object")
     return record
+
+
+def _check_interval(record: Mapping[str, Any]) -> None:
+    """Refuse a part of a video that cannot be one."""
+    try:
+        entry_interval(record)
+    except ValueError as error:
+        raise EntryError(str(error)) from error
 
 
 def _valid_path(value: str, key: str) -> str:

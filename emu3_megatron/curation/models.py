@@ -53,6 +53,16 @@ class OnnxModel:
         return list(self._session.run(None, dict(zip(self._inputs, inputs, strict=True))))
 
 
+def to_device(model: Any, device: str) -> Any:
+    """A torch module for inference, on `device`. Raises `UserError` where that cannot be used."""
+    try:
+        return model.eval().to(device)
+    except (RuntimeError, AssertionError) as error:  # no such device, none that is free, no torch for it
+        raise UserError(
+            f"the device {device!r} cannot be used: {str(error).splitlines()[0]}; name another one, or cpu"
+        ) from error
+
+
 def load_torchscript(path: Path) -> Any:
     """A TorchScript file as a function from arrays to a list of arrays. Raises `UserError`."""
     import torch

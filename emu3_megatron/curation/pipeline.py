@@ -11,7 +11,7 @@ from emu3_megatron.curation.duplicates import DuplicatesStage
 from emu3_megatron.curation.image_type import TypeStage
 from emu3_megatron.curation.motion import MotionStage
 from emu3_megatron.curation.ocr import TextCoverageStage
-from emu3_megatron.curation.probe import ImageProbe, VideoProbe
+from emu3_megatron.curation.probe import ImageProbe, PartStage, VideoProbe
 from emu3_megatron.curation.quality import QualityStage, ReadmissionStage, make_scorer
 from emu3_megatron.curation.scenes import SceneStage
 from emu3_megatron.curation.text_filters import (
@@ -50,6 +50,8 @@ class Step:
     decision: Decision
     path: tuple[Step, ...] = ()
     """The steps that led here."""
+    made: bool = False
+    """Whether the unit is one of those that the stage has split another into."""
 
 
 class Pipeline:
@@ -62,6 +64,7 @@ class Pipeline:
             "video": _video_stages(config.video),
             "text": _text_stages(config.text),
         }
+        self._part = PartStage()
         tail: list[Stage] = []
         if config.contamination.prompts or config.contamination.images:
             tail.append(ContaminationStage(config.contamination))
@@ -89,7 +92,15 @@ class Pipeline:
             score_of: gives the score of a stage for a unit; with the key ``error`` where there is none.
             comparers: memories for the comparing stages; where None, these keep everything.
         """
-        yield from self._walk(unit, self.stages[unit.kind], frozenset(), score_of, comparers, ())
+        path: tuple[Step, ...] = ()
+        if self._part.applies_to(unit):
+            score = score_of(self._part, unit)
+            step = Step(unit, self._part, score, _decide(self._part, unit, score, comparers))
+            yield step
+            if not step.decision.keep:
+                return
+            unit, path = self._part.part(unit, score), (step,)
+        yield from self._walk(unit, self.stages[unit.kind], frozenset(), score_of, comparers, path)
 
     def _walk(
         self,
@@ -112,7 +123,7 @@ class Pipeline:
                 return
             if isinstance(stage, SplittingStage):
                 for part, decision in stage.split(unit, score):
-                    yield Step(part, stage, {}, decision)
+                    yield Step(part, stage, {}, decision, made=True)
                     if decision.keep:
                         yield from self._walk(part, stages[place + 1 :], flags, score_of, comparers, path)
                 return

@@ -16,7 +16,8 @@ from emu3_megatron.curation.units import Score
 from emu3_megatron.errors import UserError, one_line
 
 ATTEMPTS = 2
-"""Times that an entry may end its process before it is set aside; the first may be another's fault."""
+"""Times that an entry may end its process, or stop it, before it is set aside; the first may be another's
+fault (memory, a file system that stalls)."""
 
 
 class Handler(Protocol):
@@ -57,6 +58,7 @@ def run_tasks(
     processes: int,
     timeout: float,
     on_step: Callable[[], object] = lambda: None,
+    on_result: Callable[[Any], object] = lambda result: None,
 ) -> dict[Any, Any]:
     """Do all tasks.
 
@@ -64,8 +66,9 @@ def run_tasks(
         tasks: hashable, picklable.
         make: builds a handler in each process; picklable.
         processes: how many; 0 does the tasks here.
-        timeout: seconds that one announced step may take.
+        timeout: seconds that may pass from one announcement to the next.
         on_step: called for every announcement of None.
+        on_result: called with what the handler returned for a task; what it raises ends all.
 
     Returns:
         What the handler returned for each task.
@@ -76,11 +79,15 @@ def run_tasks(
     """
     if processes == 0:
         handler = make()
-        return {task: handler(task, lambda key: on_step() if key is None else None, {}) for task in tasks}
+        results: dict[Any, Any] = {}
+        for task in tasks:
+            results[task] = handler(task, lambda key: on_step() if key is None else None, {})
+            on_result(results[task])
+        return results
     waiting = deque(tasks)
     if not waiting:
         return {}
-    pool = _Pool(waiting, make, timeout, on_step)
+    pool = _Pool(waiting, make, timeout, on_step, on_result)
     try:
         return pool.run(min(processes, len(waiting)))
     finally:
@@ -97,9 +104,11 @@ class _Pool:
         make: Callable[[], Handler],
         timeout: float,
         on_step: Callable[[], object],
+        on_result: Callable[[Any], object],
     ) -> None:
         self.workers: list[_Worker] = []
-        self._waiting, self._make, self._timeout, self._on_step = waiting, make, timeout, on_step
+        self._waiting, self._make, self._timeout = waiting, make, timeout
+        self._on_step, self._on_result = on_step, on_result
         self._results: dict[Any, Any] = {}
         self._failures: dict[Any, dict[Key, Score]] = {}
         self._attempts: dict[tuple[Any, Key], int] = {}
@@ -117,7 +126,8 @@ class _Pool:
                 self._listen(next(worker for worker in self.workers if worker.connection is connection))
             for worker in list(self.workers):
                 if worker.at is not None and time.monotonic() - worker.since > self._timeout:
-                    self._replace(worker, f"took longer than {self._timeout:g} s and was given up", sure=True)
+                    reason = f"made no progress for {self._timeout:g} s and was given up, {ATTEMPTS} times"
+                    self._replace(worker, reason, "TimeoutError")
         return self._results
 
     def _listen(self, worker: _Worker) -> None:
@@ -126,9 +136,8 @@ class _Pool:
             kind, value = worker.connection.recv()
         except (EOFError, ConnectionError):
             worker.process.join(5)
-            self._replace(
-                worker, f"ends the process that reads it ({_ending(worker.process.exitcode)})", sure=False
-            )
+            reason = f"ends the process that reads it ({_ending(worker.process.exitcode)})"
+            self._replace(worker, reason, "ProcessError")
             return
         if kind == "ready":
             worker.ready = True
@@ -139,10 +148,11 @@ class _Pool:
         elif kind == "done":
             self._results[worker.task] = value
             worker.task = worker.at = None
+            self._on_result(value)
         else:
             raise value
 
-    def _replace(self, worker: _Worker, reason: str, *, sure: bool) -> None:
+    def _replace(self, worker: _Worker, reason: str, error: str) -> None:
         """Start another process for the task, without the step that ended this one if it is to blame."""
         worker.end()
         task, at = worker.task, worker.at
@@ -152,10 +162,8 @@ class _Pool:
                 "see what it wrote above, or run with --processes 0"
             )
         count = self._attempts[task, at] = self._attempts.get((task, at), 0) + 1
-        if sure or count >= ATTEMPTS:
-            self._failures.setdefault(task, {})[at] = failure(
-                reason, "TimeoutError" if sure else "ProcessError"
-            )
+        if count >= ATTEMPTS:
+            self._failures.setdefault(task, {})[at] = failure(reason, error)
         self._waiting.appendleft(task)
         self.workers[self.workers.index(worker)] = _Worker(self._make)
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from emu3_megatron.curation.config import QualityConfig, ReadmissionConfig
 from emu3_megatron.curation.frames import Picture, pictures_of
-from emu3_megatron.curation.models import OnnxModel, clip_pixels, fingerprint
+from emu3_megatron.curation.models import OnnxModel, clip_pixels, fingerprint, to_device
 from emu3_megatron.curation.no_reference import colourfulness, combine, no_reference_parts
 from emu3_megatron.curation.ocr import detector_name, picture_coverage
 from emu3_megatron.curation.units import KEEP, Decision, Score, Stage, Unit, drop
@@ -103,9 +103,8 @@ class _ClipFeatures:
         from transformers import CLIPVisionModelWithProjection
 
         self._device = device
-        self._model = (
-            CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True).eval().to(device)
-        )
+        model = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
+        self._model = to_device(model, device)
         self.image_size = int(self._model.config.image_size)
 
     def __call__(self, pixels: Any) -> list[Any]:
@@ -120,6 +119,8 @@ def _clip_features(folder: Path, device: str) -> _ClipFeatures:
     """Open a CLIP folder, in the user's terms where it is none."""
     try:
         return _ClipFeatures(folder, device)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"{folder}: not a CLIP folder of Hugging Face: {str(error).splitlines()[0]}"

@@ -13,7 +13,7 @@ from typing import Any
 from emu3_megatron.curation.categories import category_of
 from emu3_megatron.curation.contamination import CONTAMINATED
 from emu3_megatron.curation.pipeline import UNUSABLE, Step
-from emu3_megatron.curation.units import SplittingStage, Unit
+from emu3_megatron.curation.units import Unit
 from emu3_megatron.files import atomic_write, write_json_atomic
 
 KEPT = "kept"
@@ -83,9 +83,7 @@ class Report:
         if step.stage is None:
             self._keep(step)
             return
-        stage = (
-            CLIPS if isinstance(step.stage, SplittingStage) and unit.frames is not None else step.stage.name
-        )
+        stage = CLIPS if step.made else step.stage.name
         self.entered[unit.kind, stage] += 1
         if decision.reason == CONTAMINATED:
             self.contamination.append({"id": unit.id, "kind": unit.kind, "found": decision.detail})

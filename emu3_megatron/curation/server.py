@@ -9,6 +9,7 @@ import random
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import httpx
@@ -18,6 +19,7 @@ from PIL import Image
 from emu3_megatron.curation.captions import CaptionAnswer, CaptionError, CaptionRequest
 from emu3_megatron.curation.config import CaptionConfig
 from emu3_megatron.errors import UserError, one_line
+from emu3_megatron.files import parse_json
 
 TRY_AGAIN = frozenset({408, 409, 425, 429, 500, 502, 503, 504})
 """Statuses that may pass."""
@@ -49,6 +51,18 @@ class RateLimiter:
             delay = self._next - now
             self._next += self._gap
         return delay
+
+
+@dataclass(frozen=True)
+class _Response:
+    """What a server has answered."""
+
+    status: int
+    """Of HTTP."""
+    content: bytes
+    """The body."""
+    retry_after: str
+    """The header of that name; empty without one."""
 
 
 class ServerCaptioner:
@@ -122,22 +136,23 @@ class ServerCaptioner:
                 raise CaptionError("not asked: another request showed that all would fail")
             asked_to_wait = None
             try:
-                response = self._client.request(method, path, json=body)
-                if response.is_success:
-                    answer: Any = response.json()
+                response = self._exchange(method, path, body)
+                if 200 <= response.status < 300:
+                    answer = parse_json(response.content)
                     if isinstance(answer, dict):
                         return answer
                     raise ValueError("its answer is no JSON object")
-                problem = f"status {response.status_code}: {' '.join(response.text.split())[:200]}"
-                if response.status_code in STOP:
+                text = response.content.decode("utf-8", "replace")
+                problem = f"status {response.status}: {' '.join(text.split())[:200]}"
+                if response.status in STOP:
                     self._stop.set()
                     raise UserError(
                         f"{self._config.url} refuses all requests, {problem}; check url, model and key"
                     )
-                if response.status_code not in TRY_AGAIN:
+                if response.status not in TRY_AGAIN:
                     raise CaptionError(f"the server refuses it, {problem}")
-                asked_to_wait = _retry_after(response)
-            except (httpx.TransportError, ValueError) as error:
+                asked_to_wait = _retry_after(response.retry_after)
+            except (httpx.RequestError, ValueError) as error:
                 if isinstance(error, UserError):
                     raise
                 problem = f"{type(error).__name__}: {one_line(error)}"
@@ -147,16 +162,31 @@ class ServerCaptioner:
             raise UserError(f"{self._config.url} does not answer ({problem}); is the server running?")
         raise CaptionError(f"no answer in {self._config.retries + 1} tries; the last: {problem}")
 
+    def _exchange(self, method: str, path: str, body: dict[str, Any] | None) -> _Response:
+        """Send once. The client's own limit is on each read: a server that trickles would never reach it.
+
+        Raises:
+            httpx.RequestError: no connection, no whole answer in time, or one that cannot be unpacked.
+        """
+        deadline = time.monotonic() + self._config.timeout
+        content = bytearray()
+        with self._client.stream(method, path, json=body) as response:
+            for part in response.iter_bytes():
+                content += part
+                if time.monotonic() > deadline:
+                    raise httpx.ReadTimeout(f"no whole answer in {self._config.timeout:g} s")
+        return _Response(response.status_code, bytes(content), response.headers.get("retry-after", ""))
+
     def _pause(self, attempt: int) -> float:
         """Seconds before the next try; drawn, so that many do not come back at once."""
         longest = min(LONGEST_WAIT, self._config.first_wait * 2**attempt)
         return longest * random.uniform(0.5, 1.0)
 
 
-def _retry_after(response: httpx.Response) -> float | None:
-    """Seconds that the server asks to wait, where it does, within reason."""
+def _retry_after(value: str) -> float | None:
+    """Seconds that the server asks to wait by its header, where it does, within reason."""
     try:
-        return min(LONGEST_WAIT, max(0.0, float(response.headers.get("retry-after", ""))))
+        return min(LONGEST_WAIT, max(0.0, float(value)))
     except ValueError:
         return None
 

@@ -6,16 +6,20 @@ import base64
 import html
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from emu3_megatron.curation.frames import Picture, pictures_of, resize
+from emu3_megatron.curation.pipeline import UNUSABLE
+from emu3_megatron.curation.pool import Handler, run_tasks
 from emu3_megatron.curation.report import Example, Report
+from emu3_megatron.curation.scoring import Announce, Key
+from emu3_megatron.curation.units import Score, Unit
 from emu3_megatron.files import atomic_write
-from emu3_megatron.media import MediaError
 
 THUMBNAIL = 168
 """Longer side in pixels."""
@@ -42,15 +46,66 @@ figure p{margin:0 0 .4rem;white-space:pre-wrap;overflow-wrap:anywhere;font-size:
 """
 
 
-def write_sheets(report: Report, folder: Path) -> None:
-    """Write ``report.html``, and ``sheets/KIND-STAGE-REASON.html`` for every reason with examples."""
+@dataclass(frozen=True)
+class ThumbnailTask:
+    """A unit to show small."""
+
+    kind: str
+    """``image`` or ``video``."""
+    path: Path
+    """The media file."""
+    frames: tuple[int, int] | None
+    """First frame of a clip, and the one after the last."""
+
+
+class Thumbnailer(Handler):
+    """Makes thumbnails. Answers their data addresses: none where there is no picture."""
+
+    def __call__(
+        self, task: ThumbnailTask, announce: Announce, failures: Mapping[Key, Score]
+    ) -> tuple[str, ...]:
+        """Make the thumbnails of one unit."""
+        key = ("thumbnail", str(task.path))
+        announce(key)
+        addresses: tuple[str, ...] = ()
+        if key not in failures:
+            unit = Unit(id=str(task.path), kind=task.kind, record={}, path=task.path, frames=task.frames)
+            try:
+                addresses = tuple(map(_thumbnail, pictures_of(unit, CLIP_THUMBNAILS)))
+            except Exception:  # whatever it is, the results are not worth less for it
+                addresses = ()
+        announce(None)
+        return addresses
+
+
+def write_sheets(report: Report, folder: Path, *, processes: int, timeout: float) -> None:
+    """Write ``report.html``, and ``sheets/KIND-STAGE-REASON.html`` for every reason with examples.
+
+    Args:
+        report: what was kept and dropped.
+        folder: where to write.
+        processes: how many decode the examples; see `run_tasks`. Unusable files are left alone.
+        timeout: seconds that one example may take.
+    """
     sheets: dict[tuple[str, str, str], str] = {}
-    for key, examples in report.examples().items():
+    examples_of = report.examples()
+    wanted_pictures = {
+        _task(example.unit)
+        for (kind, _, reason), examples in examples_of.items()
+        if kind != "text" and reason != UNUSABLE
+        for example in examples
+    }
+    tasks = sorted(wanted_pictures, key=lambda task: (task.kind, str(task.path), task.frames or ()))
+    pictures = run_tasks(tasks, Thumbnailer, processes=processes, timeout=timeout)
+    for key, examples in examples_of.items():
         name = "-".join(re.sub(r"[^a-z0-9]+", "_", part.lower()) for part in key) + ".html"
         sheets[key] = name
         kind, stage, reason = key
         title = f"{kind}: {reason}" + (f" ({stage})" if stage != reason else "")
-        body = "\n".join(_figure(example) for example in examples)
+        body = "\n".join(
+            _figure(example, () if kind == "text" else pictures.get(_task(example.unit), ()))
+            for example in examples
+        )
         back = '<p><a href="../report.html">report</a></p>'
         _write(folder / "sheets" / name, title, f'{back}<div class="grid">\n{body}\n</div>')
     wanted = set(sheets.values())
@@ -113,18 +168,19 @@ def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines) + "</table>"
 
 
-def _figure(example: Example) -> str:
-    """One example."""
+def _task(unit: Unit) -> ThumbnailTask:
+    """What to show of a unit that has media."""
+    return ThumbnailTask(unit.kind, unit.file, unit.frames)
+
+
+def _figure(example: Example, pictures: Sequence[str]) -> str:
+    """One example, with the data addresses of its pictures."""
     unit = example.unit
     caption = f"<figcaption><b>{html.escape(unit.id)}</b><br>{html.escape(example.text)}</figcaption>"
     if unit.kind == "text":
         text = unit.text[:EXCERPT] + ("…" if len(unit.text) > EXCERPT else "")
         return f'<figure class="text"><p>{html.escape(text)}</p>{caption}</figure>'
-    try:
-        pictures = pictures_of(unit, CLIP_THUMBNAILS)
-    except (MediaError, OSError):
-        pictures = []
-    images = "".join(f'<img alt="" src="{_thumbnail(picture)}">' for picture in pictures)
+    images = "".join(f'<img alt="" src="{address}">' for address in pictures)
     return f"<figure>{images}{caption}</figure>"
 
 

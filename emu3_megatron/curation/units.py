@@ -6,7 +6,7 @@ import hashlib
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -37,6 +37,16 @@ class Unit:
         if self.path is None:
             raise ValueError(f"{self.id} is a {self.kind}: it has no media file")
         return self.path
+
+    @property
+    def entry(self) -> str:
+        """Name of the entry that the unit is, or is a clip of."""
+        return self.id if self.frames is None else self.id[: self.id.rindex("@")]
+
+    def clip(self, frames: tuple[int, int], interval: tuple[float, float]) -> Unit:
+        """The clip of `frames` and seconds `interval`, both counted from the start of the file."""
+        name = f"{self.entry}@{frames[0]}-{frames[1]}"
+        return replace(self, id=name, frames=frames, interval=(round(interval[0], 6), round(interval[1], 6)))
 
     @property
     def text(self) -> str:

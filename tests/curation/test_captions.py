@@ -6,11 +6,14 @@ import json
 import os
 import random
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ from hypothesis import strategies as st
 
 from emu3_megatron.curation.captions import (
     CaptionAnswer,
+    CaptionError,
     CaptionJob,
     CaptionRequest,
     Journal,
@@ -182,6 +186,43 @@ def test_an_answer_without_a_caption_is_a_failure(server: Start, manifest: Path,
     assert caption(config_for(manifest, tmp_path / "out", url))[1] == len(SAMPLES) + 2
 
 
+def trickle(listener: socket.socket, ended: threading.Event) -> None:
+    """A server that sends a byte of its answer now and then, and never all of it."""
+    while not ended.is_set():
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            continue
+        with connection, suppress(OSError):
+            connection.recv(1 << 16)
+            connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n")
+            for _ in range(100):
+                if ended.wait(0.1):
+                    break
+                connection.sendall(b" ")
+
+
+def test_an_answer_that_trickles_in_without_end_is_given_up(tmp_path: Path) -> None:
+    """Every read is in time, and all of them together are not."""
+    ended = threading.Event()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.settimeout(0.2)
+        server = threading.Thread(target=trickle, args=(listener, ended), daemon=True)
+        server.start()
+        try:
+            url = f"http://127.0.0.1:{listener.getsockname()[1]}/v1"
+            captioner = ServerCaptioner(
+                config_for(tmp_path / "none", tmp_path, url, model="m", timeout=1.0, retries=0)
+            )
+            request = CaptionRequest("image", [np.zeros((8, 8, 3), np.uint8)], "what is it?")
+            (answer,) = captioner([request])
+        finally:
+            ended.set()
+            server.join(10)
+    assert isinstance(answer, CaptionError)
+    assert "no whole answer in 1 s" in str(answer)
+
+
 PROGRAM = """
 import sys
 from pathlib import Path
@@ -254,6 +295,35 @@ def test_a_cut_journal_keeps_its_whole_lines(
     journal.close()
 
 
+OTHER = """
+import sys
+from pathlib import Path
+from emu3_megatron.curation.captions import Journal
+from emu3_megatron.errors import UserError
+try:
+    Journal(Path(sys.argv[1])).add({"key": "b", "id": "b", "caption": "other"})
+except UserError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_two_processes_do_not_write_one_journal(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    command = [sys.executable, "-c", OTHER, str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    journal = Journal(path)
+    journal.add({"key": "a", "id": "a", "caption": "one"})
+    other = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert other.returncode
+    assert "another process captions into this folder" in other.stderr
+    journal.add({"key": "c", "id": "c", "caption": "two"})
+    with pytest.raises(UserError, match="another process"):
+        Journal(path)
+    journal.close()
+    subprocess.run(command, env=environment, check=True)
+    assert [row["key"] for row in rows(path)] == ["a", "c", "b"]
+
+
 def test_a_damaged_journal_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
     path.write_bytes(
@@ -308,3 +378,17 @@ def test_any_captioner_will_do(manifest: Path, tmp_path: Path) -> None:
     assert [len(request.pictures) for request in (clip, first, second)] == [4, 4, 4]
     assert [request.seconds for request in (clip, first, second)] == pytest.approx([3.0, 15.0, 15.0])
     assert not np.array_equal(first.pictures[-1], second.pictures[0])
+
+
+def test_a_part_may_be_open_at_either_end(manifest: Path, tmp_path: Path) -> None:
+    """`null`, as other programs write what is absent, is absent."""
+    clip = str(manifest.parent / "clip.mp4")
+    parts = {"all": (None, None), "tail": (1.0, None), "head": (None, 1.5)}
+    records = [{"id": name, "video": clip, "start": a, "end": b} for name, (a, b) in parts.items()]
+    records.append({"id": "bad", "video": clip, "start": "1"})
+    recorder = Recorder()
+    config = config_for(write_manifest(tmp_path / "m.jsonl", records), tmp_path / "out", "http://x/v1")
+    assert CaptionJob(config, recorder).run() == (3, 1)
+    assert [request.seconds for request in recorder.requests] == pytest.approx([3.0, 2.0, 1.5])
+    (failure,) = rows(tmp_path / "out" / "failures.jsonl")
+    assert "number of seconds" in failure["reason"]

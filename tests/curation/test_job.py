@@ -11,9 +11,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import cv2
 import numpy as np
 import pytest
 
-from emu3_megatron.curation import scoring
+from emu3_megatron.curation import scoring, sheets
 from emu3_megatron.curation.config import (
     ContaminationConfig,
     CurationConfig,
@@ -34,7 +32,7 @@ from emu3_megatron.curation.config import (
     VideoConfig,
 )
 from emu3_megatron.curation.job import curate, split_of
-from emu3_megatron.curation.pool import run_tasks
+from emu3_megatron.curation.sheets import Thumbnailer, ThumbnailTask
 from emu3_megatron.curation.units import Unit
 from emu3_megatron.errors import UserError
 from emu3_megatron.media import probe_video
@@ -135,6 +133,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def config_for(raw: Path, output: Path, **settings: Any) -> CurationConfig:
     defaults: dict[str, Any] = {"image": IMAGE, "video": VIDEO, "processes": 0, "progress": False}
+    defaults["max_unusable_fraction"] = 1.0
     text = TextConfig(min_similarity=0.7)  # the texts here are short
     return CurationConfig(manifest=(raw,), output=output, **{"text": text, **defaults, **settings})
 
@@ -312,32 +311,55 @@ def test_kills_leave_no_trace(raw: Path, output: Path) -> None:
     assert contents(folder) == contents(output)
 
 
-class Troublemaker:
-    """A handler that ends or stops its process at the step called so."""
+class CrashingThumbnailer(Thumbnailer):
+    """Ends its process at one file."""
 
-    def __call__(self, task: str, announce: Callable[..., object], failures: dict[Any, Any]) -> str:
-        for step in task.split():
-            key = ("stage", step)
-            announce(key)
-            if key in failures:
-                return f"{task}: {failures[key]['error']}"
-            if step == "segfault":
-                os.kill(os.getpid(), signal.SIGSEGV)
-            if step == "hang":
-                time.sleep(60)
-            announce(None)
-        return f"{task}: done"
+    def __call__(self, task: ThumbnailTask, *rest: Any) -> tuple[str, ...]:
+        if task.path.name == "deadly.png" and not rest[1]:
+            rest[0](("thumbnail", str(task.path)))
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return super().__call__(task, *rest)
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_file_that_ends_or_stops_its_process_is_set_aside(processes: int) -> None:
-    tasks = ["a b", "c segfault d", "e", "f hang", "g h"]
-    results = run_tasks(tasks, partial(Troublemaker), processes=processes, timeout=3.0)
-    assert {task: results[task] for task in ("a b", "e", "g h")} == {
-        t: f"{t}: done" for t in ("a b", "e", "g h")
-    }
-    assert "SIGSEGV" in results["c segfault d"]
-    assert "longer than 3 s" in results["f hang"]
+def figures(output: Path, reason: str) -> dict[str, int]:
+    """Number of pictures of each example on a sheet."""
+    (page,) = (path.read_text() for path in (output / "sheets").glob(f"image-*{reason}.html"))
+    shown = [part.split("</figure>")[0] for part in page.split("<figure")[1:]]
+    return {part.split("<b>")[1].split("</b>")[0]: part.count("<img") for part in shown}
+
+
+@pytest.mark.parametrize("processes", [0, 1])
+def test_no_file_keeps_the_results_from_being_published(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, processes: int
+) -> None:
+    """One file was unusable, one is when it is to be shown."""
+    folder, out = tmp_path / "raw", tmp_path / "out"
+    folder.mkdir()
+    for name in ("good", "deadly", "unusable"):
+        save(folder / f"{name}.png", photograph("astronaut.png", (320, 320)))
+    (folder / "unusable.png").write_bytes(b"no picture")
+    records = [{"id": name, "image": f"{name}.png"} for name in ("good", "deadly", "unusable")]
+    manifest = write_manifest(folder / "raw.jsonl", records)
+    image = replace(IMAGE, stages=("probe",))
+    config = config_for(manifest, out, image=image, processes=processes)
+    decoded: list[str] = []
+
+    def failing(unit: Any, count: int) -> Any:
+        assert (out / "manifest.jsonl").exists()
+        decoded.append(unit.path.name)
+        if unit.path.name != "good.png":
+            raise RuntimeError("the decoder does not like it")
+        return [photograph("astronaut.png", (60, 60))]
+
+    if processes:
+        monkeypatch.setattr(sheets, "Thumbnailer", CrashingThumbnailer)
+    else:
+        monkeypatch.setattr(sheets, "pictures_of", failing)
+    assert curate(config) is not None
+    assert {row["id"] for row in read(out / "manifest.jsonl")} == {"good", "deadly"}
+    assert figures(out, "kept") == {"good": 1, "deadly": 0}
+    assert figures(out, "unusable") == {"unusable": 0}
+    assert "unusable.png" not in decoded
 
 
 def test_contamination_is_reported_and_dropped(raw: Path, output: Path, tmp_path: Path) -> None:
