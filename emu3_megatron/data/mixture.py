@@ -161,12 +161,15 @@ class OpenSource:
         path = None if cache is None else Path(cache) / f"mean-{canonical_sha256(question)[:32]}.json"
         if path is not None:
             try:
-                return float.fromhex(json.loads(path.read_bytes())["mean_tokens"])
-            except (OSError, ValueError, KeyError, TypeError):
+                kept = json.loads(path.read_bytes())
+                if kept.pop("checksum") == canonical_sha256(kept):
+                    return float.fromhex(kept["mean_tokens"])
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 pass  # not there, or damaged: measured again
         mean = self._measure(capacity)
         if path is not None:
-            write_json_atomic(path, {**question, "mean_tokens": mean.hex()})
+            answer = {**question, "mean_tokens": mean.hex()}
+            write_json_atomic(path, {**answer, "checksum": canonical_sha256(answer)})
         return mean
 
     def _measure(self, capacity: int) -> float:
