@@ -89,8 +89,8 @@ class BlockCache:
 
     def load(self, number: int, num_windows: int) -> Block | None:
         """A block from its file; None where the file is missing or damaged."""
-        arrays = read_arrays(self._path(number, num_windows))
-        if arrays is None or arrays.keys() != {field.name for field in fields(Block)}:
+        arrays = read_arrays(self._path(number, num_windows), [field.name for field in fields(Block)])
+        if arrays is None:
             return None
         block = Block(**arrays)
         return block if block.num_windows == num_windows else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from io import BytesIO
 from typing import Any
 
@@ -25,15 +25,20 @@ def keep_arrays(path: str | os.PathLike[str], arrays: Mapping[str, npt.NDArray[A
         stream.write(contents.getbuffer())
 
 
-def read_arrays(path: str | os.PathLike[str]) -> dict[str, npt.NDArray[Any]] | None:
-    """The arrays of a file by name; None where it is missing, or any byte that matters is damaged."""
+def read_arrays(path: str | os.PathLike[str], names: Iterable[str]) -> dict[str, npt.NDArray[Any]] | None:
+    """The arrays of a file by name; None where it is missing, or any byte that matters is damaged.
+
+    Args:
+        path: The file.
+        names: Of the arrays that it must hold.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             # zipfile compares a CRC-32 when the last byte of a member is read, and `numpy.load` reads as many
             # as the array's header asks for: a damaged header would never be found. So each is read whole.
-            members = {name: archive.read(name) for name in archive.namelist()}
+            members = {name: archive.read(f"{name}.npy") for name in names}
         return {
-            name.removesuffix(".npy"): np.lib.format.read_array(BytesIO(data), allow_pickle=False)
+            name: np.lib.format.read_array(BytesIO(data), allow_pickle=False)
             for name, data in members.items()
         }
     except Exception:  # what zipfile raises for a damaged directory depends on the bit; the file is no good

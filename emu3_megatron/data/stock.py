@@ -7,7 +7,7 @@ other when they are opened, and every id against the vocabulary when it is read.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +155,18 @@ class StockShard:
             segments.append((ids.astype(np.int32), TEXT_MODE))
         return segments
 
-    def find(self, sample_ids: Collection[str]) -> list[int]:
-        """Numbers of the documents with these sample ids, ascending."""
-        return [number for number in range(len(self)) if f"{self._prefix.name}:{number}" in sample_ids]
+    @property
+    def names(self) -> Iterator[dict[str, Any]]:
+        """``{"id": sample id, "task": None}`` of every document, in order."""
+        return (self.name(number) for number in range(len(self)))
+
+    def find(self, sample_ids: Collection[str]) -> Iterator[tuple[int, str]]:
+        """Numbers and names of the documents with these sample ids, ascending."""
+        begin = f"{self._prefix.name}:"
+        ends = (each[len(begin) :] for each in sample_ids if each.startswith(begin))
+        numbers = {int(end) for end in ends if end.isascii() and end.isdecimal() and len(end) < 19}
+        named = ((number, f"{begin}{number}") for number in sorted(numbers) if number < len(self))
+        return (found for found in named if found[1] in sample_ids)  # not of "007"
 
     def name(self, number: int) -> dict[str, Any]:
         """The sample id is the prefix's name and the document's number."""
