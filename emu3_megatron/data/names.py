@@ -43,8 +43,8 @@ class ShardNames:
         if not len(self._places):
             return
         with open(self._path, "rb") as stream:
-            for line in stream:
-                yield self._parse(line)
+            while lines := stream.readlines(READ_BYTES):
+                yield from self._parse(lines)
 
     def __getitem__(self, number: int) -> dict[str, Any]:
         """The name of one document; raises as iteration does."""
@@ -52,7 +52,7 @@ class ShardNames:
             raise IndexError(f"{self._path}: line {number} must lie in [0, {self._documents})")
         group, line = divmod(number, LINES_BETWEEN)
         start, stop = self._places[group], self._places[group + 1]
-        return self._parse(self._read(str(self._path), stop - start, start).split(b"\n")[line])
+        return self._parse([self._read(str(self._path), stop - start, start).split(b"\n")[line]])[0]
 
     @cached_property
     def _places(self) -> array[int]:
@@ -79,11 +79,12 @@ class ShardNames:
             places.append(size)
         return array("q", [0, *places]) if size else places
 
-    def _parse(self, line: bytes) -> dict[str, Any]:
+    def _parse(self, lines: list[bytes]) -> list[dict[str, Any]]:
         try:
-            name = json.loads(line)
+            names = json.loads(b"[%b]" % b",".join(lines))  # at once, which takes half the time
         except ValueError as error:
             raise UserError(f"{self._path}: cannot be read ({error}); restore it") from error
-        if not isinstance(name, dict) or not isinstance(name.get("id"), str):
-            raise UserError(f"{self._path}: a line names no document: {line[:80]!r}; write the shard again")
-        return name
+        for name in names:
+            if not isinstance(name, dict) or not isinstance(name.get("id"), str):
+                raise UserError(f"{self._path}: {name!r:.80} names no document; write the shard again")
+        return names
