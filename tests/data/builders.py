@@ -31,4 +31,4 @@ def write_stock(prefix: Path, documents: Sequence[Sequence[Sequence[int]]]) -> N
     borders = np.cumsum([0, *map(len, documents)]).astype("<i8")
     header = INDEX_HEADER.pack(INDEX_MAGIC, INDEX_VERSION, 8, len(lengths), len(borders))
     Path(f"{prefix}.idx").write_bytes(header + lengths.tobytes() + pointers.tobytes() + borders.tobytes())
-    Path(f"{prefix}.bin").write_bytes(np.concatenate(sequences).tobytes())
+    Path(f"{prefix}.bin").write_bytes(b"".join(ids.tobytes() for ids in sequences))
