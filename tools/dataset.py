@@ -111,16 +111,16 @@ def _view(arguments: argparse.Namespace) -> int:
 
 def _replay(arguments: argparse.Namespace) -> int:
     # The trainer's configuration brings torch along, which nothing else here needs.
-    from emu3_megatron.training import command_line
-    from emu3_megatron.training.data import open_plan
+    from emu3_megatron.posttraining.runs import describe_run
 
     given = Path(arguments.plan)
     path = given / "config.yaml" if given.is_dir() else given
     if not path.is_file():
         raise UserError(f"{path}: no such file; --plan takes the folder of a run, or its config.yaml")
-    config = command_line.parse(["--config", str(path)]).config
+    run = describe_run(["--config", str(path)])
+    config = run.config
     windows, title = _windows_to_replay(arguments, config.trainer)
-    plan = open_plan(config)
+    plan = run.open_plan()
     losses = None
     if arguments.checkpoint is not None:
         from emu3_megatron.training.token_losses import open_token_losses

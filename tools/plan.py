@@ -14,8 +14,7 @@ import sys
 
 from emu3_megatron.data.report import SAMPLED_WINDOWS, report
 from emu3_megatron.errors import UserError, run_main
-from emu3_megatron.training import command_line
-from emu3_megatron.training.data import open_plan
+from emu3_megatron.posttraining.runs import describe_run
 
 
 def main() -> None:
@@ -28,11 +27,12 @@ def main() -> None:
         "--sample", type=int, default=SAMPLED_WINDOWS, help="windows read to count modalities"
     )
     own, others = parser.parse_known_args()
-    config = command_line.parse(others).config
-    windows = config.trainer.steps * config.trainer.global_batch_size if own.windows is None else own.windows
+    run = describe_run(others)
+    trainer = run.config.trainer
+    windows = trainer.steps * trainer.global_batch_size if own.windows is None else own.windows
     if windows < 1 or own.sample < 1:
         raise UserError(f"--windows {windows} and --sample {own.sample} must be at least 1")
-    for line in report(open_plan(config), windows, sampled=own.sample):
+    for line in report(run.open_plan(), windows, sampled=own.sample):
         print(line)
         sys.stdout.flush()
 

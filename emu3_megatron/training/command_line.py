@@ -39,7 +39,7 @@ class CommandLine(Generic[C]):
     dry_run: bool
     """Print the configuration and its arithmetic, and end."""
     world_size: int
-    """Processes: as started, or as given for a dry run."""
+    """Processes: as started, as given for a dry run, or those of one copy of the model."""
 
 
 def parse(arguments: Sequence[str]) -> CommandLine[TrainingConfig]:
@@ -47,12 +47,14 @@ def parse(arguments: Sequence[str]) -> CommandLine[TrainingConfig]:
     return parse_as(TrainingConfig, arguments)
 
 
-def parse_as(kind: type[C], arguments: Sequence[str]) -> CommandLine[C]:
+def parse_as(kind: type[C], arguments: Sequence[str], *, started: bool = True) -> CommandLine[C]:
     """Read arguments and the files they name; check every section, alone and against the others.
 
     Args:
         kind: The configuration to fill: `TrainingConfig`, or one with sections of its own.
         arguments: The command line.
+        started: Whether this is one of the run's processes. Where it is not, but plans the run or looks at
+            it, the layout is checked for one copy of the model.
 
     Raises:
         UserError: one line with the key or value, the rule, the remedy.
@@ -65,7 +67,8 @@ def parse_as(kind: type[C], arguments: Sequence[str]) -> CommandLine[C]:
         raise UserError(_readable(error)) from error
     fields = {name: getattr(values, name) for name in kind.__dataclass_fields__}
     config = kind(**fields)
-    world_size = values.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    here = int(os.environ.get("WORLD_SIZE", "1")) if started else config.parallel.model_parallel_size
+    world_size = values.world_size or here
     check_layout(config, world_size)
     return CommandLine(config=config, dry_run=values.dry_run, world_size=world_size)
 
