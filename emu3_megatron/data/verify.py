@@ -143,7 +143,7 @@ class Counted:
 
     def add(self, values: npt.NDArray[np.integer[Any]]) -> None:
         """Count more of them, ``[N]``."""
-        new, counts = np.unique(values, return_counts=True)
+        new, counts = np.unique(values.astype(np.int64), return_counts=True)
         self._values, places = np.unique(np.concatenate([self._values, new]), return_inverse=True)
         total = np.zeros(len(self._values), dtype=np.int64)
         np.add.at(total, places, np.concatenate([self._counts, counts]))
