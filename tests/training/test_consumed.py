@@ -42,7 +42,7 @@ def test_steps_read_one_range_after_the_other(
 
 def test_a_batch_that_grows_is_followed_without_metrics(tmp_path: Path) -> None:
     trainer = TrainerConfig(
-        steps=20, global_batch_size=16, initial_batch_size=4, batch_growth=4, batch_ramp_steps=12
+        steps=20, global_batch_size=16, initial_batch_size=4, batch_increment=4, batch_ramp_steps=12
     )
     consumed = ConsumedWindows(tmp_path, trainer)
     sizes = [trainer.batch_size(step) for step in range(20)]
@@ -63,7 +63,7 @@ def test_the_batch_changed_on_resume(tmp_path: Path) -> None:
     with open(tmp_path / "metrics.jsonl", "a") as stream:
         stream.write("\n")
     with pytest.raises(UserError, match=r"metrics\.jsonl: line .* is damaged"):
-        ConsumedWindows(tmp_path, TrainerConfig(steps=2000))
+        ConsumedWindows(tmp_path, TrainerConfig(steps=2000, global_batch_size=16))
 
 
 def test_steps_and_windows_beyond_the_run_are_refused_at_once(tmp_path: Path, tiny_data: Path) -> None:
