@@ -13,6 +13,7 @@ from emu3_megatron.data.lint import lint
 from emu3_megatron.data.verify import describe, show, verify
 from emu3_megatron.errors import UserError, run_main
 from emu3_megatron.files import atomic_write
+from emu3_megatron.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from emu3_megatron.training.config import TrainerConfig
@@ -46,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     added.add_argument("--limit", type=int, default=16, help="ids shown of each end of a segment")
     added = dataset(command("lint", _lint, "find what will hurt training; exit code 1 if there is any"))
     added.add_argument("--context-length", type=int, help="also find what fits no window of so many tokens")
+    added.add_argument("--vocabulary", help="preset (emu3, emu3.5, tiny) that the dataset should have")
     added = dataset(command("view", _view, "write packed windows as a page to look at"))
     added.add_argument("--context-length", type=int, default=5120, help="tokens of a window")
     added.add_argument("--windows", type=int, default=8, help="number of windows")
@@ -95,7 +97,8 @@ def _verify(arguments: argparse.Namespace) -> int:
 
 def _lint(arguments: argparse.Namespace) -> int:
     count = 0
-    for finding in lint(arguments.dataset, context_length=arguments.context_length):
+    vocabulary = None if arguments.vocabulary is None else Vocabulary.preset(arguments.vocabulary)
+    for finding in lint(arguments.dataset, context_length=arguments.context_length, vocabulary=vocabulary):
         print(finding)
         count += 1
     print(f"{arguments.dataset}: {count} findings" if count else f"{arguments.dataset}: nothing found")
@@ -103,6 +106,11 @@ def _lint(arguments: argparse.Namespace) -> int:
 
 
 def _view(arguments: argparse.Namespace) -> int:
+    if arguments.first < 0 or arguments.windows < 1:
+        raise UserError(
+            f"--first {arguments.first}, --windows {arguments.windows}: windows count from 0, and at least 1 "
+            "is shown"
+        )
     plan = Plan(Mixture([Source(path=arguments.dataset)]), seed=0, context_length=arguments.context_length)
     windows = list(range(arguments.first, arguments.first + arguments.windows))
     _write_page(plan, windows, arguments, f"{arguments.dataset}, windows of {plan.context_length} tokens")
@@ -139,14 +147,18 @@ def _replay(arguments: argparse.Namespace) -> int:
 
 def _windows_to_replay(arguments: argparse.Namespace, trainer: TrainerConfig) -> tuple[list[int], str]:
     """Numbers of the windows of a step, or the one that is asked for, and a heading."""
+    from emu3_megatron.training.consumed import ConsumedWindows
+
+    given = Path(arguments.plan)
+    consumed = ConsumedWindows(given if given.is_dir() else given.parent, trainer)
     if arguments.window is not None:
-        if arguments.window < 0:
-            raise UserError(f"--window {arguments.window}: windows count from 0")
+        last = consumed.up_to(consumed.last_step) - 1
+        if not 0 <= arguments.window <= last:
+            raise UserError(
+                f"--window {arguments.window}: windows count from 0, and the run ends with {last}"
+            )
         return [arguments.window], f"window {arguments.window} of {arguments.plan}"
-    if arguments.step < 1:
-        raise UserError(f"--step {arguments.step}: steps count from 1, as in the log")
-    first = sum(trainer.batch_size(step) for step in range(arguments.step - 1))
-    windows = list(range(first, first + trainer.batch_size(arguments.step - 1)))
+    windows = list(consumed.of_step(arguments.step))
     title = f"step {arguments.step} of {arguments.plan}: windows {windows[0]} to {windows[-1]}"
     return windows, title
 

@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
 
 from emu3_megatron.data.report import SAMPLED_WINDOWS, report
 from emu3_megatron.errors import UserError, run_main
 from emu3_megatron.posttraining.runs import describe_run
+from emu3_megatron.training.consumed import ConsumedWindows
 
 
 def main() -> None:
@@ -29,7 +31,8 @@ def main() -> None:
     own, others = parser.parse_known_args()
     run = describe_run(others)
     trainer = run.config.trainer
-    windows = trainer.steps * trainer.global_batch_size if own.windows is None else own.windows
+    consumed = ConsumedWindows(Path(run.config.run), trainer)
+    windows = consumed.up_to(consumed.last_step) if own.windows is None else own.windows
     if windows < 1 or own.sample < 1:
         raise UserError(f"--windows {windows} and --sample {own.sample} must be at least 1")
     for line in report(run.open_plan(), windows, sampled=own.sample):

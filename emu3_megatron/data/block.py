@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, fields
-from io import BytesIO
 from pathlib import Path
 from threading import RLock, Thread
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from emu3_megatron.files import atomic_write
+from emu3_megatron.data.kept import keep_arrays, read_arrays
 
 _FILE_NAME = re.compile(r"block-(\d{8})-windows-(\d{8})\.npz")
 
@@ -91,20 +89,15 @@ class BlockCache:
 
     def load(self, number: int, num_windows: int) -> Block | None:
         """A block from its file; None where the file is missing or damaged."""
-        try:
-            with np.load(self._path(number, num_windows), allow_pickle=False) as arrays:
-                block = Block(**{field.name: arrays[field.name] for field in fields(Block)})
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = read_arrays(self._path(number, num_windows), [field.name for field in fields(Block)])
+        if arrays is None:
             return None
+        block = Block(**arrays)
         return block if block.num_windows == num_windows else None
 
     def store(self, number: int, block: Block) -> None:
         """Publish a block."""
-        contents = BytesIO()
-        np.savez(contents, allow_pickle=False, **block.arrays())
-        # The format holds checksums, so a file that a power cut damaged is built again.
-        with atomic_write(self._path(number, block.num_windows), durable=False) as stream:
-            stream.write(contents.getbuffer())
+        keep_arrays(self._path(number, block.num_windows), block.arrays())
 
     def _path(self, number: int, num_windows: int) -> Path:
         return self.folder / f"block-{number:08d}-windows-{num_windows:08d}.npz"

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from emu3_megatron.data.format import PROMPT_MODE, SPAN_MODE, TEXT_MODE, crc32c
+from emu3_megatron.data.format import PROMPT_MODE, SPAN_MODE, TEXT_MODE
 from emu3_megatron.data.reader import Kind, MultimodalDataset
+from emu3_megatron.data.writer import Segment
 from emu3_megatron.vocabulary import Vocabulary
 
 NAMED = 10
@@ -55,20 +57,60 @@ def lint(
             1,
             [],
         )
-    trouble: dict[str, list[int]] = {}
-    seen: set[tuple[int, int, int]] = set()
-    names: set[str] = set()
+    found: dict[str, _Found] = {}
+    contents, names = _Distinct(), _Distinct()
+    named = dataset.names()
     for first in range(0, len(dataset), 1 << 16):
         numbers = np.arange(first, min(first + (1 << 16), len(dataset)))
         if context_length is not None:
             what = f"documents with images or videos longer than a window of {context_length:,}"
-            trouble.setdefault(what, []).extend(_overlong(dataset, numbers, context_length))
-        for number in numbers.tolist():
-            for what in _faults(dataset, number, seen, names):
-                trouble.setdefault(what, []).append(number)
-    for what, found in trouble.items():
-        if found:
-            yield Finding(what, len(found), [dataset.sample_id(number) for number in found[:NAMED]])
+            for number in _overlong(dataset, numbers, context_length):
+                found.setdefault(what, _Found()).add(number)
+        for number, name in zip(numbers.tolist(), named, strict=False):
+            segments = dataset.document(number)
+            contents.add(b"".join(ids.tobytes() + bytes([mode]) for ids, mode in segments))
+            names.add(name["id"].encode())
+            for what in _faults(segments, own):
+                found.setdefault(what, _Found()).add(number)
+    for what, distinct in (
+        ("documents equal to an earlier one", contents),
+        ("documents with the sample id of an earlier one", names),
+    ):
+        for number in distinct.repeated().tolist():
+            found.setdefault(what, _Found()).add(number)
+    for what, each in found.items():
+        yield Finding(what, each.count, [dataset.sample_id(number) for number in each.first])
+
+
+class _Found:
+    """Documents that have one kind of trouble: how many, and the first of them."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[int] = []
+
+    def add(self, number: int) -> None:
+        self.count += 1
+        if len(self.first) < NAMED:
+            self.first.append(number)
+
+
+class _Distinct:
+    """Which of many contents were there before, in 16 bytes for each."""
+
+    def __init__(self) -> None:
+        self._digests = bytearray()
+
+    def add(self, content: bytes) -> None:
+        self._digests += hashlib.blake2b(content, digest_size=16).digest()
+
+    def repeated(self) -> npt.NDArray[np.int64]:
+        """Numbers of the contents equal to an earlier one, ascending."""
+        left, right = np.frombuffer(self._digests, dtype=np.uint64).reshape(-1, 2).T
+        order = np.lexsort((right, left))  # equal ones stay in their order
+        same = (np.diff(left[order]) == 0) & (np.diff(right[order]) == 0)
+        repeated: npt.NDArray[np.int64] = np.sort(order[1:][same])
+        return repeated
 
 
 def _overlong(dataset: MultimodalDataset, numbers: npt.NDArray[np.int64], context_length: int) -> list[int]:
@@ -80,25 +122,11 @@ def _overlong(dataset: MultimodalDataset, numbers: npt.NDArray[np.int64], contex
     return found
 
 
-def _faults(
-    dataset: MultimodalDataset, number: int, seen: set[tuple[int, int, int]], names: set[str]
-) -> Iterator[str]:
-    """What is wrong with one document; `seen` and `names` remember those before."""
-    segments = dataset.document(number)
-    data = b"".join(ids.tobytes() + bytes([mode]) for ids, mode in segments)
-    # Read from both ends, so that documents differ in one checksum where they agree in the other.
-    key = (len(data), crc32c(data), crc32c(data[::-1]))
-    if key in seen:
-        yield "documents equal to an earlier one"
-    seen.add(key)
-    name = dataset.sample_id(number)
-    if name in names:
-        yield "documents with the sample id of an earlier one"
-    names.add(name)
+def _faults(segments: Sequence[Segment], vocabulary: Vocabulary) -> Iterator[str]:
+    """What is wrong with one document, whatever the others are."""
     modes = [mode for _, mode in segments]
     if modes and all(mode == SPAN_MODE for mode in modes):
         yield "documents without any text (no caption)"
-    vocabulary = dataset.vocabulary
     for ids, mode in segments:
         if PROMPT_MODE in modes and mode == TEXT_MODE and ids[-1] == vocabulary.eos:
             ids = ids[:-1]  # an answer's end, before the next question

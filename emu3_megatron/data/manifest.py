@@ -46,6 +46,31 @@ class ShardRecord:
     files: dict[str, dict[str, Any]]
     """``{suffix: {"bytes": n, "sha256": hex}}`` for .bin, .idx, .crc and .jsonl."""
 
+    def file_contents(self, *, checksum: bool = True) -> bytes:
+        """The bytes of the record's file; those of earlier releases lack the checksum of the rest."""
+        fields = vars(self)
+        added = {"checksum": canonical_sha256(fields)} if checksum else {}
+        return (json.dumps({**fields, **added}, indent=2, ensure_ascii=False) + "\n").encode()
+
+    @classmethod
+    def load(cls, path: Path) -> ShardRecord:
+        """Read a record's file.
+
+        Raises:
+            UserError: not a record, or changed since it was written; names the file.
+        """
+        fields = _load_json(path)
+        checksum = fields.pop("checksum", None)
+        if checksum is not None and checksum != canonical_sha256(fields):
+            raise UserError(f"{path}: its checksum does not match its contents: write the shard again")
+        try:
+            record = cls(**fields)
+            for suffix in DATA_SUFFIXES:
+                record.files[suffix]["bytes"], record.files[suffix]["sha256"]
+        except (TypeError, KeyError) as error:
+            raise UserError(f"{path}: not the record of a shard ({error}): write the shard again") from error
+        return record
+
     def check_sizes(self, folder: Path) -> None:
         """Compare the files' sizes with the record.
 
@@ -179,9 +204,9 @@ def read_shard_record(
     if not path.is_file():
         return None
     try:
-        record = ShardRecord(**_load_json(path))
+        record = ShardRecord.load(path)
         record.check_sizes(path.parent)
-    except (UserError, TypeError, KeyError):
+    except UserError:
         return None
     return record
 
@@ -222,7 +247,7 @@ def write_manifest(
         path = Path(folder) / (stem + RECORD_SUFFIX)
         if not path.is_file():
             raise UserError(f"{path}: missing; shard {stem} is not finished: run its job again")
-        record = ShardRecord(**_load_json(path))
+        record = ShardRecord.load(path)
         record.check_sizes(Path(folder))
         if record.vocabulary_fingerprint != vocabulary.fingerprint:
             raise UserError(

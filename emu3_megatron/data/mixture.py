@@ -18,6 +18,7 @@ from emu3_megatron.data.manifest import Manifest, canonical_sha256
 from emu3_megatron.data.permutation import Integers, derive_key, permute
 from emu3_megatron.data.reader import MultimodalDataset
 from emu3_megatron.data.stock import StockDataset, is_stock, open_stock
+from emu3_megatron.data.takedown import Takedown, TakenDown, take_down
 from emu3_megatron.data.template import Decisions, Template, choose_captions
 from emu3_megatron.data.window import Canvas, Pieces
 from emu3_megatron.errors import UserError
@@ -63,18 +64,13 @@ class OpenSource:
         source: Source,
         dataset: MultimodalDataset,
         template: Template,
-        takedown: frozenset[str] = frozenset(),
     ) -> None:
         self.name = source.name or dataset.manifest.name
         self.weight = source.weight
         self.dataset = dataset
         self.template = source.template or template
-        self.taken_down = dataset.find(takedown)
-        """Numbers of the documents that are never drawn, ascending."""
-
-    @property
-    def _taken_down_fingerprint(self) -> str:
-        return canonical_sha256(self.taken_down.tolist()) if len(self.taken_down) else ""
+        self.taken_down = TakenDown(np.zeros(0, dtype=np.int64), 0)
+        """The documents that are never drawn."""
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -87,7 +83,7 @@ class OpenSource:
         }
         # Only where there are some, so that plans made before the list existed keep their fingerprint.
         if len(self.taken_down):
-            identity["taken down"] = self._taken_down_fingerprint
+            identity["taken down"] = self.taken_down.fingerprint
         return identity
 
     def draw(self, first: int, last: int, *, seed: int, capacity: int) -> Drawn:
@@ -105,7 +101,7 @@ class OpenSource:
                 np.arange(offset, offset + count), size, derive_key("permutation", seed, self.name, epoch)
             )
             if len(self.taken_down):
-                here = here[~np.isin(here, self.taken_down)]
+                here = here[self.taken_down.remain(here)]
             described, chosen = self._describe(here, seed=seed, epoch=epoch)
             key = derive_key("template", seed, self.name, epoch)
             decided = self.template.decide(here, described, key=key, capacity=capacity)
@@ -155,32 +151,44 @@ class OpenSource:
             "version": MEASURE_VERSION,
             "template": asdict(self.template),
             "dataset": self.dataset.fingerprint,
-            "taken down": self._taken_down_fingerprint,
+            "taken down": self.taken_down.fingerprint,
             "capacity": capacity,
         }
         path = None if cache is None else Path(cache) / f"mean-{canonical_sha256(question)[:32]}.json"
         if path is not None:
             try:
-                return float.fromhex(json.loads(path.read_bytes())["mean_tokens"])
-            except (OSError, ValueError, KeyError, TypeError):
+                kept = json.loads(path.read_bytes())
+                if kept.pop("checksum") == canonical_sha256(kept):
+                    return float.fromhex(kept["mean_tokens"])
+            except (OSError, ValueError, KeyError, TypeError, AttributeError):
                 pass  # not there, or damaged: measured again
         mean = self._measure(capacity)
         if path is not None:
-            write_json_atomic(path, {**question, "mean_tokens": mean.hex()})
+            answer = {**question, "mean_tokens": mean.hex()}
+            write_json_atomic(path, {**answer, "checksum": canonical_sha256(answer)})
         return mean
 
     def _measure(self, capacity: int) -> float:
         total, least = 0.0, 0
+        if len(self.taken_down) == len(self.dataset):
+            raise UserError(
+                f"source {self.name!r}: all its {len(self.dataset):,} documents are taken down: leave the "
+                "source out, or correct the list"
+            )
         for first in range(0, len(self.dataset), SCAN_DOCUMENTS):
             numbers = np.arange(first, min(first + SCAN_DOCUMENTS, len(self.dataset)))
             for places, described in self.dataset.describe_captions(numbers):
                 expected = self.template.expected_tokens(described, capacity=capacity)
                 expected /= np.maximum(described.captions, 1)  # each caption is shown in its share of epochs
+                lengths = described.length
                 if len(self.taken_down):
-                    expected[np.isin(numbers[places], self.taken_down)] = 0.0
+                    remaining = self.taken_down.remain(numbers[places])
+                    expected[~remaining] = 0.0
+                    lengths = lengths[remaining]
                 total += float(expected.sum())
-                shortest = int(described.length.min()) + self.template.bos + self.template.eos
-                least = min(least or shortest, shortest)
+                if len(lengths):
+                    shortest = int(lengths.min()) + self.template.bos + self.template.eos
+                    least = min(least or shortest, shortest)
         if total == 0.0:
             raise UserError(
                 f"source {self.name!r}: no document fits context_length={capacity} (the shortest takes "
@@ -245,6 +253,7 @@ class Mixture:
         template: For sources without one of their own.
         vocabulary: Where given, every dataset must have it; else the first dataset's is required of all.
         takedown: File of sample ids, one a line; their documents are never drawn, whatever source has them.
+        cache: Folder where the documents that the list names are kept, once found; a plan's.
 
     Raises:
         UserError: no source, a bad weight, names that repeat, an empty dataset, datasets of different
@@ -258,8 +267,8 @@ class Mixture:
         template: Template | None = None,
         vocabulary: Vocabulary | None = None,
         takedown: str | os.PathLike[str] | None = None,
+        cache: str | os.PathLike[str] | None = None,
     ) -> None:
-        taken_down = read_takedown(takedown) if takedown is not None else frozenset()
         if not 1 <= len(sources) <= MAX_SOURCES:
             raise UserError(f"a mixture needs 1 to {MAX_SOURCES} sources, got {len(sources)}")
         vocabulary = _vocabulary(sources) if vocabulary is None else vocabulary
@@ -275,7 +284,13 @@ class Mixture:
                 dataset = MultimodalDataset.open(source.path, vocabulary=vocabulary)
             if len(dataset) == 0:
                 raise UserError(f"source {source.path}: the dataset has no documents; leave it out")
-            self.sources.append(OpenSource(source, dataset, template or Template(), taken_down))
+            self.sources.append(OpenSource(source, dataset, template or Template()))
+        self.takedown: Takedown | None = None
+        """What the takedown list names, where there is one."""
+        if takedown is not None:
+            self.takedown = take_down(takedown, [source.dataset for source in self.sources], cache)
+            for open_source, taken_down in zip(self.sources, self.takedown.taken_down, strict=True):
+                open_source.taken_down = taken_down
         names = [source.name for source in self.sources]
         repeated = sorted({name for name in names if names.count(name) > 1})
         if repeated:
@@ -326,18 +341,3 @@ def _vocabulary(sources: Sequence[Source]) -> Vocabulary:
         "files in Megatron's format do not say what their ids mean: a mixture of nothing else needs a "
         "`vocabulary`"
     )
-
-
-def read_takedown(path: str | os.PathLike[str]) -> frozenset[str]:
-    """Sample ids of a takedown list: UTF-8, one a line; empty lines and ``#`` lines count for nothing.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(
-            f"takedown list {path}: cannot be read ({error}); give a text file of sample ids"
-        ) from error
-    return frozenset(line.strip() for line in lines if line.strip() and not line.startswith("#"))

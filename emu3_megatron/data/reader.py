@@ -7,10 +7,9 @@ never becomes a token.
 
 from __future__ import annotations
 
-import json
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import IntEnum
 from functools import cached_property
@@ -25,6 +24,7 @@ from emu3_megatron import _kernels
 from emu3_megatron.data.format import MAX_CAPTIONS, TOKEN_DTYPE, crc32c
 from emu3_megatron.data.index import Captions, Described, IndexTable, Located, ShardIndex
 from emu3_megatron.data.manifest import Manifest, ShardRecord
+from emu3_megatron.data.names import ShardNames
 from emu3_megatron.data.window import Pieces
 from emu3_megatron.errors import UserError
 from emu3_megatron.vocabulary import Vocabulary
@@ -186,29 +186,20 @@ class Shard:
         )
 
     @cached_property
-    def _names(self) -> list[dict[str, Any]]:
-        names = list(self._read_names())
-        if len(names) != self.record.documents:
-            path = self.path(".jsonl")
-            raise UserError(f"{path}: {len(names)} lines for {self.record.documents} documents; restore it")
-        return names
+    def names(self) -> ShardNames:
+        """The names of the shard's documents."""
+        record = self.record
+        digest = record.files[".jsonl"]["sha256"]
+        return ShardNames(self.path(".jsonl"), record.documents, digest, self._files.read)
 
-    def _read_names(self) -> Iterator[dict[str, Any]]:
-        path = self.path(".jsonl")
-        try:
-            with open(path, "rb") as stream:
-                for line in stream:
-                    yield json.loads(line)
-        except (ValueError, OSError) as error:
-            raise UserError(f"{path}: cannot be read ({error}); restore it") from error
-
-    def find(self, sample_ids: Collection[str]) -> list[int]:
-        """Numbers of the documents with these sample ids, ascending; reads the names, and keeps none."""
-        return [number for number, name in enumerate(self._read_names()) if name["id"] in sample_ids]
+    def find(self, sample_ids: Collection[str]) -> Iterator[tuple[int, str]]:
+        """Numbers and names of the documents with these sample ids, ascending."""
+        named = ((number, str(name["id"])) for number, name in enumerate(self.names))
+        return (found for found in named if found[1] in sample_ids)
 
     def name(self, number: int) -> dict[str, Any]:
-        """``{"id": sample id, "task": label or None}`` of a document; reads the shard's names once."""
-        return self._names[number]
+        """``{"id": sample id, "task": label or None}`` of a document."""
+        return self.names[number]
 
 
 class DocumentShard(Protocol):
@@ -228,8 +219,13 @@ class DocumentShard(Protocol):
         """Segments of a document."""
         ...
 
-    def find(self, sample_ids: Collection[str]) -> list[int]:
-        """Numbers of the documents with these sample ids."""
+    @property
+    def names(self) -> Iterable[dict[str, Any]]:
+        """Sample id and task of every document, in order."""
+        ...
+
+    def find(self, sample_ids: Collection[str]) -> Iterator[tuple[int, str]]:
+        """Numbers and names of the documents with these sample ids, ascending."""
         ...
 
     def name(self, number: int) -> dict[str, Any]:
@@ -320,14 +316,21 @@ class MultimodalDataset:
         """Sample id of document `number`."""
         return str(self.name(number)["id"])
 
-    def find(self, sample_ids: Collection[str]) -> npt.NDArray[np.int64]:
-        """Numbers of the documents with these sample ids, ascending; unknown ids are passed over."""
-        found = [
-            int(start) + number
-            for start, shard in zip(self._starts, self.shards, strict=False)
-            for number in (shard.find(sample_ids) if sample_ids else ())
-        ]
-        return np.array(found, dtype=np.int64)
+    def names(self) -> Iterator[dict[str, Any]]:
+        """``{"id": sample id, "task": label or None}`` of every document in order; none is kept."""
+        return (name for shard in self.shards for name in shard.names)
+
+    def find(self, sample_ids: Collection[str]) -> Iterator[tuple[int, str]]:
+        """Numbers and names of the documents with these sample ids, ascending; unknown ids are passed over.
+
+        Reads the names of all documents.
+
+        Raises:
+            UserError: damaged names; names the file.
+        """
+        for start, shard in zip(self._starts.tolist(), self.shards, strict=False):
+            for number, name in shard.find(sample_ids):
+                yield start + number, name
 
     def lengths(self, number: int) -> list[int]:
         """Tokens of each segment of document `number`."""

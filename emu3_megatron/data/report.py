@@ -52,6 +52,8 @@ def report(plan: Plan, num_windows: int, *, sampled: int = SAMPLED_WINDOWS) -> I
             f"{counted.epochs_per_source[source.name]:.3f} epochs"
             + (f", {len(source.taken_down):,} taken down" if len(source.taken_down) else "")
         )
+    if plan.mixture.takedown is not None:
+        yield f"             {plan.mixture.takedown}"
     yield from _modalities(plan, num_windows, sampled)
     yield from advice(plan)
 

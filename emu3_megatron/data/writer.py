@@ -30,9 +30,9 @@ from emu3_megatron.data.format import (
     index_bytes,
     shard_stem,
 )
-from emu3_megatron.data.manifest import write_manifest
+from emu3_megatron.data.manifest import ShardRecord, write_manifest
 from emu3_megatron.errors import UserError
-from emu3_megatron.files import publish, temporary_path, write_json_atomic
+from emu3_megatron.files import atomic_write, publish, temporary_path
 from emu3_megatron.vocabulary import Vocabulary
 
 Segment = tuple[npt.NDArray[np.integer[Any]], int]
@@ -260,19 +260,18 @@ class ShardWriter:
         finally:
             for file in files.values():
                 file.discard()
-        write_json_atomic(self._path(RECORD_SUFFIX), self._record(entries))
-
-    def _record(self, entries: dict[str, dict[str, object]]) -> dict[str, object]:
-        return {
-            "shard": self.stem.name,
-            "vocabulary_fingerprint": self.vocabulary.fingerprint,
-            "documents": self.num_documents,
-            "sequences": len(self._lengths),
-            "tokens": self.num_tokens,
-            "text_tokens": self._text_tokens,
-            "longest_document": self._longest,
-            "files": entries,
-        }
+        record = ShardRecord(
+            shard=self.stem.name,
+            vocabulary_fingerprint=self.vocabulary.fingerprint,
+            documents=self.num_documents,
+            sequences=len(self._lengths),
+            tokens=self.num_tokens,
+            text_tokens=self._text_tokens,
+            longest_document=self._longest,
+            files=entries,
+        )
+        with atomic_write(self._path(RECORD_SUFFIX)) as stream:
+            stream.write(record.file_contents())
 
     def _path(self, suffix: str) -> Path:
         return self.stem.with_name(self.stem.name + suffix)

@@ -111,7 +111,7 @@ def select(config: SelectionConfig) -> Selection:
 
 
 def _check_names(names: list[str]) -> None:
-    """Refuse names that a takedown list, read by `data.mixture.read_takedown`, would not give back."""
+    """Refuse names that a takedown list, read by `data.takedown.read_takedown`, would not give back."""
     for name in names:
         if [name] != name.splitlines() or name != name.strip() or name.startswith("#"):
             raise UserError(

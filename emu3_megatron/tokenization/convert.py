@@ -53,8 +53,7 @@ def convert(
             num_shards=len(dataset.shards),
             vocabulary=manifest.vocabulary,
         ) as writer:
-            for document in range(len(shard)):
-                name = shard.name(document)
+            for document, name in enumerate(shard.names):
                 try:
                     segments = _rewritten(shard.document(document), old, new)
                 except ValueError as error:

@@ -63,6 +63,9 @@ class TrainingData:
         data = config.data
         _prepare_missing(data, {**data.sources, **data.validation})
         plan = open_plan(config, reading)
+        takedown = plan.mixture.takedown
+        if takedown is not None and is_rank_zero():
+            logger.log(logging.WARNING if takedown.unknown else logging.INFO, "%s", takedown)
         vocabulary = plan.mixture.vocabulary
         held_out = None
         if data.validation:
@@ -142,6 +145,7 @@ def _plan(
     vocabulary: Vocabulary | None = None,
 ) -> Plan:
     data = config.data
+    cache = Path(config.run) / "plan"
     mixture = Mixture(
         [
             Source(
@@ -151,6 +155,7 @@ def _plan(
         ],
         vocabulary=vocabulary,
         takedown=data.takedown,
+        cache=cache,
     )
     return reading.plan(
         mixture,
@@ -159,7 +164,7 @@ def _plan(
         alignment=alignment_of(config),
         policy=data.policy,
         fill=data.fill,
-        cache=Path(config.run) / "plan",
+        cache=cache,
     )
 
 

@@ -353,7 +353,7 @@ def test_taken_down_documents_leave_the_captions_of_others(folder: Path, tmp_pat
             pair for each in draws for pair in zip(each.document.tolist(), each.chosen.tolist(), strict=True)
         ]
 
-    gone = set(mixture.sources[0].taken_down.tolist())
+    gone = set(mixture.sources[0].taken_down.numbers.tolist())
     assert len(gone) == 2
     assert drawn(without) == [pair for pair in drawn(whole) if pair[0] not in gone]
 

@@ -18,6 +18,7 @@ from emu3_megatron.tokenization import convert as conversion
 from emu3_megatron.tokenization.view import Decoder, heat_map, windows_page
 from emu3_megatron.vision import VisionTokenizer, VisionTokenizerConfig
 from emu3_megatron.vocabulary import Vocabulary
+from tools import dataset as tool
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = Vocabulary.build("view", text_size=256, codebook_size=16)
@@ -157,6 +158,12 @@ def test_lint_finds_what_hurts(dataset: Path, tmp_path: Path) -> None:
     assert "vocabulary mismatch" in str(mismatch)
 
 
+def test_the_tool_compares_vocabularies(dataset: Path, capsys) -> None:
+    arguments = tool._parser().parse_args(["lint", str(dataset), "--vocabulary", "emu3"])
+    assert arguments.run(arguments) == 1
+    assert "vocabulary mismatch: the dataset has 'view'" in capsys.readouterr().out
+
+
 def test_the_tool_writes_a_page(dataset: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tools.dataset", "view", str(dataset), "--context-length", "128"]
     output = tmp_path / "page.html"
@@ -165,3 +172,9 @@ def test_the_tool_writes_a_page(dataset: Path, tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "window 1" in output.read_text()
+    for wrong in (["--first", "-1"], ["--windows", "0"]):
+        refused = subprocess.run(
+            [*command, *wrong, "--output", str(output)], cwd=ROOT, capture_output=True, text=True
+        )
+        assert (refused.returncode, len(refused.stderr.splitlines())) == (2, 1), refused.stderr
+        assert "windows count from 0" in refused.stderr

@@ -19,6 +19,7 @@ from emu3_megatron.training.callbacks.stragglers import Stragglers, spread
 from emu3_megatron.training.callbacks.tensorboard import TensorBoard
 from emu3_megatron.training.callbacks.validation import Validation
 from emu3_megatron.training.callbacks.watchdog import HangWatchdog
+from emu3_megatron.training.consumed import METRICS_FILE
 
 if TYPE_CHECKING:
     from emu3_megatron.training.trainer import Trainer
@@ -41,7 +42,7 @@ def build_callbacks(trainer: Trainer, average: WeightAverage | None) -> list[Cal
         callbacks.append(average)
     if config.data.validation:
         callbacks.append(Validation(config.validation))
-    callbacks.append(MetricsFile(run / "metrics.jsonl"))
+    callbacks.append(MetricsFile(run / METRICS_FILE))
     if config.logging.tensorboard:
         callbacks.append(TensorBoard(run / "tensorboard", config.logging.histogram_interval))
     if config.logging.progress:
