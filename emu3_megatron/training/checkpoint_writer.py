@@ -109,7 +109,8 @@ class BackgroundWrite:
         written: list[Any] | None = [None] * len(problems) if is_rank_zero() else None
         torch.distributed.gather_object((self._results, self._sealed), written)
         on_rank_zero(
-            self.folder, lambda: self._writer.finish(self._metadata, [results for results, _ in written or []])
+            self.folder,
+            lambda: self._writer.finish(self._metadata, [results for results, _ in written or []]),
         )
         return {name: entry for _, sealed in written or [] for name, entry in sealed.items()}
 

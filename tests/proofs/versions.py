@@ -2,10 +2,10 @@
 
 ``make prove NAME=versions ARGS="--versions 0.17.0 0.19.0 --pythons OTHER_ENVIRONMENT/bin/python"``: a small
 model is trained for 20 steps with tensor parallelism under every installation: the one of this environment,
-those of other environments' Pythons, and the versions named, which pip installs into folders of their own
-(they have to have a wheel for this Python). Then every run's checkpoint of step 10 is resumed, in one process,
-under every other installation. Curves of other versions are within 1e-6 (relative) of the first one's, and
-resumed ones within 1e-5. Exit code 0 only if all hold.
+those of other environments, and the versions named, which pip installs into folders of their own (they have
+to have a wheel for this Python). Then every run's checkpoint of step 10 is resumed, in one process, under
+every other installation. Curves are within 1e-6 (relative) of the first installation's, and resumed ones
+within 1e-5 of what they go on from. Exit code 0 only if all hold.
 
 ``ARGS="--folder FOLDER ..."`` keeps everything there; finished runs are not run again.
 """
