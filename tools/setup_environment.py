@@ -48,8 +48,11 @@ def output_of(*command: str | Path) -> str:
 
 
 def installed_torch(python: Path | str) -> str:
-    """Version of the torch that `python` imports, such as ``2.13.0+cpu``; empty without one."""
-    return output_of(python, "-c", "import torch; print(torch.__version__)")
+    """Version of the torch that `python` imports, as pip knows it, such as ``2.13.0+cpu``; empty without one.
+
+    The registry's CUDA build calls itself ``2.13.0+cu130``, which pip holds against its own ``2.13.0``.
+    """
+    return output_of(python, "-c", "import torch, importlib.metadata as m; print(m.version('torch'))")
 
 
 def has_cuda_torch(python: str) -> bool:

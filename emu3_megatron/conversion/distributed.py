@@ -7,7 +7,6 @@ be cut along one all the same, so that every rank of that layout reads its own f
 from __future__ import annotations
 
 import io
-import json
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,7 +37,7 @@ from emu3_megatron.conversion.processes import on_first, rank, share, together
 from emu3_megatron.conversion.rules import ConversionError
 from emu3_megatron.parallel.config import ParallelConfig
 from emu3_megatron.training.checkpoint import CONTENT_METADATA
-from emu3_megatron.training.checkpoint_metadata import METADATA
+from emu3_megatron.training.checkpoint_metadata import METADATA, write_format
 
 FILE_BYTES = 4 << 30
 """A file that has grown so large is followed by another."""
@@ -126,10 +125,7 @@ def write_checkpoint_tensors(
         places = {index: place for part in written for index, place in part.places.items()}
         with open(folder / METADATA, "wb") as stream:
             pickle.dump(_metadata(pieces, tensors, places), stream)
-        torch.save({"content_metadata": CONTENT_METADATA}, folder / "common.pt")
-        backend = {"sharded_backend": "torch_dist", "sharded_backend_version": 1}
-        backend |= {"common_backend": "torch", "common_backend_version": 1}
-        (folder / "metadata.json").write_text(json.dumps(backend))
+        write_format(folder, CONTENT_METADATA)
 
     on_first(describe)
     return sealed

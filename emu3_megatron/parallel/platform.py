@@ -13,6 +13,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import glob
+import importlib.metadata
+import importlib.util
 import logging
 import os
 import sys
@@ -109,7 +111,8 @@ def install(name: PlatformName = "auto") -> Platform:
 
     Raises:
         ValueError: `name` is unknown.
-        PlatformError: the platform cannot be used, see `choose`, or there are more processes than GPUs.
+        PlatformError: the platform cannot be used, see `choose`, there are more processes than GPUs, or
+            megatron-core lacks a package.
     """
     if choose(name) == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
@@ -123,11 +126,30 @@ def install(name: PlatformName = "auto") -> Platform:
             ) from error
         return Platform(device=device, backend="nccl")
     if not getattr(torch, _MARK, False):
+        _require_triton()
         setattr(torch, _MARK, True)
         os.environ["TORCH_COMPILE_DISABLE"] = "1"  # for what other versions compile later
         for redirection in REDIRECTIONS:
             redirection.apply()
     return Platform(device=_CPU, backend="gloo")
+
+
+def _require_triton() -> None:
+    """Name the package that megatron-core imports from 0.18 on, for kernels of experts, and does not ask for.
+
+    torch's CUDA builds bring it along, its CPU builds do not.
+    """
+    if importlib.util.find_spec("triton") is not None:
+        return
+    try:
+        version = importlib.metadata.version("megatron-core")
+    except importlib.metadata.PackageNotFoundError:
+        return
+    if tuple(int(part) for part in version.split(".")[:2]) >= (0, 18):
+        raise PlatformError(
+            f"megatron-core {version} imports Triton, which this torch ({torch.__version__}) does not bring; "
+            "`pip install triton`, or `pip install 'megatron-core<0.18'`, which needs none"
+        )
 
 
 # ---- replacements ----

@@ -9,6 +9,7 @@ at both before megatron-core does.
 from __future__ import annotations
 
 import io
+import json
 import pickle
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from torch.utils._pytree import tree_leaves
 from emu3_megatron.training.checkpoint_files import CheckpointError
 
 METADATA = ".metadata"
+SHARDED_BACKEND = ("torch_dist", 1)
+"""megatron-core's name and version of the way in which tensors are stored."""
 
 _TYPES: dict[str, frozenset[str]] = {
     "torch.distributed.checkpoint.metadata": frozenset(
@@ -45,6 +48,28 @@ _TYPES: dict[str, frozenset[str]] = {
     "pathlib": frozenset({"Path", "PosixPath", "PurePosixPath"}),
 }
 """Module to the names in it that a description is made of."""
+
+
+def write_format(folder: Path, content: dict[str, Any]) -> None:
+    """Write megatron-core's two files beside the tensors: their format, and what it keeps of the content.
+
+    Up to 0.18 it demands both of them, and from 0.19 on it still reads them; what it stores in their place
+    from then on is a pickle among the tensors, which older versions do not find.
+
+    Args:
+        folder: Of a checkpoint that is not committed yet.
+        content: Plain values.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    name, version = SHARDED_BACKEND
+    backend = {"sharded_backend": name, "sharded_backend_version": version}
+    backend |= {"common_backend": "torch", "common_backend_version": 1}
+    (folder / "metadata.json").write_text(json.dumps(backend))
+    plain = io.BytesIO()  # torch itself turns a full disk into a RuntimeError
+    torch.save({"content_metadata": content}, plain)
+    (folder / "common.pt").write_bytes(plain.getvalue())
 
 
 class _Unpickler(pickle.Unpickler):

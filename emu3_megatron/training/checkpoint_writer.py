@@ -15,16 +15,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing import state_dict_utils
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.strategies import filesystem_async
+from megatron.core.dist_checkpointing.strategies import torch as torch_dist
 from megatron.core.dist_checkpointing.strategies.fully_parallel import FullyParallelSaveStrategyWrapper
-from megatron.core.dist_checkpointing.strategies.torch import TorchDistSaveShardedStrategy
+from megatron.core.dist_checkpointing.strategies.state_dict_saver import save_state_dict_async_plan
 
 from emu3_megatron.training import checkpoint_files as files
 from emu3_megatron.training.checkpoint_files import CheckpointError
+from emu3_megatron.training.checkpoint_metadata import SHARDED_BACKEND, write_format
 from emu3_megatron.training.modules import is_rank_zero
+
+FILES_PER_RANK = 2
+"""Files over which a rank spreads its tensors."""
 
 
 def on_rank_zero(folder: Path, act: Callable[[], None]) -> None:
@@ -39,43 +44,12 @@ def on_rank_zero(folder: Path, act: Callable[[], None]) -> None:
             act()
         except OSError as error:
             problem = str(error)
-    _share(folder, problem)
-
-
-def _share(folder: Path, problem: str | None) -> None:
-    """Tell all ranks what rank 0 could not do, if anything; raise it on all."""
     shared = [problem]
     torch.distributed.broadcast_object_list(shared)
     if shared[0] is not None:
         raise CheckpointError(
             f"{folder} could not be written (rank 0: {shared[0]}); make room or repair the disk"
         )
-
-
-class _Strategy(TorchDistSaveShardedStrategy):
-    """megatron-core's way to save, shared by the ranks that hold equal copies, with its end left to us.
-
-    Its own end leaves all other ranks waiting where rank 0 cannot write a file.
-    """
-
-    def __init__(self) -> None:
-        super().__init__("torch_dist", 1)
-        self.is_asked = False
-        """Rank 0 has written what stands before the tensors, and has told so."""
-        self.planned: Any = None
-        """What came of planning: (writer, global metadata, ...)."""
-
-    def async_save(self, sharded_state_dict: Any, checkpoint_dir: Any) -> Any:
-        self.is_asked = True
-        _share(Path(checkpoint_dir), None)
-        # Left alone, the first rank of every data-parallel group would write all that the group holds.
-        group = parallel_state.get_data_parallel_group(with_context_parallel=True)
-        FullyParallelSaveStrategyWrapper(self, group).apply_saving_parallelization(sharded_state_dict)
-        return super().async_save(sharded_state_dict, checkpoint_dir)
-
-    def _get_save_and_finalize_callbacks(self, writer: Any, save_state_dict_ret: Any) -> Any:
-        self.planned = save_state_dict_ret
-        return super()._get_save_and_finalize_callbacks(writer, save_state_dict_ret)
 
 
 class BackgroundWrite:
@@ -92,22 +66,22 @@ class BackgroundWrite:
 
     def __init__(self, state: dict[str, Any], folder: Path, content_metadata: dict[str, Any]) -> None:
         self.folder = folder
-        self._strategy = _Strategy()
         self._sealed: dict[str, dict[str, int | str]] = {}
         self._results: list[Any] = []
         self._problem: str | None = None
-        # megatron-core would start a process to hold this queue; nothing is put into it here.
-        filesystem_async._results_queue = queue.Queue()
+        on_rank_zero(folder, lambda: write_format(folder, content_metadata))
         live = _host_storages(state)
-        request = self._plan(state, content_metadata)
+        self._writer, self._metadata = _plan(state, folder)
+        write, _, arguments = self._writer.get_save_function_and_args()
+        self._writer.write_buckets = None  # or it would hold tensors until the end
         self._thread: threading.Thread | None = None
-        if request.async_fn is not None:
-            transforms = request.async_fn.args[0]
-            buckets = [_own_copy(bucket, live) for bucket in request.async_fn_args[1]]
+        if write is not None:
+            transforms = write.args[0]
+            buckets = [_own_copy(bucket, live) for bucket in arguments[1]]
+            del arguments  # the thread drops each tensor once it is written
             # No daemon: ended half way through torch's C++, it would abort the process (see BlockStore).
             self._thread = threading.Thread(target=self._write, args=(transforms, buckets), name="checkpoint")
             self._thread.start()
-        self._strategy.planned[0].write_buckets = None  # or the writer would hold tensors until the end
 
     @property
     def is_writing(self) -> bool:
@@ -134,30 +108,11 @@ class BackgroundWrite:
             )
         written: list[Any] | None = [None] * len(problems) if is_rank_zero() else None
         torch.distributed.gather_object((self._results, self._sealed), written)
-        on_rank_zero(self.folder, lambda: self._describe([results for results, _ in written or []]))
+        on_rank_zero(
+            self.folder,
+            lambda: self._writer.finish(self._metadata, [results for results, _ in written or []]),
+        )
         return {name: entry for _, sealed in written or [] for name, entry in sealed.items()}
-
-    def _plan(self, state: dict[str, Any], content_metadata: dict[str, Any]) -> Any:
-        """Agree with all ranks on who writes what; rank 0 writes megatron-core's file of plain values."""
-        try:
-            return dist_checkpointing.save(
-                state,
-                str(self.folder),
-                self._strategy,
-                async_sharded_save=True,
-                content_metadata=content_metadata,
-            )
-        except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-            if self._strategy.is_asked or not is_rank_zero():
-                raise
-            _share(self.folder, str(error))
-            raise
-
-    def _describe(self, results: list[list[Any]]) -> None:
-        """Write megatron-core's two files about the files of all ranks."""
-        writer, metadata, *_ = self._strategy.planned
-        writer.finish(metadata, results)
-        save_config(CheckpointingConfig(self._strategy.backend, self._strategy.version), str(self.folder))
 
     def _write(self, transforms: list[Any], buckets: list[Any]) -> None:
         """The thread: every file of this rank, one after another."""
@@ -171,6 +126,32 @@ class BackgroundWrite:
             self._sealed = files.seal(self.folder, paths)
         except Exception as error:
             self._problem = str(error) or type(error).__name__  # `finish` tells it to all ranks
+
+
+def _plan(state: dict[str, Any], folder: Path) -> tuple[Any, Any]:
+    """Agree with all ranks on who writes what.
+
+    These are the parts that megatron-core's own `save` consists of, which are the same in every version that
+    we support; `save` itself stores plain values where each of them wants, and asks for packages of its own.
+
+    Returns:
+        megatron-core's writer of this rank's tensors, and on rank 0 the description of all tensors.
+    """
+    sharded, _ = state_dict_utils.save_preprocess(state)
+    # Left alone, the first rank of every data-parallel group would write all that the group holds.
+    group = parallel_state.get_data_parallel_group(with_context_parallel=True)
+    strategy = torch_dist.TorchDistSaveShardedStrategy(*SHARDED_BACKEND)
+    FullyParallelSaveStrategyWrapper(strategy, group).apply_saving_parallelization(sharded)
+    by_key, _, _ = torch_dist._replace_state_dict_keys_with_sharded_keys(sharded, keep_only_main_replica=True)
+    # megatron-core would start a process to hold this queue; nothing is put into it here.
+    filesystem_async._results_queue = queue.Queue()
+    writer = filesystem_async.FileSystemWriterAsync(folder, thread_count=FILES_PER_RANK)
+    (_, metadata, _), *_ = save_state_dict_async_plan(
+        torch_dist.mcore_to_pyt_state_dict(by_key),
+        writer,
+        planner=torch_dist.MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False),
+    )
+    return writer, metadata
 
 
 def _host_storages(state: dict[str, Any]) -> set[int]:

@@ -96,6 +96,29 @@ assert torch.compile is compiler
     subprocess.run([sys.executable, "-c", script], check=True)
 
 
+@pytest.mark.parametrize("version", ["0.16.1", "0.17.1", "0.18.0rc2", "0.19.0"])
+def test_a_missing_triton_is_named_where_megatron_core_imports_it(version: str) -> None:
+    """torch's CPU builds do not bring it."""
+    script = f"""
+import importlib.metadata, sys
+sys.modules["triton"] = None
+importlib.metadata.version = lambda name: "{version}"
+from emu3_megatron.parallel import platform
+platform.REDIRECTIONS = ()
+try:
+    platform.install("cpu")
+except platform.PlatformError as error:
+    print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=True, capture_output=True, text=True)
+    if version < "0.18":
+        assert not done.stdout
+    else:
+        assert f"megatron-core {version} imports Triton" in done.stdout
+        assert "pip install triton" in done.stdout
+        assert done.stdout.count("\n") == 1
+
+
 def test_every_redirection_says_what_and_why() -> None:
     assert all(r.target and r.reason for r in platform.REDIRECTIONS)
 

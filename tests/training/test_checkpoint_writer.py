@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -69,3 +70,23 @@ def test_training_may_change_every_tensor_once_a_save_has_begun(
     for name, tensor in expected.items():
         assert torch.equal(loaded[name], tensor), name
     assert copies.size == sum(tensor.nbytes for tensor in expected.values())
+
+
+def test_the_files_are_the_same_under_every_version_of_megatron_core(
+    one_process: None, tmp_path: Path
+) -> None:
+    """Plain values stand beside the tensors, where each looks for them, and never as a pickle among them."""
+    from emu3_megatron.training import checkpoint_writer as writer
+    from emu3_megatron.training.checkpoint_metadata import read_metadata
+
+    writer.BackgroundWrite(sharded({"weight": torch.ones(3)}), tmp_path, {"kind": "plain"}).finish()
+    assert set(read_metadata(tmp_path).state_dict_metadata) == {"weight"}
+    described = {path.name for path in tmp_path.iterdir() if path.suffix != ".distcp"}
+    assert described == {".metadata", "common.pt", "metadata.json"}
+    assert torch.load(tmp_path / "common.pt") == {"content_metadata": {"kind": "plain"}}
+    assert json.loads((tmp_path / "metadata.json").read_text()) == {
+        "sharded_backend": "torch_dist",
+        "sharded_backend_version": 1,
+        "common_backend": "torch",
+        "common_backend_version": 1,
+    }
