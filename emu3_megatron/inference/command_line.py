@@ -348,7 +348,7 @@ def _stories(
             )
             for prompt, story, folder in zip(group.prompts, stories, group.outputs, strict=True):
                 segments = write_document(generator, story.document, folder)
-                record = {"seed": story.seed, "tokens": story.tokens, "whole": story.finished}
+                record: dict[str, Any] = {"seed": story.seed, "tokens": story.tokens, "whole": story.finished}
                 record |= {"segments": segments, "output": str(folder)}
                 yield {"prompt": prompt, "max_new_tokens": longest, **record}
 

@@ -51,8 +51,8 @@ def check_start(folder: Path, old: Record, new: Record) -> None:
         CheckpointError: it has another shape or vocabulary; names every field that differs.
     """
     check_weights_fit(folder, old, new, may_change=START_FIELDS)
-    models = ({name: _shape(record)[name] for name in START_FIELDS} for record in (old, new))
-    if (changed := differences(*models, "model")) and is_rank_zero():
+    before, after = ({name: _shape(record)[name] for name in START_FIELDS} for record in (old, new))
+    if (changed := differences(before, after, "model")) and is_rank_zero():
         logger.warning("starting from %s with another %s", folder, "; ".join(changed))
 
 
@@ -72,8 +72,11 @@ def check_weights_fit(folder: Path, old: Record, new: Record, *, may_change: Seq
         raise CheckpointError(
             f"{folder} was trained with another vocabulary ({'; '.join(changed)}); use its datasets"
         )
-    shapes = ({k: v for k, v in _shape(record).items() if k not in may_change} for record in (old, new))
-    if changed := differences(*shapes, "model"):
+    before, after = (
+        {name: value for name, value in _shape(record).items() if name not in may_change}
+        for record in (old, new)
+    )
+    if changed := differences(before, after, "model"):
         rest = "" if may_change else ", or use a new `run`"
         raise CheckpointError(f"{folder} holds another model ({'; '.join(changed)}); set these back{rest}")
     if old.config.get("lora", {}).get("rank") and (
