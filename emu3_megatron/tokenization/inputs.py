@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tarfile
 from array import array
 from bisect import bisect_right
@@ -17,6 +18,7 @@ from emu3_megatron.errors import UserError
 from emu3_megatron.files import parse_json, printable, sha256_file
 from emu3_megatron.media import MediaError
 from emu3_megatron.tokenization.entries import BadEntry, Entry, MediaPointer, parse_record
+from emu3_megatron.tokenization.tar_members import Damage, tar_parts
 
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg png webp bmp tif tiff gif avif jp2 j2k ppm pgm jfif".split()  # noqa: SIM905
@@ -28,6 +30,9 @@ VIDEO_EXTENSIONS = frozenset("mp4 m4v mov webm mkv avi ts mpg mpeg".split())  # 
 
 CAPTION_EXTENSIONS = frozenset({"txt", "caption"})
 """Member extensions that hold the caption as UTF-8 text."""
+
+READ_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS | CAPTION_EXTENSIONS | {"json"}
+"""Extensions of members that are read; one that is cut off speaks for itself."""
 
 
 class Input(Protocol):
@@ -93,22 +98,37 @@ class _TarSample:
 
 
 class TarInput:
-    """A WebDataset shard: consecutive members that share a name up to its first dot are one sample."""
+    """A WebDataset shard: consecutive members that share a name up to its first dot are one sample.
+
+    Each stretch of the file that is damaged is one bad entry, in its place. So is a sample beside it that has
+    fewer members than another: the damage may have taken its caption.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read the headers. Raises `UserError` where the file is missing or no plain tar file."""
         self._path = path
-        self._samples: list[_TarSample] = []
+        self._samples: list[_TarSample | BadEntry] = []
+        self._beside_damage: set[int] = set()
         try:
-            with tarfile.open(path, "r:") as archive:
-                for member in _members(archive):
-                    self._add(member)
+            with open(path, "rb") as stream:
+                self._size = os.fstat(stream.fileno()).st_size
+                for part in tar_parts(stream):
+                    if isinstance(part, Damage):
+                        self._add_damage(part)
+                    else:
+                        self._add(part)
         except (OSError, tarfile.TarError) as error:
             raise UserError(
                 f"{path}: cannot be read as an uncompressed tar file ({error}); decompress it, or repair it"
             ) from error
+        self._most = max((len(s.members) for s in self._samples if isinstance(s, _TarSample)), default=0)
         headers = json.dumps(
-            [[s.key, [[e, m.offset, m.size] for e, m in s.members.items()]] for s in self._samples]
+            [
+                [s.key, [[e, m.offset, m.size] for e, m in s.members.items()]]
+                if isinstance(s, _TarSample)
+                else [s.id, s.reason]
+                for s in self._samples
+            ]
         )
         self.fingerprint = hashlib.sha256(headers.encode()).hexdigest()
 
@@ -119,10 +139,27 @@ class TarInput:
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         key = f"{folder}/{stem}" if folder else stem
-        if not self._samples or self._samples[-1].key != key:
-            self._samples.append(_TarSample(key, {}))
+        sample = self._samples[-1] if self._samples else None
+        if not isinstance(sample, _TarSample) or sample.key != key:
+            if isinstance(sample, BadEntry):
+                self._beside_damage.add(len(self._samples))
+            sample = _TarSample(key, {})
+            self._samples.append(sample)
         pointer = MediaPointer(self._path, member.name, member.offset_data, member.size)
-        self._samples[-1].members[extension.lower()] = pointer
+        sample.members[extension.lower()] = pointer
+
+    def _add_damage(self, damage: Damage) -> None:
+        """Note a stretch without members, but for the end of a file whose last sample says that it is cut."""
+        sample = self._samples[-1] if self._samples else None
+        if isinstance(sample, _TarSample):
+            extension, last = next(reversed(sample.members.items()))
+            if damage.ends and last.offset + last.size > self._size and extension in READ_EXTENSIONS:
+                return
+            self._beside_damage.add(len(self._samples) - 1)
+        place = printable(f"{self._path.name}:{damage.start}")
+        self._samples.append(
+            BadEntry(id=place, path=printable(str(self._path)), reason=str(damage), error="MediaError")
+        )
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -130,8 +167,16 @@ class TarInput:
 
     def entries(self, start: int, stop: int) -> Iterator[Entry | BadEntry]:
         """Read the entries from `start` to before `stop`."""
-        for sample in self._samples[start:stop]:
-            yield self._parse(sample)
+        for place, sample in enumerate(self._samples[start:stop], start):
+            if isinstance(sample, BadEntry):
+                yield sample
+            elif place in self._beside_damage and len(sample.members) < self._most:
+                reason = "lies beside damage of the tar file, and has fewer members than other samples"
+                yield BadEntry(
+                    id=printable(sample.key), path=str(self._path), reason=reason, error="MediaError"
+                )
+            else:
+                yield self._parse(sample)
 
     def _parse(self, sample: _TarSample) -> Entry | BadEntry:
         try:
@@ -145,18 +190,6 @@ class TarInput:
         if isinstance(entry, BadEntry) or entry.media is None:
             return entry
         return replace(entry, media=pointers[entry.kind])
-
-
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Members of a tar file up to its end, or to where it was cut off (its last member will say so)."""
-    while True:
-        try:
-            member = archive.next()
-        except tarfile.ReadError:
-            return
-        if member is None:
-            return
-        yield member
 
 
 def _record(sample: _TarSample) -> dict[str, object]:
