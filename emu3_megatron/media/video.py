@@ -120,7 +120,7 @@ class OpenVideo:
         """Read the packets, then decode the first frame, which stays the first of `_frames`."""
         self._open()
         packets = read_packets(self._container)
-        check_complete(self._container, packets)
+        check_complete(self._container, packets, self.media)
         frames = self._rewound(packets.opening)
         frame = next(frames, None)
         if frame is None:
