@@ -1,7 +1,7 @@
 """Whether an AVI file is whole, which its count of frames does not tell.
 
 AVI has a place for every tick of its clock. Where frames are further apart, places are empty, and so are
-those for which the last frame stands; the header counts them all, and FFmpeg gives the others alone. The sizes
+those for which the last frame stands; the header counts all, and FFmpeg gives the others alone. The sizes
 of the file's parts tell a pause from a loss (Microsoft, AVI RIFF File Reference; OpenDML AVI 1.02).
 """
 
