@@ -31,6 +31,9 @@ VIDEO_EXTENSIONS = frozenset("mp4 m4v mov webm mkv avi ts mpg mpeg".split())  # 
 CAPTION_EXTENSIONS = frozenset({"txt", "caption"})
 """Member extensions that hold the caption as UTF-8 text."""
 
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+"""How files begin that gzip, bzip2, xz or zstd compressed; none of it begins a line of JSON."""
+
 READ_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS | CAPTION_EXTENSIONS | {"json"}
 """Extensions of members that are read; one that is cut off speaks for itself."""
 
@@ -54,12 +57,15 @@ class JsonLinesInput:
     """A JSON Lines manifest; blank lines do not count. Only the lines' offsets are kept in memory."""
 
     def __init__(self, path: Path) -> None:
-        """Find the lines. Raises `UserError` where the file cannot be read."""
+        """Find the lines. Raises `UserError` where the file cannot be read, or is compressed."""
         self._path = path
         self._offsets, self._numbers = array("q"), array("q")
         offset = 0
         try:
             with open(path, "rb") as stream:
+                if stream.read(len(max(COMPRESSED, key=len))).startswith(COMPRESSED):
+                    raise UserError(f"{path}: is compressed; decompress it, and name a .jsonl or .tar file")
+                stream.seek(0)
                 for number, line in enumerate(stream, 1):
                     if line.strip():
                         self._offsets.append(offset)
@@ -237,6 +243,12 @@ class Inputs:
     def __len__(self) -> int:
         """Number of entries."""
         return self._ends[-1]
+
+    def shards_of(self, samples: int) -> int:
+        """How many shards there are if none has more than `samples` entries (`UserError` under 1)."""
+        if samples < 1:
+            raise UserError(f"samples_per_shard={samples} must be at least 1")
+        return max(1, -(-len(self) // samples))
 
     def shard_range(self, shard: int, num_shards: int) -> tuple[int, int]:
         """First entry of a shard, and of the next: shards are equal runs of the list."""

@@ -6,12 +6,13 @@ import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
 import pytest
 
-from emu3_megatron.media import ClipRule, MediaError, OpenVideo, frame_source, probe_video
+from emu3_megatron.media import ClipRule, MediaError, OpenVideo, frame_source, probe_video, sources
 from tests.media.clips import CLIPS, cut_losslessly, decode_in_order, encode, moving_picture, read_frames
 
 INDICES = (0, 1, 5, 11, 17, 23)
@@ -257,3 +258,29 @@ def test_dali_says_what_it_cannot_decode(tmp_path: Path) -> None:
 def test_unknown_source_is_refused() -> None:
     with pytest.raises(ValueError, match="choose auto, dali or pyav"):
         frame_source("opencv")
+
+
+def test_a_decoder_that_fails_for_a_while_costs_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DALI's errors look alike; a clip known to be good tells the machine's from the file's."""
+    path = encode(tmp_path / "a.webm", moving_picture(), encoder="libvpx-vp9")
+    expected = read_frames("dali", path, INDICES)
+    original, calls, failing = sources.dali.decode_video, 0, range(0)
+
+    def decode(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in failing:
+            raise RuntimeError("CUDA_ERROR_NO_DEVICE")
+        return original(*arguments)
+
+    monkeypatch.setattr(sources.dali, "decode_video", decode)
+    failing = range(1, 100)
+    with pytest.raises(OSError, match="known to be good"):
+        read_frames("dali", path, INDICES)
+    calls, failing = 0, range(1, 2)
+    assert np.array_equal(read_frames("dali", path, INDICES), expected)
+    calls, failing = 0, range(1, 4, 2)
+    with pytest.raises(MediaError, match="DALI"):
+        read_frames("dali", path, INDICES)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 
 from emu3_megatron.errors import UserError
 from emu3_megatron.media import MediaError
 from emu3_megatron.tokenization import BadEntry, Entry, Inputs
 from tests.media.clips import encode_image
+
+
+def zstd(data: bytes) -> bytes:
+    return bytes(pyarrow.compress(data, "zstd"))
+
 
 PICTURE = np.zeros((16, 16, 3), np.uint8)
 
@@ -302,6 +312,16 @@ def test_several_inputs_are_one_list(tmp_path: Path) -> None:
     for shards in (1, 2, 4, 20):
         ranges = [inputs.shard_range(shard, shards) for shard in range(shards)]
         assert [i for start, stop in ranges for i in range(start, stop)] == list(range(9))
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstd])
+@pytest.mark.parametrize("name", ["m.jsonl.gz", "m.jsonl", "a.tar.gz", "a.tgz", "a.tar"])
+def test_compressed_manifests_are_refused_with_one_line(
+    tmp_path: Path, compress: Callable[[bytes], bytes], name: str
+) -> None:
+    (tmp_path / name).write_bytes(compress(b'{"id": "a", "text": "x"}\n' * 100))
+    with pytest.raises(UserError, match="decompress it"):
+        Inputs([tmp_path / name])
 
 
 def test_inputs_that_cannot_be_read(tmp_path: Path) -> None:
