@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from emu3_megatron.errors import run_main
-from emu3_megatron.tokenization import TokenizationConfig, tokenize
+from emu3_megatron.tokenization import Inputs, TokenizationConfig, tokenize
 
 HELP = {
     "manifest": "JSON Lines manifests and WebDataset .tar files, in order",
@@ -52,6 +52,10 @@ TYPES: dict[str, Any] = {
 """Types of the settings that are not strings."""
 
 
+ALIASES = {"worker": ("--worker-index",), "quarantine_budget": ("--max-bad-fraction",)}
+"""Other names of options."""
+
+
 def make_parser() -> argparse.ArgumentParser:
     """One option for each setting."""
     parser = argparse.ArgumentParser(
@@ -62,13 +66,18 @@ def make_parser() -> argparse.ArgumentParser:
             continue
         required = field.default is MISSING
         parser.add_argument(
+            *ALIASES.get(field.name, ()),
             "--" + field.name.replace("_", "-"),
+            dest=field.name,
             type=TYPES.get(field.name, str),
             required=required,
             default=None if required else field.default,
             nargs="+" if field.name == "manifest" else None,
             help=HELP[field.name],
         )
+    parser.add_argument(
+        "--samples-per-shard", type=int, help="instead of --num-shards: entries of a shard, at most"
+    )
     parser.add_argument(
         "--finalize", action="store_true", help="only check the shards and write the manifest"
     )
@@ -79,6 +88,8 @@ def make_parser() -> argparse.ArgumentParser:
 def main() -> None:
     """Parse the command line and run one worker."""
     arguments = vars(make_parser().parse_args())
+    if (samples := arguments.pop("samples_per_shard")) is not None:
+        arguments["num_shards"] = Inputs(arguments["manifest"]).shards_of(samples)
     config = TokenizationConfig(**{**arguments, "manifest": tuple(arguments["manifest"])})
     if tokenize(config):
         print(f"dataset complete: {config.output / 'manifest.json'}")

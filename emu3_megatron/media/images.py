@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import warnings
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,9 @@ where a truncated file can end the whole process (segmentation fault, DALI 2.4).
 
 DALI_MODES = frozenset({"L", "RGB", "RGBA"})
 """PIL's names of the pixel layouts that DALI decodes to the same pixels. Not 16-bit grey, palettes, CMYK."""
+
+PROGRAM_FORMATS = frozenset({"EPS", "WMF"})
+"""PIL's names of formats that are programs, which PIL lets others run: Ghostscript, Windows."""
 
 MAX_IMAGE_PIXELS = 1 << 27
 """An image that claims more is refused before memory is taken for it (a decompression bomb)."""
@@ -125,11 +129,18 @@ def _open(encoded: bytes) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # our own limit on pixels speaks
-            return Image.open(io.BytesIO(encoded))
+            return Image.open(io.BytesIO(encoded), formats=_formats())
     except UnidentifiedImageError as error:
         raise MediaError("is not an image of a known format") from error
     except Exception as error:
         raise _bad_image(error) from error
+
+
+@cache
+def _formats() -> tuple[str, ...]:
+    """PIL's names of the formats that are read, in PIL's order."""
+    Image.init()
+    return tuple(name for name in Image.ID if name not in PROGRAM_FORMATS)
 
 
 def _bad_image(error: Exception) -> Exception:

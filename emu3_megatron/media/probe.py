@@ -18,6 +18,8 @@ import numpy.typing as npt
 
 from emu3_megatron.media.color import matrix_name
 from emu3_megatron.media.errors import MediaError
+from emu3_megatron.media.files import Media
+from emu3_megatron.media.riff import is_whole_avi
 
 MAX_FRAME_PIXELS = 1 << 26
 """A frame larger than this (8192 x 8192) is refused before memory is taken for it."""
@@ -193,14 +195,19 @@ def _yields_frame(packet: Any, codec: str) -> bool:
     return codec != "vp8" or bool(bytes(packet)[0] & 0x10)
 
 
-def check_complete(container: Any, packets: Packets) -> None:
-    """Refuse a stream with damaged packets, or shorter than its container says."""
+def check_complete(container: Any, packets: Packets, media: Media) -> None:
+    """Refuse a stream with damaged packets, or shorter than its container says.
+
+    Raises:
+        MediaError: it is; the message says what is missing.
+        OSError: a fault of the file system that may pass.
+    """
     video, count = container.streams.video[0], len(packets.stamps)
     if not count:
         raise MediaError("has a video stream without frames")
     if packets.corrupt:
         raise MediaError("is damaged or truncated: the container marks packets as corrupt")
-    if video.frames and count < video.frames:
+    if count < video.frames and not (container.format.name == "avi" and is_whole_avi(media)):
         raise MediaError(f"is truncated: the container promises {video.frames} frames, {count} are there")
     if not packets.shown:
         raise MediaError("has no frame that its edit list shows")
@@ -238,6 +245,12 @@ def _frame_table(container: Any, packets: Packets) -> tuple[npt.NDArray[np.int64
         rate = video.average_rate or video.guessed_rate or Fraction(25)
         return np.arange(len(packets.stamps), dtype=np.int64), 1 / Fraction(rate), True
     stamps = np.array(sorted(set(known)), dtype=np.int64)
+    if container.format.name != "avi":
+        return stamps, Fraction(video.time_base), False
+    if len(stamps) < len(known):
+        # FFmpeg guesses the stamps of H.264 and of B-frames, and may give the last two of them the same one.
+        places = np.arange(len(known))
+        stamps = np.maximum.accumulate(np.sort(np.array(known, np.int64)) - places) + places
+        return stamps, Fraction(video.time_base), True
     # AVI stamps packets in the order of decoding; frames that come in another order keep the wrong stamps.
-    counted = container.format.name == "avi" and video.codec_context.has_b_frames > 0
-    return stamps, Fraction(video.time_base), counted and len(stamps) == len(known)
+    return stamps, Fraction(video.time_base), video.codec_context.has_b_frames > 0

@@ -7,11 +7,14 @@ converts with its own kernel: expect differences of one level.
 
 from __future__ import annotations
 
+import io
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from importlib.metadata import version
 from typing import Any, Protocol
 
+import av
 import numpy as np
 import numpy.typing as npt
 
@@ -225,14 +228,52 @@ class DALISource:
         _check_indices(info, indices)
         encoded = np.frombuffer(read_media(video.media), np.uint8)
         try:
-            decoded = dali.decode_video(encoded, indices, self._device, self._index)
+            decoded = self._decode(encoded, indices)
         except RuntimeError as error:
-            raise MediaError(f"cannot be decoded by DALI: {dali.reason(error)}") from error
+            if not self.supports(info):
+                raise MediaError(f"cannot be decoded by DALI: {dali.reason(error)}") from error
+            decoded = self._decode_again(encoded, indices)
         # NVDEC drops the last row and column of odd sizes; DALI ignores rotation and knows only BT.601.
         pad = ((0, 0), (0, info.height - decoded.shape[1]), (0, info.width - decoded.shape[2]), (0, 0))
         if any(after for _, after in pad):
             decoded = np.pad(decoded, pad, mode="edge")
         return _upright(correct_matrix(decoded, info.matrix), info)
+
+    def _decode(self, encoded: npt.NDArray[np.uint8], indices: Sequence[int]) -> Frames:
+        return dali.decode_video(encoded, indices, self._device, self._index)
+
+    def _decode_again(self, encoded: npt.NDArray[np.uint8], indices: Sequence[int]) -> Frames:
+        """Decode a file that failed, once the decoder has shown that it works.
+
+        DALI's errors do not say whether the file or the machine is to blame, and codes must not depend on a
+        GPU's state.
+        """
+        try:
+            self._decode(np.frombuffer(known_clip(self._device), np.uint8), [0])
+        except RuntimeError as error:
+            raise OSError(
+                f"DALI's decoder on the {self._device} fails with a clip known to be good "
+                f"({dali.reason(error)}); look after the GPU and its driver, or take --frame-source pyav"
+            ) from error
+        try:
+            return self._decode(encoded, indices)
+        except RuntimeError as error:
+            raise MediaError(f"cannot be decoded by DALI: {dali.reason(error)}") from error
+
+
+@lru_cache(maxsize=2)
+def known_clip(device: str) -> bytes:
+    """A small clip that DALI decodes on ``cpu`` or ``gpu``, where the decoder works at all."""
+    codec, pixel_format = ("mpeg4", "yuv420p") if device == "gpu" else ("mjpeg", "yuvj420p")
+    stream = io.BytesIO()
+    with av.open(stream, "w", format="mp4") as container:
+        video: Any = container.add_stream(codec, rate=25)
+        video.width, video.height, video.pix_fmt = 256, 256, pixel_format
+        for _ in range(2):
+            frame = av.VideoFrame.from_ndarray(np.zeros((256, 256, 3), np.uint8), format="rgb24")
+            container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+    return stream.getvalue()
 
 
 class AutomaticSource:

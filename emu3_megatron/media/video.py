@@ -21,6 +21,9 @@ from emu3_megatron.media.probe import (
     read_packets,
 )
 
+ALONE = {"protocol_whitelist": "none"}
+"""Playlists and session descriptions name other files and hosts; FFmpeg may open none but the file itself."""
+
 
 class OpenVideo:
     """A video, open until the end of ``with OpenVideo(media) as video``. Not for several threads.
@@ -105,7 +108,7 @@ class OpenVideo:
         """Open the file, anew where it is open, and return its frames; they are not decoded yet."""
         self._close()
         stream = self._files.enter_context(open_media(self.media))
-        self._container = self._files.enter_context(av.open(stream, metadata_errors="replace"))
+        self._container = self._files.enter_context(av.open(stream, metadata_errors="replace", options=ALONE))
         video = check_stream(self._container)
         video.codec_context.thread_count = 1  # threads take longer to start than a clip to decode
         frames: Iterator[Any] = self._container.decode(video)
@@ -120,7 +123,7 @@ class OpenVideo:
         """Read the packets, then decode the first frame, which stays the first of `_frames`."""
         self._open()
         packets = read_packets(self._container)
-        check_complete(self._container, packets)
+        check_complete(self._container, packets, self.media)
         frames = self._rewound(packets.opening)
         frame = next(frames, None)
         if frame is None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -30,6 +29,7 @@ from emu3_megatron.media import (
 )
 from emu3_megatron.tokenization.config import TokenizationConfig
 from emu3_megatron.tokenization.entries import BadEntry, Entry
+from emu3_megatron.tokenization.retrying import retry
 
 CHUNK_ENTRIES = 32
 """Entries decoded together at most; DALI takes images by the batch."""
@@ -47,12 +47,6 @@ threads."""
 SOURCE_BYTES = 1 << 26
 """Bytes of decoded pictures at their own size that wait in a thread for the preprocessing graph; one more, of
 any size, joins them before the graph runs."""
-
-RETRY_SECONDS = (0.5, 2.0, 8.0)
-"""Waits before a passing fault (a disk, a network) is tried again; after the last the job stops."""
-
-A = TypeVar("A")
-R = TypeVar("R")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +103,7 @@ class SampleDecoder:
 
         Raises:
             OSError: a fault of the file system that did not pass.
+            OutOfMemory: memory stayed too short.
         """
         chunks = self._chunks(entries)
         waiting: deque[tuple[Future[tuple[list[Sample | BadEntry], float]], int]] = deque()
@@ -169,12 +164,12 @@ class SampleDecoder:
                 ready[place] = outcome
                 held += outcome.frames.nbytes
                 if held > SOURCE_BYTES:
-                    samples |= self._preprocess(ready)
+                    samples |= retry(self._preprocess, ready)
                     ready, held = {}, 0
             else:
                 samples[place] = outcome
             del outcome  # it must not outlive the graph's run while the next picture is decoded
-        samples |= self._preprocess(ready)
+        samples |= retry(self._preprocess, ready)
         return [samples[place] for place in range(len(entries))], time.perf_counter() - begin
 
     def _preprocess(self, pictures: Mapping[int, _Pictures]) -> dict[int, Sample]:
@@ -210,7 +205,9 @@ class SampleDecoder:
         if entry.media is None:
             return Sample(entry=entry, pixels=None, clip=None)
         try:
-            return retry(self._video, entry) if image is None else self._image(entry, image)
+            if image is None:
+                return retry(self._video, entry, name=str(entry.media))
+            return self._image(entry, image)
         except MediaError as error:
             reason = " ".join(str(error).split()) or "cannot be used"
             name = type(error).__name__
@@ -276,7 +273,7 @@ def _image_batches(
     batch: list[tuple[int, Entry, bytes | MediaError]] = []
     size = 0
     for place, entry in images:
-        media = retry(_read, entry)
+        media = retry(_read, entry, name=str(entry.media))
         more = 0 if isinstance(media, MediaError) else _decoded_bytes(media)
         if batch and size + more > SOURCE_BYTES:
             yield batch
@@ -294,13 +291,3 @@ def _decoded_bytes(image: bytes) -> int:
     except MediaError:
         return 0
     return height * width * 3
-
-
-def retry(function: Callable[[A], R], argument: A) -> R:
-    """Call `function`; after a passing fault of the file system wait and try again, a few times."""
-    for seconds in RETRY_SECONDS:
-        try:
-            return function(argument)
-        except OSError:
-            time.sleep(seconds)
-    return function(argument)

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from emu3_megatron.tokenization.retrying import retry
 from emu3_megatron.vision import VisionTokenizer
 
 Codes = npt.NDArray[np.int64]
@@ -52,16 +53,29 @@ class BucketEncoder:
         Returns:
             Codes by key of all samples since the last call, int64: ``[h, w]`` of images, ``[t, h, w]``
             of clips.
+
+        Raises:
+            OutOfMemory: memory stayed too short.
         """
         while self._buckets:
             self._encode(self._buckets.pop(next(iter(self._buckets))))
         codes, self._codes = self._codes, {}
         return codes
 
+    def clear(self) -> None:
+        """Forget the samples of a shard that failed."""
+        self._buckets.clear()
+        self._codes.clear()
+
     def _encode(self, bucket: list[tuple[int, torch.Tensor]]) -> None:
-        """Encode one bucket."""
+        """Encode one bucket, as a whole even where memory is short: a batch's shape decides its codes."""
         begin = time.perf_counter()
-        codes = self._tokenizer.encode(torch.stack([sample for _, sample in bucket])).cpu().numpy()
+        codes = retry(self._codes_of, [sample for _, sample in bucket])
         for (key, _), code in zip(bucket, codes, strict=True):
             self._codes[key] = code
         self.seconds += time.perf_counter() - begin
+
+    def _codes_of(self, samples: list[torch.Tensor]) -> Codes:
+        """Codes of samples of one shape, ``[B, ...]``."""
+        codes: Codes = self._tokenizer.encode(torch.stack(samples)).cpu().numpy()
+        return codes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tarfile
 from array import array
 from bisect import bisect_right
@@ -17,6 +18,7 @@ from emu3_megatron.errors import UserError
 from emu3_megatron.files import parse_json, printable, sha256_file
 from emu3_megatron.media import MediaError
 from emu3_megatron.tokenization.entries import BadEntry, Entry, MediaPointer, parse_record
+from emu3_megatron.tokenization.tar_members import Damage, tar_parts
 
 IMAGE_EXTENSIONS = frozenset(
     "jpg jpeg png webp bmp tif tiff gif avif jp2 j2k ppm pgm jfif".split()  # noqa: SIM905
@@ -28,6 +30,12 @@ VIDEO_EXTENSIONS = frozenset("mp4 m4v mov webm mkv avi ts mpg mpeg".split())  # 
 
 CAPTION_EXTENSIONS = frozenset({"txt", "caption"})
 """Member extensions that hold the caption as UTF-8 text."""
+
+COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")
+"""How files begin that gzip, bzip2, xz or zstd compressed; none of it begins a line of JSON."""
+
+READ_EXTENSIONS = IMAGE_EXTENSIONS | VIDEO_EXTENSIONS | CAPTION_EXTENSIONS | {"json"}
+"""Extensions of members that are read; one that is cut off speaks for itself."""
 
 
 class Input(Protocol):
@@ -49,12 +57,15 @@ class JsonLinesInput:
     """A JSON Lines manifest; blank lines do not count. Only the lines' offsets are kept in memory."""
 
     def __init__(self, path: Path) -> None:
-        """Find the lines. Raises `UserError` where the file cannot be read."""
+        """Find the lines. Raises `UserError` where the file cannot be read, or is compressed."""
         self._path = path
         self._offsets, self._numbers = array("q"), array("q")
         offset = 0
         try:
             with open(path, "rb") as stream:
+                if stream.read(len(max(COMPRESSED, key=len))).startswith(COMPRESSED):
+                    raise UserError(f"{path}: is compressed; decompress it, and name a .jsonl or .tar file")
+                stream.seek(0)
                 for number, line in enumerate(stream, 1):
                     if line.strip():
                         self._offsets.append(offset)
@@ -93,22 +104,37 @@ class _TarSample:
 
 
 class TarInput:
-    """A WebDataset shard: consecutive members that share a name up to its first dot are one sample."""
+    """A WebDataset shard: consecutive members that share a name up to its first dot are one sample.
+
+    Each stretch of the file that is damaged is one bad entry, in its place. So is a sample beside it that has
+    fewer members than another: the damage may have taken its caption.
+    """
 
     def __init__(self, path: Path) -> None:
         """Read the headers. Raises `UserError` where the file is missing or no plain tar file."""
         self._path = path
-        self._samples: list[_TarSample] = []
+        self._samples: list[_TarSample | BadEntry] = []
+        self._beside_damage: set[int] = set()
         try:
-            with tarfile.open(path, "r:") as archive:
-                for member in _members(archive):
-                    self._add(member)
+            with open(path, "rb") as stream:
+                self._size = os.fstat(stream.fileno()).st_size
+                for part in tar_parts(stream):
+                    if isinstance(part, Damage):
+                        self._add_damage(part)
+                    else:
+                        self._add(part)
         except (OSError, tarfile.TarError) as error:
             raise UserError(
                 f"{path}: cannot be read as an uncompressed tar file ({error}); decompress it, or repair it"
             ) from error
+        self._most = max((len(s.members) for s in self._samples if isinstance(s, _TarSample)), default=0)
         headers = json.dumps(
-            [[s.key, [[e, m.offset, m.size] for e, m in s.members.items()]] for s in self._samples]
+            [
+                [s.key, [[e, m.offset, m.size] for e, m in s.members.items()]]
+                if isinstance(s, _TarSample)
+                else [s.id, s.reason]
+                for s in self._samples
+            ]
         )
         self.fingerprint = hashlib.sha256(headers.encode()).hexdigest()
 
@@ -119,10 +145,27 @@ class TarInput:
         folder, _, base = member.name.rpartition("/")
         stem, _, extension = base.partition(".")
         key = f"{folder}/{stem}" if folder else stem
-        if not self._samples or self._samples[-1].key != key:
-            self._samples.append(_TarSample(key, {}))
+        sample = self._samples[-1] if self._samples else None
+        if not isinstance(sample, _TarSample) or sample.key != key:
+            if isinstance(sample, BadEntry):
+                self._beside_damage.add(len(self._samples))
+            sample = _TarSample(key, {})
+            self._samples.append(sample)
         pointer = MediaPointer(self._path, member.name, member.offset_data, member.size)
-        self._samples[-1].members[extension.lower()] = pointer
+        sample.members[extension.lower()] = pointer
+
+    def _add_damage(self, damage: Damage) -> None:
+        """Note a stretch without members, but for the end of a file whose last sample says that it is cut."""
+        sample = self._samples[-1] if self._samples else None
+        if isinstance(sample, _TarSample):
+            extension, last = next(reversed(sample.members.items()))
+            if damage.ends and last.offset + last.size > self._size and extension in READ_EXTENSIONS:
+                return
+            self._beside_damage.add(len(self._samples) - 1)
+        place = printable(f"{self._path.name}:{damage.start}")
+        self._samples.append(
+            BadEntry(id=place, path=printable(str(self._path)), reason=str(damage), error="MediaError")
+        )
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -130,8 +173,16 @@ class TarInput:
 
     def entries(self, start: int, stop: int) -> Iterator[Entry | BadEntry]:
         """Read the entries from `start` to before `stop`."""
-        for sample in self._samples[start:stop]:
-            yield self._parse(sample)
+        for place, sample in enumerate(self._samples[start:stop], start):
+            if isinstance(sample, BadEntry):
+                yield sample
+            elif place in self._beside_damage and len(sample.members) < self._most:
+                reason = "lies beside damage of the tar file, and has fewer members than other samples"
+                yield BadEntry(
+                    id=printable(sample.key), path=str(self._path), reason=reason, error="MediaError"
+                )
+            else:
+                yield self._parse(sample)
 
     def _parse(self, sample: _TarSample) -> Entry | BadEntry:
         try:
@@ -145,18 +196,6 @@ class TarInput:
         if isinstance(entry, BadEntry) or entry.media is None:
             return entry
         return replace(entry, media=pointers[entry.kind])
-
-
-def _members(archive: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """Members of a tar file up to its end, or to where it was cut off (its last member will say so)."""
-    while True:
-        try:
-            member = archive.next()
-        except tarfile.ReadError:
-            return
-        if member is None:
-            return
-        yield member
 
 
 def _record(sample: _TarSample) -> dict[str, object]:
@@ -204,6 +243,12 @@ class Inputs:
     def __len__(self) -> int:
         """Number of entries."""
         return self._ends[-1]
+
+    def shards_of(self, samples: int) -> int:
+        """How many shards there are if none has more than `samples` entries (`UserError` under 1)."""
+        if samples < 1:
+            raise UserError(f"samples_per_shard={samples} must be at least 1")
+        return max(1, -(-len(self) // samples))
 
     def shard_range(self, shard: int, num_shards: int) -> tuple[int, int]:
         """First entry of a shard, and of the next: shards are equal runs of the list."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -15,12 +16,13 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from emu3_megatron.data import ShardWriter, read_shard_record, write_manifest
-from emu3_megatron.errors import UserError
+from emu3_megatron.errors import UserError, one_line
 from emu3_megatron.files import TEMPORARY_SUFFIX, atomic_write, write_json_atomic
 from emu3_megatron.tokenization.config import TokenizationConfig
 from emu3_megatron.tokenization.decode import SampleDecoder
 from emu3_megatron.tokenization.encode import BucketEncoder
 from emu3_megatron.tokenization.inputs import Inputs
+from emu3_megatron.tokenization.retrying import OutOfMemory
 from emu3_megatron.tokenization.shard import ShardMaker, ShardReport
 from emu3_megatron.tokenization.toolkit import Toolkit
 
@@ -35,6 +37,13 @@ REPORTS = "reports"
 
 SPLITS_NAMED = 10
 """Splits, the largest first, that an error names."""
+
+
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS})
+"""Errors of the operating system that end a worker at once: no other shard can be written either."""
+
+FAILURES_IN_A_ROW = 3
+"""Shards that may fail one after the other before a worker stops: then it is no single file."""
 
 
 class EntryList(Protocol):
@@ -112,7 +121,8 @@ class TokenizationJob:
 
         Raises:
             UserError: more entries were set aside than the budget allows.
-            OSError: a fault of the file system that did not pass; shards that are done stay.
+            OSError: a fault of the file system that did not pass; all shards that it did not touch are made.
+            OutOfMemory: the same of memory.
         """
         config = self.config
         mine = range(config.worker, config.num_shards, config.num_workers)
@@ -139,12 +149,23 @@ class TokenizationJob:
         ):
             encoder = toolkit.encoder(config)
             maker = self.make_maker(decoder, encoder, bar.update)
+            failures: dict[int, Exception] = {}
             for shard, (start, stop) in ranges.items():
-                reports.append(self._make_shard(shard, start, stop, maker))
+                try:
+                    reports.append(self._make_shard(shard, start, stop, maker))
+                except (OSError, OutOfMemory) as error:
+                    failures[shard] = error
+                    if _is_general(failures, ranges):
+                        break
+                    if encoder:
+                        encoder.clear()
+                    continue
                 self._check_budget()
         if config.progress:
             seconds = time.perf_counter() - begin
             print(_summary(reports, seconds, decoder, encoder), file=sys.stderr)
+        if failures:
+            raise _failed(failures)
 
     def _make_shard(self, shard: int, start: int, stop: int, maker: Maker) -> ShardReport:
         """Make one shard. Its report is written first, so that a published shard always has one."""
@@ -287,6 +308,27 @@ def claim_folder(output: Path, identity: dict[str, Any]) -> None:
             f"{output} holds a job with other settings: {changes}; "
             "use the earlier ones, another --output, or remove the folder"
         )
+
+
+def _is_general(failures: dict[int, Exception], shards: Iterable[int]) -> bool:
+    """Whether the last failure will meet the shards after it too: a full disk, or many in a row."""
+    *_, last = failures
+    if isinstance(failures[last], OSError) and failures[last].errno in FULL:
+        return True
+    tried = [shard for shard in shards if shard <= last][-FAILURES_IN_A_ROW:]
+    return len(tried) == FAILURES_IN_A_ROW and all(shard in failures for shard in tried)
+
+
+def _failed(failures: dict[int, Exception]) -> Exception:
+    """One error for all shards that could not be made, with every reason once."""
+    reasons: dict[str, list[int]] = {}
+    for shard, error in failures.items():
+        reasons.setdefault(one_line(error), []).append(shard)
+    listed = "; ".join(f"{shards}: {reason}" for reason, shards in reasons.items())
+    kind = OSError if any(isinstance(error, OSError) for error in failures.values()) else OutOfMemory
+    return kind(
+        f"shards that could not be made: {listed}; finished shards are kept, run again when it is mended"
+    )
 
 
 def _summary(

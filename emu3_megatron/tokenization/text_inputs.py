@@ -3,8 +3,11 @@ index, and rows of Parquet files cut between row groups."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
+import io
+import lzma
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -22,11 +25,18 @@ one for each of its bytes, so this keeps a process within 1 GB whatever lines a 
 PARQUET = ".parquet"
 """Suffix of files that are read as Parquet."""
 
+COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
+"""Suffixes of compressed files."""
+
 PARQUET_ROWS = 256
 """Rows of a Parquet file in memory at a time, besides what its row group needs."""
 
 FINGERPRINT_BYTES = 1 << 20
 """Bytes at each end of a file that its fingerprint covers, besides its size."""
+
+
+class DamagedInput(UserError):
+    """A file ends or breaks inside; what stands before that place is good."""
 
 
 class TextDocument(NamedTuple):
@@ -38,6 +48,8 @@ class TextDocument(NamedTuple):
     """The document; empty where it cannot be used."""
     reason: str = ""
     """Why not; empty where it can."""
+    damaged: bool = False
+    """Whether the file breaks here, so that all that follows in its part is lost."""
 
 
 class Part(Protocol):
@@ -51,11 +63,13 @@ class Part(Protocol):
     def documents(self, key: str) -> Iterator[TextDocument]:
         """Its documents in order, with those that cannot be used; blank lines are left out.
 
+        Where the file is damaged, the last one says so.
+
         Args:
             key: key or column of the text.
 
         Raises:
-            UserError: the file is damaged or is not what its name says.
+            UserError: the file is not what its name says.
             OSError: a fault of the file system.
         """
         ...
@@ -66,7 +80,7 @@ class LinePart:
     """The lines of a file whose first byte lies in a range."""
 
     path: Path
-    """JSON Lines or plain text, plain or compressed by gzip (``.gz``)."""
+    """JSON Lines or plain text, plain or compressed (`COMPRESSED`)."""
     start: int
     """First byte."""
     stop: int | None
@@ -75,29 +89,37 @@ class LinePart:
     @property
     def holds_json(self) -> bool:
         """Whether lines are JSON; else each is a document itself."""
-        return not self.path.name.removesuffix(".gz").endswith(".txt")
+        name = self.path.stem if self.path.suffix in COMPRESSED else self.path.name
+        return not name.endswith(".txt")
 
     def documents(self, key: str) -> Iterator[TextDocument]:
         """See `Part.documents`."""
         json_key = key if self.holds_json else None
         stem = printable(self.path.name)
-        for place, line in self.lines():
-            if line is None:
-                yield TextDocument(f"{stem}:{place}", "", f"is longer than {MAX_LINE_BYTES} bytes")
-            elif not line.isspace():
-                yield _document(line, f"{stem}:{place}", json_key)
+        last = self.start
+        try:
+            for place, line in self.lines():
+                if line is None:
+                    yield TextDocument(f"{stem}:{place}", "", f"is longer than {MAX_LINE_BYTES} bytes")
+                elif not line.isspace():
+                    yield _document(line, f"{stem}:{place}", json_key)
+                last = place
+        except DamagedInput as error:
+            yield TextDocument(f"{stem}:{last}", "", str(error), damaged=True)
 
     def lines(self) -> Iterator[tuple[int, bytes | None]]:
         """Lines with their places (bytes from the file's start, uncompressed); None for one that is too long.
 
         Raises:
-            UserError: a compressed file is damaged.
+            DamagedInput: a compressed file is damaged.
             OSError: a fault of the file system.
         """
         try:
             yield from self._lines()
-        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-            raise UserError(f"{self.path}: is damaged ({error}); mend it, or leave it out") from error
+        except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise DamagedInput(f"is damaged after this line ({one_line(error)})") from error
 
     def _lines(self) -> Iterator[tuple[int, bytes | None]]:
         with _open(self.path) as stream:
@@ -138,9 +160,12 @@ class ParquetPart:
                 )
             columns = [key, "id"] if "id" in names and key != "id" else [key]
             row, stem = self.first_row, printable(self.path.name)
-            for batch in self._batches(file, columns):
-                yield from _rows(batch, stem, row, key)
-                row += batch.num_rows
+            try:
+                for batch in self._batches(file, columns):
+                    yield from _rows(batch, stem, row, key)
+                    row += batch.num_rows
+            except DamagedInput as error:
+                yield TextDocument(f"{stem}:{row}", "", str(error), damaged=True)
 
     def _batches(self, file: Any, columns: list[str]) -> Iterator[Any]:
         """Rows, some at a time."""
@@ -148,10 +173,10 @@ class ParquetPart:
             yield from file.iter_batches(
                 PARQUET_ROWS, row_groups=list(self.groups), columns=columns, use_threads=False
             )
-        except (ValueError, NotImplementedError) as error:  # pyarrow's ArrowInvalid is a ValueError
-            raise UserError(
-                f"{self.path}: cannot be read as Parquet ({one_line(error)}); mend it, or leave it out"
-            ) from error
+        except (ValueError, NotImplementedError, OSError) as error:  # pyarrow's ArrowInvalid is a ValueError
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # pyarrow's own, for damaged pages, have no number
+            raise DamagedInput(f"is damaged from this row on ({one_line(error)})") from error
 
 
 def _document(line: bytes, name: str, key: str | None) -> TextDocument:
@@ -235,7 +260,7 @@ def cut(paths: Sequence[Path], part_bytes: int) -> list[Part]:
         if path.suffix == PARQUET:
             parts += _parquet_parts(path, part_bytes)
             continue
-        if path.suffix == ".gz":
+        if path.suffix in COMPRESSED:
             parts.append(LinePart(path, 0, None))
             continue
         count = -(-size // part_bytes)
@@ -299,7 +324,23 @@ def _size(path: Path) -> int:
 
 
 def _open(path: Path) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(path, "rb")) if path.suffix == ".gz" else open(path, "rb")
+    """Open a file for reading what was compressed in it, if it is."""
+    if path.suffix == ".gz":
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if path.suffix == ".bz2":
+        return cast(BinaryIO, bz2.open(path, "rb"))
+    if path.suffix == ".xz":
+        return cast(BinaryIO, lzma.open(path, "rb"))
+    return _open_zstd(path) if path.suffix == ".zst" else open(path, "rb")
+
+
+def _open_zstd(path: Path) -> BinaryIO:
+    """Open a file that zstd compressed; Python itself reads none before 3.14."""
+    try:
+        from pyarrow import input_stream
+    except ImportError as error:
+        raise UserError(f"{path}: zstd needs pyarrow; pip install 'emu3-megatron[parquet]'") from error
+    return cast(BinaryIO, io.BufferedReader(input_stream(str(path), compression="zstd")))
 
 
 def _skip_line(stream: BinaryIO) -> int:

@@ -21,8 +21,8 @@ from emu3_megatron.errors import UserError
 from emu3_megatron.files import TEMPORARY_SUFFIX, atomic_write, printable, write_json_atomic
 from emu3_megatron.grammar import Dialect
 from emu3_megatron.text import load_text_tokenizer
-from emu3_megatron.tokenization.decode import retry
 from emu3_megatron.tokenization.job import JOB_FILE, QUARANTINE_FILE, REPORTS, claim_folder
+from emu3_megatron.tokenization.retrying import retry
 from emu3_megatron.tokenization.text_inputs import Part, TextDocument, cut, fingerprint
 from emu3_megatron.tokenization.toolkit import choose_vocabulary
 from emu3_megatron.vision import VisionTokenizer
@@ -95,15 +95,24 @@ class TextReport:
     """Their tokens."""
     bad: int = 0
     """Lines set aside."""
+    damaged: int = 0
+    """1 where the input breaks inside this part, and all that follows is lost."""
     examples: list[dict[str, str]] = field(default_factory=list)
-    """The first `LISTED` of them: id, path, reason."""
+    """The first `LISTED` of them, and the damage: id, path, reason, error."""
 
     def set_aside(self, document: TextDocument, path: Path) -> None:
         """Count a document that cannot be used, and list it if there is room."""
         self.bad += 1
-        if self.bad <= LISTED:
-            reason = document.reason or "has no text left after normalisation"
-            self.examples.append({"id": document.name, "path": printable(str(path)), "reason": reason})
+        self.damaged += document.damaged
+        if self.bad <= LISTED or document.damaged:
+            self.examples.append(
+                {
+                    "id": document.name,
+                    "path": printable(str(path)),
+                    "reason": document.reason or "has no text left after normalisation",
+                    "error": "DamagedInput" if document.damaged else "EntryError",
+                }
+            )
 
 
 class TextShards:
@@ -201,7 +210,9 @@ class TextJob:
         ) as bar:
             for report in self._make(mine):
                 bar.update()
-                if not report.documents:  # the wrong --key, say; other shares are judged over all shards
+                if (
+                    not report.documents and not report.damaged
+                ):  # the wrong --key, say; other shares are judged over all shards
                     self._check_budget([report])
         if not all(map(self._is_done, range(count))):
             return False
@@ -213,7 +224,8 @@ class TextJob:
         config, count = self.config, len(self.parts)
         if config.processes == 1 or len(shards) < 2:
             for shard in shards:
-                yield retry(partial(self._here.make, shard, count), self.parts[shard])
+                part = self.parts[shard]
+                yield retry(partial(self._here.make, shard, count), part, name=str(part.path))
             return
         spawn = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(min(config.processes, len(shards)), spawn) as pool:
@@ -265,7 +277,16 @@ class TextJob:
                 leftover.unlink(missing_ok=True)
 
     def _check_budget(self, reports: list[TextReport]) -> None:
-        """Fail where too large a share of these shards' lines was set aside."""
+        """Fail where too large a share of these shards is damaged, or of their lines was set aside."""
+        damaged = [report.examples[-1] for report in reports if report.damaged]
+        if len(damaged) > self.config.quarantine_budget * len(reports):
+            raise UserError(
+                f"{len(damaged)} of {len(reports)} parts of the input are damaged, more than "
+                f"quarantine_budget={self.config.quarantine_budget:g} allows; the first: "
+                f"{damaged[0]['path']}, {damaged[0]['id']} {damaged[0]['reason']}; raise the budget and run "
+                "again to go on without what is lost (finished shards are kept), or mend the file and take "
+                "another --output"
+            )
         bad = sum(report.bad for report in reports)
         lines = bad + sum(report.documents for report in reports)
         if bad > self.config.quarantine_budget * lines:
@@ -287,7 +308,7 @@ class TextJob:
 def _make(
     config: TextJobConfig, vocabulary: Vocabulary, shard: int, num_shards: int, part: Part
 ) -> TextReport:
-    return retry(partial(_maker(config, vocabulary).make, shard, num_shards), part)
+    return retry(partial(_maker(config, vocabulary).make, shard, num_shards), part, name=str(part.path))
 
 
 @lru_cache(maxsize=1)

@@ -11,14 +11,16 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
 from torch import Tensor
 
-from emu3_megatron.files import atomic_write, write_json_atomic
+from emu3_megatron.errors import UserError, one_line
+from emu3_megatron.files import atomic_write, parse_json, write_json_atomic
 from emu3_megatron.vision.config import VisionTokenizerConfig
 
 if TYPE_CHECKING:
@@ -29,6 +31,9 @@ Layout = Literal["transformers", "emu3"]
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+
+LFS_POINTER = b"version https://git-lfs"
+"""How the file begins that git leaves where git-lfs was not run."""
 
 RENAMES: tuple[tuple[str, str], ...] = (
     (r"\.attn\.(\d+)\.norm\.", r".attn_norms.\1."),
@@ -88,7 +93,7 @@ def load_config(folder: Path) -> VisionTokenizerConfig:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: give the folder of a vision tokenizer")
-    values = json.loads(path.read_text())
+    values = _read_json(path)
     return VisionTokenizerConfig.from_dict(values.get("vq_config", values))
 
 
@@ -124,21 +129,59 @@ def load_weights(tokenizer: VisionTokenizer, folder: Path) -> None:
 
 def _read(folder: Path) -> dict[str, Tensor]:
     index = folder / INDEX_FILE
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = [WEIGHTS_FILE]
+    names = sorted(set(_weight_map(index).values())) if index.is_file() else [WEIGHTS_FILE]
     weights: dict[str, Tensor] = {}
     for name in names:
         path = folder / name
         if not path.is_file():
             raise FileNotFoundError(f"{path} is missing: a vision tokenizer's weights are safetensors files")
-        weights.update(load_file(path))
+        weights.update(read_safetensors(path))
     prefixes = ("model.vqmodel.", "vqmodel.")
     for prefix in prefixes:
         if any(key.startswith(prefix) for key in weights):
             return {k.removeprefix(prefix): v for k, v in weights.items() if k.startswith(prefix)}
     return weights
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        UserError: it is damaged, or no such file; the message says what it is.
+    """
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise UserError(f"{path}: {_fault(path, 'safetensors', one_line(error))}") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file holds."""
+    data = path.read_bytes()
+    try:
+        values = parse_json(data)
+    except ValueError as error:
+        raise UserError(f"{path}: {_fault(path, 'JSON', one_line(error))}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: holds a JSON {type(values).__name__}, not an object; copy it anew")
+    return values
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """Files by tensor."""
+    names = _read_json(index).get("weight_map")
+    if not isinstance(names, dict):
+        raise UserError(f'{index}: has no "weight_map"; copy it anew')
+    return names
+
+
+def _fault(path: Path, kind: str, words: str) -> str:
+    """What is wrong with a file that cannot be read as `kind`, and what to do."""
+    with open(path, "rb") as stream:
+        start = stream.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        return "is a git-lfs pointer, not the file itself; run 'git lfs pull' in its repository"
+    return f"is cut off, damaged or no {kind} file ({words}, {path.stat().st_size} bytes); copy it anew"
 
 
 def fingerprint(tokenizer: VisionTokenizer) -> str:

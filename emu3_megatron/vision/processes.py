@@ -10,15 +10,25 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from emu3_megatron import processes
+from emu3_megatron.errors import UserError
 
 
 def set_up_processes() -> torch.device:
-    """Join torchrun's process group where there is one; give the device of this process."""
-    cuda = torch.cuda.is_available()
+    """Join torchrun's process group where there is one; give the device of this process.
+
+    Raises:
+        UserError: there are more processes than GPUs.
+    """
+    cuda, local = torch.cuda.is_available(), int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and local >= torch.cuda.device_count():
+        raise UserError(
+            f"process {local} of this machine has no GPU of its own: there are {torch.cuda.device_count()}; "
+            "start no more processes than GPUs (torchrun --nproc-per-node)"
+        )
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         processes.join("nccl" if cuda else "gloo")
     if cuda:
-        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(local)
         return torch.device("cuda", torch.cuda.current_device())
     return torch.device("cpu")
 

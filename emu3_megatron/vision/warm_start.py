@@ -18,12 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from emu3_megatron.errors import UserError, one_line
 from emu3_megatron.vision.averages import CODEBOOK
-from emu3_megatron.vision.checkpoint import PROJECTION
+from emu3_megatron.vision.checkpoint import PROJECTION, read_safetensors
 from emu3_megatron.vision.layers import CausalConv3d, SpatialNorm
 from emu3_megatron.vision.model import VisionTokenizer
 
@@ -114,7 +113,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise UserError(f"warm_start is {path}: no such file or folder; correct the path")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return read_safetensors(path)
         stored = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(

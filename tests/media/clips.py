@@ -92,6 +92,25 @@ def sound_alone(path: Path) -> Path:
     return path
 
 
+def add_sound(path: Path) -> Path:
+    """Put a second of silence beside the video of an MP4 file."""
+    silent = path.with_name(f"silent {path.name}")
+    path.rename(silent)
+    with av.open(str(silent)) as source, av.open(str(path), "w") as target:
+        video, sound = (
+            target.add_stream_from_template(source.streams.video[0]),
+            target.add_stream("aac", 16000),
+        )
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 16000), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        target.mux([*sound.encode(frame), *sound.encode(None)])
+        for packet in source.demux(video=0):
+            if packet.dts is not None:
+                packet.stream = video
+                target.mux(packet)
+    return path
+
+
 def read_frames(source: str, media: Media, indices: Sequence[int]) -> npt.NDArray[np.uint8]:
     """Frames by index from the source of this name."""
     with OpenVideo(media) as video:

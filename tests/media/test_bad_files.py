@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -163,6 +164,38 @@ def test_one_bad_image_harms_no_other(tmp_path: Path) -> None:
     for together, single in zip([results[0], results[2], results[5]], alone, strict=True):
         assert isinstance(together, np.ndarray)
         assert np.array_equal(together, single)
+
+
+def test_a_playlist_or_a_session_is_no_video(tmp_path: Path) -> None:
+    """FFmpeg follows either to other files and hosts."""
+    encode(tmp_path / "clip.mp4", moving_picture())
+    texts = {
+        "list.mp4": "ffconcat version 1.0\nfile clip.mp4\n",
+        "absolute.mp4": f"ffconcat version 1.0\nfile {tmp_path / 'clip.mp4'}\n",
+        "session.mp4": "v=0\no=- 0 0 IN IP4 127.0.0.1\ns=-\nc=IN IP4 127.0.0.1\nt=0 0\n"
+        "m=video 50040 RTP/AVP 96\na=rtpmap:96 H264/90000\n",
+        "stream.mp4": "#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\nclip.mp4\n#EXT-X-ENDLIST\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        begin = time.perf_counter()
+        for media in (tmp_path / name, text.encode()):
+            with pytest.raises(MediaError):
+                probe_video(media)
+        assert time.perf_counter() - begin < 9, name  # a socket that hears nothing gives up after 10 s
+
+
+def test_an_image_that_is_a_program_is_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    from PIL import EpsImagePlugin
+
+    def run(*_: object, **__: object) -> None:
+        raise AssertionError("Ghostscript was started")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", run)
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n{} loop\n%%EOF\n"
+    (error,) = decode_images([program])
+    assert isinstance(error, MediaError)
+    assert "known format" in str(error)
 
 
 def test_decompression_bomb_is_refused() -> None:

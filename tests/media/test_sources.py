@@ -6,11 +6,13 @@ import itertools
 from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 
-from emu3_megatron.media import ClipRule, MediaError, OpenVideo, frame_source, probe_video
+from emu3_megatron.media import ClipRule, MediaError, OpenVideo, frame_source, probe_video, sources
 from tests.media.clips import CLIPS, cut_losslessly, decode_in_order, encode, moving_picture, read_frames
 
 INDICES = (0, 1, 5, 11, 17, 23)
@@ -67,6 +69,47 @@ def test_fragmented_mp4_is_exact(tmp_path: Path) -> None:
     reference = decode_in_order(path)
     for i in INDICES:
         assert np.array_equal(read_frames("pyav", path, [i])[0], reference[i])
+
+
+@pytest.mark.parametrize("rate", [12, 1000])
+@pytest.mark.parametrize(
+    ("encoder", "pixel_format", "options"),
+    [
+        ("mpeg4", "yuv420p", {}),
+        ("mpeg4", "yuv420p", {"bf": "2"}),
+        ("mjpeg", "yuvj420p", {}),
+        ("libx264", "yuv420p", {}),
+        ("libx264", "yuv420p", {"bf": "0"}),
+    ],
+)
+def test_avi_may_pause_between_frames(
+    tmp_path: Path, encoder: str, pixel_format: str, options: dict[str, str], rate: int
+) -> None:
+    """An AVI file's header counts places without a frame, even after the last; what a cut takes is missed."""
+    ticks = [0, 1, 2, 3, 8, 9, 10, 11, 12, 20, 21, 22]
+    path = encode(
+        tmp_path / "v.avi",
+        moving_picture(12),
+        encoder=encoder,
+        pixel_format=pixel_format,
+        options=options,
+        ticks=ticks,
+        rate=rate,
+    )
+    info, reference = probe_video(path), decode_in_order(path)
+    assert info.frame_count == len(reference) == 12
+    if encoder != "libx264":  # whose frames AVI only knows by the time of decoding
+        assert np.allclose(info.timestamps * 1000, ticks)
+    for chosen in ([4, 9, 11], [0, 3], range(12)):
+        assert np.array_equal(read_frames("pyav", path, chosen), reference_of(reference, chosen))
+    data = path.read_bytes()
+    with av.open(str(path)) as container:
+        places = [packet.pos for packet in container.demux(video=0) if packet.size]
+    for place in places[1::5]:
+        for damaged in (data[:place], data[:place] + bytes(len(data) - place)):
+            path.write_bytes(damaged)
+            with pytest.raises(MediaError, match="truncated"):
+                probe_video(path)
 
 
 def test_variable_frame_rate_keeps_every_time_stamp(tmp_path: Path) -> None:
@@ -215,3 +258,29 @@ def test_dali_says_what_it_cannot_decode(tmp_path: Path) -> None:
 def test_unknown_source_is_refused() -> None:
     with pytest.raises(ValueError, match="choose auto, dali or pyav"):
         frame_source("opencv")
+
+
+def test_a_decoder_that_fails_for_a_while_costs_no_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """DALI's errors look alike; a clip known to be good tells the machine's from the file's."""
+    path = encode(tmp_path / "a.webm", moving_picture(), encoder="libvpx-vp9")
+    expected = read_frames("dali", path, INDICES)
+    original, calls, failing = sources.dali.decode_video, 0, range(0)
+
+    def decode(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls in failing:
+            raise RuntimeError("CUDA_ERROR_NO_DEVICE")
+        return original(*arguments)
+
+    monkeypatch.setattr(sources.dali, "decode_video", decode)
+    failing = range(1, 100)
+    with pytest.raises(OSError, match="known to be good"):
+        read_frames("dali", path, INDICES)
+    calls, failing = 0, range(1, 2)
+    assert np.array_equal(read_frames("dali", path, INDICES), expected)
+    calls, failing = 0, range(1, 4, 2)
+    with pytest.raises(MediaError, match="DALI"):
+        read_frames("dali", path, INDICES)

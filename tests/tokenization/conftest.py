@@ -14,7 +14,7 @@ import torch
 
 from emu3_megatron.media import write_mp4, write_png
 from emu3_megatron.text import train_sentencepiece
-from emu3_megatron.tokenization import TokenizationConfig
+from emu3_megatron.tokenization import TokenizationConfig, tokenize
 from emu3_megatron.vision import VisionTokenizer, VisionTokenizerConfig
 from tests.media.clips import CLIPS, PHOTOGRAPHS, encode, moving_picture
 
@@ -86,3 +86,22 @@ def make_config(tokenizers: Tokenizers) -> Callable[..., TokenizationConfig]:
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a dataset folder by its name."""
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+@pytest.fixture(scope="session")
+def undisturbed(
+    tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizers: Tokenizers
+) -> dict[str, bytes]:
+    """The files of a job of four shards that nothing disturbed."""
+    output = tmp_path_factory.mktemp("undisturbed") / "data"
+    config = TokenizationConfig(
+        manifest=(corpus,),
+        output=output,
+        image_area=64 * 64,
+        progress=False,
+        num_shards=4,
+        name="data",
+        **tokenizers,
+    )
+    assert tokenize(config)
+    return contents(output)

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
 import io
 import json
+import lzma
 import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import pytest
 
 from emu3_megatron.errors import UserError
 from emu3_megatron.media import MediaError
 from emu3_megatron.tokenization import BadEntry, Entry, Inputs
 from tests.media.clips import encode_image
+
+
+def zstd(data: bytes) -> bytes:
+    return bytes(pyarrow.compress(data, "zstd"))
+
 
 PICTURE = np.zeros((16, 16, 3), np.uint8)
 
@@ -207,6 +217,86 @@ def test_a_tar_file_cut_off_loses_only_its_last_sample(tmp_path: Path) -> None:
         pointers[3].load()
 
 
+def samples_of(count: int) -> dict[str, bytes]:
+    """Pictures and their captions, in blocks of 512 bytes: header, 4 blocks, header, 1 block."""
+    return {
+        name: data
+        for i in range(count)
+        for name, data in ((f"{i}.png", bytes([i]) * 2000), (f"{i}.txt", b"c%d" % i))
+    }
+
+
+@pytest.mark.parametrize("name_length", [1, 150])
+@pytest.mark.parametrize("member", range(1, 20))
+def test_a_damaged_header_of_a_tar_file_costs_its_own_sample(
+    tmp_path: Path, member: int, name_length: int
+) -> None:
+    """Long names stand in headers before the header."""
+    members = {f"{'n' * name_length}{name}": data for name, data in samples_of(10).items()}
+    path = write_tar(tmp_path / "a.tar", members)
+    with tarfile.open(path) as archive:
+        header = archive.getmembers()[member].offset_data - 512
+    data = bytearray(path.read_bytes())
+    data[header + 3] ^= 1
+    path.write_bytes(data)
+    entries = read(path)
+    good = [entry for entry in entries if isinstance(entry, Entry)]
+    bad = [entry for entry in entries if isinstance(entry, BadEntry)]
+    assert [(entry.id.lstrip("n"), entry.text) for entry in good] == [
+        (str(i), f"c{i}") for i in range(10) if i != member // 2
+    ]
+    assert any("is damaged" in entry.reason and entry.id.startswith("a.tar:") for entry in bad)
+    for entry in good:
+        assert entry.media is not None
+        assert entry.media.load() == bytes([int(entry.id.lstrip("n"))]) * 2000
+
+
+@pytest.mark.parametrize("cut", range(7 * 512, 21 * 512 + 1, 256))
+def test_wherever_a_tar_file_is_cut_somebody_says_so(tmp_path: Path, cut: int) -> None:
+    path = write_tar(tmp_path / "a.tar", samples_of(10))
+    path.write_bytes(path.read_bytes()[:cut])
+    entries, problems = read(path), 0
+    for place, entry in enumerate(entries):
+        if isinstance(entry, BadEntry):
+            problems += 1
+            continue
+        assert (entry.id, entry.text) in {(str(place), f"c{place}"), (str(place), None)}
+        assert entry.media is not None
+        try:
+            assert entry.media.load() == bytes([place]) * 2000
+        except MediaError:
+            problems += 1
+        else:
+            assert entry.text == f"c{place}"
+    assert problems
+
+
+def test_what_lies_behind_an_end_mark_or_a_hole_is_read(tmp_path: Path) -> None:
+    first, second = (
+        write_tar(tmp_path / name, {key: data for key, data in samples_of(6).items() if keep(key)})
+        for name, keep in (("1.tar", lambda key: key < "3"), ("2.tar", lambda key: key >= "3"))
+    )
+    joined = tmp_path / "joined.tar"
+    joined.write_bytes(first.read_bytes() + second.read_bytes())
+    entries = read(joined)
+    assert [entry.id for entry in entries if isinstance(entry, Entry)] == list("012345")
+    assert len(entries) == 7
+    holed = write_tar(tmp_path / "holed.tar", samples_of(10))
+    data = bytearray(holed.read_bytes())
+    data[7 * 512 * 4 : 7 * 512 * 5] = bytes(7 * 512)
+    holed.write_bytes(data)
+    entries = read(holed)
+    assert [entry.id for entry in entries if isinstance(entry, Entry)] == list("012356789")
+    assert len(entries) == 10
+
+
+def test_a_deeply_nested_member_costs_its_own_sample(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", {"0.json": b"[" * 100_000, "1.json": b'{"text": "x"}'})
+    bad, good = read(path)
+    assert isinstance(bad, BadEntry)
+    assert isinstance(good, Entry)
+
+
 def test_several_inputs_are_one_list(tmp_path: Path) -> None:
     paths = []
     for part, count in enumerate((3, 0, 5, 1)):
@@ -222,6 +312,16 @@ def test_several_inputs_are_one_list(tmp_path: Path) -> None:
     for shards in (1, 2, 4, 20):
         ranges = [inputs.shard_range(shard, shards) for shard in range(shards)]
         assert [i for start, stop in ranges for i in range(start, stop)] == list(range(9))
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, bz2.compress, lzma.compress, zstd])
+@pytest.mark.parametrize("name", ["m.jsonl.gz", "m.jsonl", "a.tar.gz", "a.tgz", "a.tar"])
+def test_compressed_manifests_are_refused_with_one_line(
+    tmp_path: Path, compress: Callable[[bytes], bytes], name: str
+) -> None:
+    (tmp_path / name).write_bytes(compress(b'{"id": "a", "text": "x"}\n' * 100))
+    with pytest.raises(UserError, match="decompress it"):
+        Inputs([tmp_path / name])
 
 
 def test_inputs_that_cannot_be_read(tmp_path: Path) -> None:

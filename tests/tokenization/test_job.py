@@ -22,11 +22,20 @@ from emu3_megatron.errors import UserError
 from emu3_megatron.grammar import Dialect, Image, Video
 from emu3_megatron.media import Preprocessor, ResizeRule, decode_image
 from emu3_megatron.text import load_text_tokenizer
-from emu3_megatron.tokenization import TokenizationConfig, TokenizationJob, choose_vocabulary, tokenize
-from emu3_megatron.tokenization import decode as decoding
+from emu3_megatron.tokenization import (
+    TokenizationConfig,
+    TokenizationJob,
+    choose_vocabulary,
+    tokenize,
+)
 from emu3_megatron.vision import VisionTokenizer
 from tests.media.bad_files import write_bad_corpus
-from tests.media.clips import CLIPS, cut_losslessly, encode_image, moving_picture
+from tests.media.clips import (
+    CLIPS,
+    cut_losslessly,
+    encode_image,
+    moving_picture,
+)
 from tests.tokenization.conftest import Tokenizers, contents
 
 MakeConfig = Callable[..., TokenizationConfig]
@@ -45,25 +54,6 @@ def run_tool(config: TokenizationConfig, **popen: Any) -> subprocess.Popen[str]:
     return subprocess.Popen(
         arguments, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **popen
     )
-
-
-@pytest.fixture(scope="module")
-def undisturbed(
-    tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizers: Tokenizers
-) -> dict[str, bytes]:
-    """The files of a job of four shards that nothing disturbed."""
-    output = tmp_path_factory.mktemp("undisturbed") / "data"
-    config = TokenizationConfig(
-        manifest=(corpus,),
-        output=output,
-        image_area=64 * 64,
-        progress=False,
-        num_shards=4,
-        name="data",
-        **tokenizers,
-    )
-    assert tokenize(config)
-    return contents(output)
 
 
 def test_documents_hold_the_codes_of_their_files(
@@ -320,32 +310,6 @@ def test_past_the_budget_the_job_fails_with_one_line(tmp_path: Path, make_config
     assert "--quarantine-budget" in lines[0]
     assert not (tmp_path / "data" / "manifest.json").exists()
     assert tokenize(make_config(manifest, tmp_path / "data", quarantine_budget=0.5))
-
-
-def test_a_passing_fault_is_tried_again_and_never_quarantined(
-    tmp_path: Path, corpus: Path, make_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(decoding, "RETRY_SECONDS", (0.0, 0.0))
-    original, failures = decoding.decode_images, 0
-
-    def flaky(media: Any) -> Any:
-        nonlocal failures
-        failures += 1
-        if failures % 3:
-            raise OSError(5, "Input/output error")
-        return original(media)
-
-    monkeypatch.setattr(decoding, "decode_images", flaky)
-    assert tokenize(make_config(corpus, tmp_path / "data"))
-    assert (tmp_path / "data" / "quarantine.jsonl").read_bytes() == b""
-
-    def broken(media: Any) -> Any:
-        raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(decoding, "decode_images", broken)
-    with pytest.raises(OSError, match="Input/output"):
-        tokenize(make_config(corpus, tmp_path / "other"))
-    assert not list((tmp_path / "other").glob("*.idx"))
 
 
 def test_other_settings_are_refused_in_the_same_folder(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
 import multiprocessing
 import random
 import time
@@ -240,6 +242,75 @@ def test_bad_lines_are_listed_and_the_rest_is_kept(tmp_path: Path, make_text: Ma
     assert not (tmp_path / "strict" / "manifest.json").exists()
     with pytest.raises(UserError, match=r"has a .body. that is not a string"):
         tokenize_text(make_text(tmp_path / "key", key="body"))
+
+
+def zstd(data: bytes) -> bytes:
+    stream = pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(stream, "zstd") as packed:
+        packed.write(data)
+    return bytes(stream.getvalue())
+
+
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": zstd}
+
+
+@pytest.mark.parametrize("suffix", PACKERS)
+def test_compressed_files_give_the_documents_of_the_plain_ones(
+    tmp_path: Path, make_text: MakeText, texts: list[str], suffix: str
+) -> None:
+    """In one piece, in several, and as plain text."""
+    half = [
+        "".join(json.dumps({"text": text}) + "\n" for text in part).encode()
+        for part in (texts[:150], texts[150:])
+    ]
+    pack = PACKERS[suffix]
+    (tmp_path / f"a.jsonl.{suffix}").write_bytes(pack(half[0] + half[1]))
+    (tmp_path / f"b.jsonl.{suffix}").write_bytes(pack(half[0]) + pack(half[1]))
+    (tmp_path / f"c.txt.{suffix}").write_bytes(pack("\n".join(texts).encode()))
+    for name in (f"a.jsonl.{suffix}", f"b.jsonl.{suffix}", f"c.txt.{suffix}"):
+        (part,) = cut([tmp_path / name], 1000)
+        assert [document.text for document in part.documents("text")] == texts, name
+
+
+@pytest.mark.parametrize("suffix", [*PACKERS, "parquet"])
+def test_damage_costs_what_follows_in_the_file_alone(
+    tmp_path: Path, make_text: MakeText, suffix: str
+) -> None:
+    generator = random.Random(0)
+    lines = [f"{generator.getrandbits(400):x}" for _ in range(3000)]
+    data = "".join(json.dumps({"text": line}) + "\n" for line in lines).encode()
+    names = ("a.jsonl", f"b.jsonl.{suffix}" if suffix in PACKERS else "b.parquet", "c.jsonl")
+    for name in (names[0], names[2]):
+        (tmp_path / name).write_text('{"text": "a cat"}\n' * 4000)
+    path = tmp_path / names[1]
+    if suffix in PACKERS:
+        packed = PACKERS[suffix](data)
+        path.write_bytes(packed[: len(packed) * 3 // 5])
+    else:
+        table = pyarrow.table({"text": lines})
+        pyarrow.parquet.write_table(
+            table, path, row_group_size=500, data_page_size=2000, use_dictionary=False
+        )
+        damaged = bytearray(path.read_bytes())
+        middle = len(damaged) // 2
+        damaged[middle : middle + 3000] = b"\xff" * 3000
+        path.write_bytes(damaged)
+    inputs = tuple(tmp_path / name for name in names)
+    settings = {"input": inputs, "shard_bytes": 1 << 20}
+    begin = time.perf_counter()
+    with pytest.raises(UserError, match=rf"1 of 3 parts of the input are damaged.*{path.name}"):
+        tokenize_text(make_text(tmp_path / "data", **settings))
+    assert time.perf_counter() - begin < 9  # it is no passing fault, which is tried for 10.5 s
+    assert tokenize_text(make_text(tmp_path / "data", quarantine_budget=0.4, **settings))
+    (row,) = map(json.loads, (tmp_path / "data" / "quarantine.jsonl").read_text().splitlines())
+    assert (row["path"], row["error"]) == (str(path), "DamagedInput")
+    dataset = MultimodalDataset.open(tmp_path / "data")
+    found = len(dataset) - 8000
+    assert found < 3000
+    assert found or suffix == "bz2"  # all of this is one block of bzip2
+    tokenizer = load_text_tokenizer(make_text(tmp_path / "x").text_tokenizer)
+    for number in (0, found - 1)[: 2 * found]:
+        assert tokenizer.decode(dataset.document(4000 + number)[0][0].tolist()) == lines[number]
 
 
 def test_what_does_not_fit_gives_one_clear_line(tmp_path: Path, make_text: MakeText) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Emu3VQVAE
 
+from emu3_megatron.errors import UserError
 from emu3_megatron.vision import VisionTokenizer
+from emu3_megatron.vision.processes import set_up_processes
 from tests.vision.oracle import TINY, reference
 
 
@@ -83,6 +86,34 @@ def test_a_full_model_folder_gives_its_tokenizer(tokenizer: VisionTokenizer, tmp
               tmp_path / "model.safetensors")  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps({"vq_config": TINY.to_transformers()}))
     assert VisionTokenizer.from_pretrained(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda data: data[: len(data) // 2], "is cut off, damaged or no"),
+        (lambda data: b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n", "git lfs pull"),
+        (lambda data: b"", "is cut off, damaged or no"),
+    ],
+)
+def test_damaged_files_are_named(
+    tokenizer: VisionTokenizer, tmp_path: Path, name: str, damage: Callable[[bytes], bytes], words: str
+) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    path = tmp_path / name
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=words) as caught:
+        VisionTokenizer.from_pretrained(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+def test_more_processes_than_gpus_give_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(UserError, match="no more processes than GPUs"):
+        set_up_processes()
 
 
 def test_wrong_folders_are_named(tokenizer: VisionTokenizer, tmp_path: Path) -> None:
