@@ -313,7 +313,8 @@ def claim_folder(output: Path, identity: dict[str, Any]) -> None:
 def _is_general(failures: dict[int, Exception], shards: Iterable[int]) -> bool:
     """Whether the last failure will meet the shards after it too: a full disk, or many in a row."""
     *_, last = failures
-    if isinstance(failures[last], OSError) and failures[last].errno in FULL:
+    error = failures[last]
+    if isinstance(error, OSError) and error.errno in FULL:
         return True
     tried = [shard for shard in shards if shard <= last][-FAILURES_IN_A_ROW:]
     return len(tried) == FAILURES_IN_A_ROW and all(shard in failures for shard in tried)
