@@ -323,8 +323,8 @@ class CurationConfig:
     """Seconds without progress (a decoded frame) after which an entry's stage is given up; the second time
     the entry is set aside."""
     max_unusable_fraction: float = 0.5
-    """Share of the entries that may be set aside before the job fails: raw media hold many bad files, but where
-    most are, something else is wrong."""
+    """Share of the entries that may be set aside before the job fails. Raw media hold many bad files; where
+    most are bad, something else is wrong."""
     retry_unusable: bool = False
     """Look again at entries that were set aside in an earlier run."""
     thumbnails: int = 48
