@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 
-from tests.programs import Programs
+from tests import programs
 
 
-def test_the_benchmark_runs_on_a_cpu(program: Programs) -> None:
-    ended = program("benchmarks/gpu/generation.py", "--smoke")
+def test_the_benchmark_runs_on_a_cpu() -> None:
+    ended = programs.shared()("benchmarks/gpu/generation.py", "--smoke")
     assert ended.code == 0, ended.err[-3000:]
     _, *lines = map(json.loads, ended.out.splitlines())
     assert [(line["images"], line["rows_of_the_batch"]) for line in lines] == [(1, 2), (8, 16)]

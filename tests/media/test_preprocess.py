@@ -254,10 +254,6 @@ def test_the_number_of_the_gpu_reaches_dali_and_its_copies_are_waited_for(
     path = encode(tmp_path / "a.mp4", moving_picture(4))
     for name, index, expected in (("dali", 3, "gpu:3"), ("auto", 2, "gpu:2"), ("dali", None, "gpu")):
         events.clear()
-        with OpenVideo(path) as opened:
-            if name == "auto":  # PyAV has the last word
-                frame_source(name, device="gpu", device_index=index).frames(opened, [0])
-            else:
-                with pytest.raises(MediaError, match="no GPU"):
-                    frame_source(name, device="gpu", device_index=index).frames(opened, [0])
-        assert events == [expected]
+        with OpenVideo(path) as opened, pytest.raises(OSError, match="no GPU"):
+            frame_source(name, device="gpu", device_index=index).frames(opened, [0])
+        assert set(events) == {expected}

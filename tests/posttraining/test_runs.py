@@ -120,12 +120,13 @@ def test_layouts_equal_one_process(
 CONFIGS = programs.ROOT / "examples/configs"
 
 
-@pytest.mark.parametrize("size", ["emu3-8b", "post-training"])
+@pytest.mark.parametrize(
+    ("size", "gpus"), [("emu3-8b", 8), ("emu3-8b", 64), ("emu3-8b", 512), ("post-training", 0)]
+)
 @pytest.mark.parametrize("recipe", ["quality", "understanding-1", "understanding-2", "unified"])
-def test_the_example_configurations_are_read(size: str, recipe: str) -> None:
-    arguments = ["--config", str(CONFIGS / size / f"{recipe}.yaml"), "--world-size", "16"]
-    if size == "post-training":
-        arguments[-1] = "1"
+def test_the_example_configurations_are_read(size: str, gpus: int, recipe: str) -> None:
+    file = CONFIGS / size / (f"{recipe}-{gpus}gpu.yaml" if gpus else f"{recipe}.yaml")
+    arguments = ["--config", str(file), "--world-size", str(gpus or 1)]
     config = command_line.parse(arguments).config
     losses = [source.loss or config.loss for source in config.data.sources.values()]
     assert all(loss.prompt_weight == 0 and loss.meta_weight == 0 for loss in losses)
