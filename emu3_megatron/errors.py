@@ -11,6 +11,9 @@ from typing import NoReturn
 EXIT_USER_ERROR = 2
 """Exit code of a program stopped by something the user can put right."""
 
+EXIT_MACHINE_FAULT = 1
+"""Exit code of a program stopped by its machine: started again, or elsewhere, it may go on."""
+
 SHOW_TRACEBACK = "EMU3_TRACEBACK"
 """Environment variable: when set and not empty, `run_main` lets the exception pass with its traceback."""
 
@@ -30,6 +33,10 @@ class UserError(ValueError):
     """Something the user can put right; one clear line with the value seen, the rule and the remedy."""
 
 
+class MachineFault(OSError):
+    """Memory, a GPU or a disk that failed, however often it was tried; no file and no setting is to blame."""
+
+
 def one_line(error: BaseException) -> str:
     """The message of `error` on one line; its class name where it has no message."""
     return " ".join(str(error).split()) or type(error).__name__
@@ -38,9 +45,10 @@ def one_line(error: BaseException) -> str:
 def run_main(main: Callable[[], None]) -> None:
     """Run a program's `main`; turn a user's error into one line on stderr and exit code 2.
 
-    `ValueError` (so `UserError`) and `OSError` (a missing file, a full disk) are taken as the user's;
-    anything else is a defect of ours and keeps its traceback, and so does every error where the environment
-    variable ``EMU3_TRACEBACK`` is set. An interrupt exits with 130, as shells expect.
+    `MachineFault` is one line too, with exit code 1: job scripts start that again. `ValueError` (so
+    `UserError`) and `OSError` (a missing file, a full disk) are taken as the user's; anything else is a
+    defect of ours and keeps its traceback, and so does every error where the environment variable
+    ``EMU3_TRACEBACK`` is set. An interrupt exits with 130, as shells expect.
     """
     for message, category, module in NOT_FOR_USERS:
         warnings.filterwarnings("ignore", message, category, module)
@@ -51,6 +59,9 @@ def run_main(main: Callable[[], None]) -> None:
         main()
     except BrokenPipeError:
         _leave_broken_pipe()
+    except MachineFault as error:
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(EXIT_MACHINE_FAULT)
     except (ValueError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)

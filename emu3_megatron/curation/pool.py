@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 from emu3_megatron.curation.scoring import Key, failure
 from emu3_megatron.curation.units import Score
-from emu3_megatron.errors import UserError, one_line
+from emu3_megatron.errors import MachineFault, UserError, one_line
 
 ATTEMPTS = 2
 """Times that an entry may end its process, or stop it, before it is set aside; the first may be another's
@@ -195,4 +195,4 @@ def _plain_error(error: Exception) -> Exception:
     """An error that can be sent between processes."""
     if isinstance(error, UserError):
         return UserError(one_line(error))
-    return OSError(f"{one_line(error)} (a fault that did not pass; finished work is kept, run again)")
+    return MachineFault(f"{one_line(error)} (a fault that did not pass; finished work is kept, run again)")

@@ -16,7 +16,7 @@ from emu3_megatron.curation.manifest import BadEntry, RawManifest
 from emu3_megatron.curation.pipeline import Pipeline, Step
 from emu3_megatron.curation.progress import listening
 from emu3_megatron.curation.units import Score, Stage, Unit
-from emu3_megatron.errors import UserError, one_line
+from emu3_megatron.errors import MachineFault, UserError, one_line
 from emu3_megatron.files import atomic_write, printable
 from emu3_megatron.media import MediaError
 
@@ -150,7 +150,7 @@ def compute(stage: Stage, unit: Unit) -> Score:
             if not of_machine(error, unit):  # a library tripped over this file; the others must not suffer
                 return failure(f"{stage.name} fails: {one_line(error)}", type(error).__name__)
             if wait is None:
-                raise OSError(f"{stage.name} of {unit.path or unit.id}: {one_line(error)}") from error
+                raise MachineFault(f"{stage.name} of {unit.path or unit.id}: {one_line(error)}") from error
             _release_memory()
             time.sleep(wait)
     raise AssertionError("the last wait is None")

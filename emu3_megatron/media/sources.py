@@ -18,6 +18,7 @@ import av
 import numpy as np
 import numpy.typing as npt
 
+from emu3_megatron.errors import MachineFault
 from emu3_megatron.media import dali
 from emu3_megatron.media.color import correct_matrix
 from emu3_megatron.media.convert import FFmpegConverter, RGBConverter
@@ -251,7 +252,7 @@ class DALISource:
         try:
             self._decode(np.frombuffer(known_clip(self._device), np.uint8), [0])
         except RuntimeError as error:
-            raise OSError(
+            raise MachineFault(
                 f"DALI's decoder on the {self._device} fails with a clip known to be good "
                 f"({dali.reason(error)}); look after the GPU and its driver, or take --frame-source pyav"
             ) from error

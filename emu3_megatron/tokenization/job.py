@@ -16,13 +16,12 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from emu3_megatron.data import ShardWriter, read_shard_record, write_manifest
-from emu3_megatron.errors import UserError, one_line
+from emu3_megatron.errors import MachineFault, UserError, one_line
 from emu3_megatron.files import TEMPORARY_SUFFIX, atomic_write, write_json_atomic
 from emu3_megatron.tokenization.config import TokenizationConfig
 from emu3_megatron.tokenization.decode import SampleDecoder
 from emu3_megatron.tokenization.encode import BucketEncoder
 from emu3_megatron.tokenization.inputs import Inputs
-from emu3_megatron.tokenization.retrying import OutOfMemory
 from emu3_megatron.tokenization.shard import ShardMaker, ShardReport
 from emu3_megatron.tokenization.toolkit import Toolkit
 
@@ -121,8 +120,8 @@ class TokenizationJob:
 
         Raises:
             UserError: more entries were set aside than the budget allows.
-            OSError: a fault of the file system that did not pass; all shards that it did not touch are made.
-            OutOfMemory: the same of memory.
+            MachineFault: a fault that did not pass; all shards that it did not touch are made.
+            OSError: the disk is full.
         """
         config = self.config
         mine = range(config.worker, config.num_shards, config.num_workers)
@@ -153,7 +152,7 @@ class TokenizationJob:
             for shard, (start, stop) in ranges.items():
                 try:
                     reports.append(self._make_shard(shard, start, stop, maker))
-                except (OSError, OutOfMemory) as error:
+                except OSError as error:
                     failures[shard] = error
                     if _is_general(failures, ranges):
                         break
@@ -326,8 +325,8 @@ def _failed(failures: dict[int, Exception]) -> Exception:
     for shard, error in failures.items():
         reasons.setdefault(one_line(error), []).append(shard)
     listed = "; ".join(f"{shards}: {reason}" for reason, shards in reasons.items())
-    kind = OSError if any(isinstance(error, OSError) for error in failures.values()) else OutOfMemory
-    return kind(
+    full = any(isinstance(error, OSError) and error.errno in FULL for error in failures.values())
+    return (OSError if full else MachineFault)(
         f"shards that could not be made: {listed}; finished shards are kept, run again when it is mended"
     )
 

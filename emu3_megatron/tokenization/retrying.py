@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import torch
 
-from emu3_megatron.errors import UserError, one_line
+from emu3_megatron.errors import MachineFault, one_line
 
 RETRY_SECONDS = (0.5, 2.0, 8.0)
 """Waits before a passing fault (a disk, a network, memory) is tried again; after the last the shard fails."""
@@ -21,7 +21,7 @@ A = TypeVar("A")
 R = TypeVar("R")
 
 
-class OutOfMemory(UserError):
+class OutOfMemory(MachineFault):
     """Memory stayed too short, however often it was tried."""
 
 

@@ -154,7 +154,7 @@ run_job() {
   touch "$ATTEMPT/failed"
   failures=$(find "$JOB_LOGS" -mindepth 2 -maxdepth 2 -name failed | wc -l)
   report_failure "$status"
-  unbuilt=$(unbuilt_package)
+  unbuilt=$(unbuilt_package) || true  # there may be no log at all
   if [[ -n $unbuilt ]]; then
     say "error: $unbuilt is not built for this Python: run 'make env' in its clone, or take the clone off PYTHONPATH"
     return "$USER_ERROR"

@@ -157,6 +157,17 @@ def test_a_crash_is_tried_again_so_often_and_no_oftener(job: Job) -> None:
     assert log.splitlines()[-1] == "RuntimeError: gone"
 
 
+def test_a_step_that_was_never_created_is_tried_again(job: Job) -> None:
+    """No rank leaves a log: its node was lost before the start."""
+    srun = job.folder / "bin/srun"
+    srun.write_text(srun.read_text().replace("ranks=1", "[[ -e $NOTES/checked ]] && exit 1\nranks=1", 1))
+    # The check of the nodes is the first step.
+    srun.write_text(srun.read_text().replace('exit "$worst"', 'touch "$NOTES/checked"; exit "$worst"'))
+    _, log = job.run("true")
+    assert "no rank left a record" in log
+    assert job.requeued
+
+
 UNTIL_TOLD = """
 trap 'echo saved; exit 0' USR1 TERM
 touch "$NOTES/started-$RANK"

@@ -114,6 +114,10 @@ def test_pairs_are_held_out_by_their_prompts(tmp_path: Path) -> None:
     assert (fewer.pairs, fewer.held_out) == (3, 1)
     with pytest.raises(UserError, match="held-out is a dataset already"):
         write_pairs(folder, tmp_path / "more", scores, held_out=HeldOut(tmp_path / "held-out"))
+    # Killed after what is held out was written, and started again.
+    (tmp_path / "fewer/manifest.json").unlink()
+    again = write_pairs(folder, tmp_path / "fewer", scores, held_out=HeldOut(tmp_path / "one"))
+    assert (again.pairs, again.held_out) == (3, 1)
     single = {key: score for key, score in scores.items() if key[0] == 0}
     with pytest.raises(UserError, match="none is left to train on"):
         write_pairs(folder, tmp_path / "none", single, held_out=HeldOut(tmp_path / "all"))

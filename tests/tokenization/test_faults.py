@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from emu3_megatron.errors import UserError
+from emu3_megatron.errors import MachineFault
 from emu3_megatron.tokenization import TokenizationConfig, retrying, tokenize
 from emu3_megatron.tokenization import decode as decoding
 from emu3_megatron.vision import VisionTokenizer
@@ -82,7 +82,7 @@ def test_want_of_memory_is_tried_again_and_then_one_line(
         raise error
 
     monkeypatch.setattr(VisionTokenizer, "encode", full)
-    with pytest.raises(UserError, match="--encode-pixels"):
+    with pytest.raises(MachineFault, match="--encode-pixels"):
         tokenize(make_config(corpus, tmp_path / "other"))
     assert not list((tmp_path / "other").glob("*.idx"))
 

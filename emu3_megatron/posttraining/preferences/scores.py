@@ -200,7 +200,9 @@ def write_pairs(
         UserError: a folder is a dataset already, a score is of a candidate that does not exist, or no pair
             comes about, or only one where some are to be held out.
     """
-    for folder_of_pairs in (output, *([held_out.output] if held_out else [])):
+    # Where `output` has begun and not ended, what is held out is this job's own, of before it was killed.
+    begun = output.is_dir()
+    for folder_of_pairs in (output, *([held_out.output] if held_out and not begun else [])):
         if (folder_of_pairs / MANIFEST_NAME).exists():
             raise UserError(f"{folder_of_pairs} is a dataset already; choose another folder or remove it")
     _check_known(folder, scores)
@@ -224,6 +226,7 @@ def write_pairs(
     if held_out is not None:
         kept_back, chosen = _parted(folder, chosen, held_out.share)
         report.held_out = len(kept_back)
+        output.mkdir(parents=True, exist_ok=True)
         _write_dataset(folder, held_out.output, kept_back, num_shards)
     report.pairs = len(chosen)
     _write_dataset(folder, output, chosen, num_shards)
