@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from emu3_megatron.data.format import MAX_CAPTIONS
-from emu3_megatron.files import entry_id, printable
+from emu3_megatron.files import entry_id, entry_interval, printable
 from emu3_megatron.media import Interval, Media, MediaError
 
 CONTENT_KEYS = ("image", "video", "text")
@@ -17,9 +17,6 @@ CONTENT_KEYS = ("image", "video", "text")
 
 CAPTION_KEYS = ("caption", "captions")
 """Keys that only a picture has."""
-
-MAX_SECONDS = 1e9
-"""No video is longer."""
 
 
 @dataclass(frozen=True)
@@ -177,24 +174,10 @@ def _caption_list(values: Any) -> list[str]:
 
 def _interval(record: Mapping[str, Any]) -> Interval | None:
     """The part of a video that an entry means."""
-    start, end = (_seconds(record, key) for key in ("start", "end"))
-    if start is None and end is None:
-        return None
-    start = start or 0.0
-    if start < 0 or (end is not None and end <= start):
-        raise EntryError(f'has "start" {start:g} and "end" {end}; 0 <= start < end must hold')
-    return start, end
-
-
-def _seconds(record: Mapping[str, Any], key: str) -> float | None:
-    """The value of `key`, a finite number, where there is one."""
-    value = record.get(key)
-    if value is None:
-        return None
-    # Comparing, unlike converting, also works for whole numbers that no float can hold.
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) < MAX_SECONDS:
-        raise EntryError(f'has a "{key}" that is {str(value)[:40]!r}; it must be a number of seconds')
-    return float(value)
+    try:
+        return entry_interval(record)
+    except ValueError as error:
+        raise EntryError(str(error)) from error
 
 
 def _path(record: Mapping[str, Any], key: str) -> str:
