@@ -177,7 +177,8 @@ def judge(held_out: Score, seen: Score) -> list[str]:
         bar = held_out.baseline[name]
         mark = "pass" if value > bar else "FAIL"
         lines.append(f"{mark} {name}: {value:.2f} dB, above {bar:.2f} dB of block means at 15 bits")
-    lines.append(f"     codebook used on held-out photographs, which are few: {held_out.usage:.1%}")
+    mark = "pass" if held_out.usage > LEAST_USAGE else "FAIL"
+    lines.append(f"{mark} codebook used on held-out photographs: {held_out.usage:.1%}, above 50%")
     mark = "pass" if seen.usage > LEAST_USAGE else "FAIL"
     lines.append(f"{mark} codebook used on the photographs of training: {seen.usage:.1%}, above 50%")
     return lines
