@@ -15,6 +15,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
@@ -106,8 +107,7 @@ def measure_windows(folder: Path, documents: int) -> None:
         total = sum(size for *_, size in ranges)
 
         def windows(plan: Plan = plan, indices: list[int] = indices) -> None:
-            for index in indices:
-                plan.window(index)
+            deque(plan.windows(indices), maxlen=0)
 
         def raw(ranges: Ranges = ranges) -> None:
             for descriptor, first, size in ranges:

@@ -255,9 +255,9 @@ class _StepReader(Dataset["_Step | UserError | OSError"]):
 
     def read(self, first: int) -> list[Batch]:
         """The micro-batches of the step that begins with window `first`."""
-        batches = [
-            Batch.collate([self.plan.window(number) for number in numbers]) for numbers in self.windows(first)
-        ]
+        numbers = self.windows(first)
+        windows = self.plan.windows(list(itertools.chain.from_iterable(numbers)))
+        batches = [Batch.collate(list(itertools.islice(windows, len(each)))) for each in numbers]
         self.plan.build_ahead(first + self._step_windows)
         return batches
 

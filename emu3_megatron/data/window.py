@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -82,9 +83,14 @@ class Canvas:
     """The arrays of a window of `size` tokens, all padding at first."""
 
     def __init__(self, size: int, pad: int) -> None:
-        self.tokens = np.full(size, pad, dtype=np.int64)
-        self.labels = np.zeros(size, dtype=np.int64)
-        self.modality = np.full(size, Modality.PADDING, dtype=np.uint8)
+        # One allocation: malloc keeps it for the next window, and would give the pages of three back.
+        memory = np.empty(17 * size, dtype=np.uint8)
+        self.tokens = memory[: 8 * size].view(np.int64)
+        self.labels = memory[8 * size : 16 * size].view(np.int64)
+        self.modality = memory[16 * size :]
+        self.tokens.fill(pad)
+        self.labels.fill(0)
+        self.modality.fill(Modality.PADDING)
 
     def write(
         self,
@@ -124,7 +130,7 @@ class WindowBuilder:
     def __init__(self, index: int, size: int, *, alignment: int, pad: int) -> None:
         self._index, self._size, self._alignment = index, size, alignment
         self._canvas = Canvas(size, pad)
-        self._borders = [0]
+        self._end = 0
         self._segments: list[tuple[int, int, int, int]] = []
 
     def add(
@@ -138,64 +144,112 @@ class WindowBuilder:
         length: int,
     ) -> None:
         """Append tokens ``start`` to ``start + length - 1`` of a rendered document, see `Canvas.write`."""
-        at = self._borders[-1]
+        at = self._end
         self._canvas.write(ids, modality, start=start, length=length, at=at)
-        self._borders.append(at + -(-length // self._alignment) * self._alignment)
+        self._end = at + -(-length // self._alignment) * self._alignment
         self._segments.append((source, document, start, length))
 
     def finish(self) -> Window:
         """The window, padded to its size."""
-        source, document, start, length = (
-            np.array(column, dtype=np.int64) for column in zip(*self._segments, strict=True)
+        source, document, start, length = zip(*self._segments, strict=True)
+        segments = Segments(
+            offsets=np.array([0, len(source)]),
+            source=np.array(source, dtype=np.int16),
+            document=np.array(document, dtype=np.int64),
+            start=np.array(start, dtype=np.int32),
+            length=np.array(length, dtype=np.int32),
         )
-        return finish_window(
-            self._index,
-            self._canvas,
-            np.array(self._borders),
-            source=source,
-            document=document,
-            start=start,
-            length=length,
-        )
+        at, used = lay_segments(segments, self._size, self._alignment)
+        return cut_windows([self._index], self._canvas, segments, at, used)[0]
 
 
-def finish_window(
-    index: int,
-    canvas: Canvas,
-    borders: npt.NDArray[np.int64],
-    *,
-    source: npt.NDArray[np.integer],
-    document: npt.NDArray[np.integer],
-    start: npt.NDArray[np.integer],
-    length: npt.NDArray[np.integer],
-) -> Window:
-    """A window of D segments, with a segment of padding at its end where there is room.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Segments:
+    """The documents, or pieces of them, of W windows that are read together, window by window: N in all."""
+
+    offsets: npt.NDArray[np.int64]
+    """``[W + 1]``: borders of the windows among the segments."""
+    source: npt.NDArray[np.int16]
+    """``[N]``, as in `Window`; so are the others."""
+    document: npt.NDArray[np.int64]
+    start: npt.NDArray[np.int32]
+    length: npt.NDArray[np.int32]
+
+
+def lay_segments(
+    segments: Segments, size: int, alignment: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Where segments stand in the tokens of their windows, which lie end to end.
 
     Args:
-        index: Its number in the plan.
-        canvas: Its arrays, written.
-        borders: Of the segments, ``[D + 1]``.
-        source: As in `Window`, ``[D]``; so are the others.
-        document: See `Window`.
-        start: See `Window`.
-        length: See `Window`.
-    """
-    size = len(canvas.tokens)
-    ends = borders[-1] < size
+        segments: The windows'.
+        size: Tokens of a window.
+        alignment: Every segment takes a multiple of this many places.
 
-    def column(values: npt.NDArray[Any], last: int, dtype: type[_Integer]) -> npt.NDArray[_Integer]:
-        result = np.full(len(values) + ends, last, dtype=dtype)
-        result[: len(values)] = values
+    Returns:
+        ``[N]`` the first place of each; ``[W]`` the first place in each window that no segment takes.
+    """
+    places = -(-segments.length.astype(np.int64) // alignment) * alignment
+    ends = np.cumsum(places)
+    last = ends[segments.offsets[1:] - 1]
+    first_of_window = np.concatenate([last[:1] * 0, last[:-1]])
+    windows = np.repeat(np.arange(len(last)), np.diff(segments.offsets))
+    return ends - places + (size * np.arange(len(last)) - first_of_window)[windows], last - first_of_window
+
+
+def cut_windows(
+    indices: Sequence[int],
+    canvas: Canvas,
+    segments: Segments,
+    at: npt.NDArray[np.int64],
+    used: npt.NDArray[np.int64],
+) -> list[Window]:
+    """Windows that lie end to end in a canvas, each with a segment of padding at its end where there is room.
+
+    Args:
+        indices: Their numbers in the plan, ``[W]``.
+        canvas: Their tokens, written.
+        segments: The documents in them.
+        at: See `lay_segments`.
+        used: See `lay_segments`.
+    """
+    count = len(indices)
+    size = len(canvas.tokens) // count
+    padded = (used < size).astype(np.int64)
+    borders = segments.offsets + np.concatenate([[0], np.cumsum(padded)])
+    windows = np.repeat(np.arange(count), np.diff(segments.offsets))
+    places = np.arange(len(at)) + (borders[:-1] - segments.offsets[:-1])[windows]
+
+    def column(values: npt.NDArray[_Integer], last: int) -> npt.NDArray[_Integer]:
+        result = np.full(borders[-1], last, dtype=values.dtype)
+        result[places] = values
         return result
 
-    return Window(
-        index=index,
-        tokens=canvas.tokens,
-        labels=canvas.labels,
-        modality=canvas.modality,
-        cu_seqlens=column(borders, size, np.int32),
-        source=column(source, NO_SOURCE, np.int16),
-        document=column(document, -1, np.int64),
-        start=column(start, 0, np.int32),
-        length=column(length, 0, np.int32),
-    )
+    # A window has a border more than segments: where each begins, then its end.
+    cu_seqlens = np.full(borders[-1] + count, size, dtype=np.int32)
+    cu_seqlens[places + windows] = at - size * windows
+    room = np.flatnonzero(padded)
+    cu_seqlens[borders[room + 1] + room - 1] = used[room]
+    source = column(segments.source, NO_SOURCE)
+    document = column(segments.document, -1)
+    start = column(segments.start, 0)
+    length = column(segments.length, 0)
+    result = []
+    for place, (index, first, end) in enumerate(
+        zip(indices, borders[:-1].tolist(), borders[1:].tolist(), strict=True)
+    ):
+        tokens, here = slice(place * size, (place + 1) * size), slice(first, end)
+        result.append(
+            Window(
+                index=index,
+                tokens=canvas.tokens[tokens],
+                labels=canvas.labels[tokens],
+                modality=canvas.modality[tokens],
+                cu_seqlens=cu_seqlens[first + place : end + place + 1],
+                source=source[here],
+                document=document[here],
+                start=start[here],
+                length=length[here],
+            )
+        )
+    return result

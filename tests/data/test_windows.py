@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from emu3_megatron.data import (
     Window,
     reader,
 )
+from emu3_megatron.data import plan as plan_module
 from emu3_megatron.data.format import PROMPT_MODE, SPAN_MODE, TEXT_MODE, crc32c
 from emu3_megatron.data.index import ShardIndex
 from emu3_megatron.data.permutation import uniform
@@ -93,6 +95,26 @@ def test_windows_equal_the_reference(folder: Path, alignment: int) -> None:
             assert np.array_equal(getattr(window, name), getattr(expected, name)), (index, name)
         splits += int(np.count_nonzero(window.start))
     assert splits > 0
+
+
+@pytest.mark.parametrize("together", [1, 3, 1000])
+def test_windows_read_together_are_those_read_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, together: int
+) -> None:
+    """In any order, twice, from several blocks, with and without padding at their ends."""
+    monkeypatch.setattr(plan_module, "GROUP_TOKENS", together * CONTEXT_LENGTH)
+    plan = plan_of(folder, alignment=8)
+    indices = np.random.default_rng(0).integers(0, plan.windows_before(3), 60).tolist()
+    windows = list(plan.windows(indices))
+    assert [window.index for window in windows] == indices
+    assert {int(window.source[-1]) for window in windows} >= {-1, 0}
+    for index, window in zip(indices, windows, strict=True):
+        alone = plan.window(index)
+        for field in fields(Window):
+            values, expected = getattr(window, field.name), getattr(alone, field.name)
+            assert np.array_equal(values, expected), (index, field.name)
+            assert np.asarray(values).dtype == np.asarray(expected).dtype, field.name
+    assert list(plan.windows([])) == []
 
 
 def test_windows_of_more_files_than_may_be_open(folder: Path) -> None:
