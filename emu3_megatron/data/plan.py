@@ -167,15 +167,16 @@ class Plan:
         """
         group = max(1, GROUP_TOKENS // self.context_length)
         for first in range(0, len(indices), group):
-            yield from self._read(indices[first : first + group])
+            yield from self.read(indices[first : first + group])
 
-    def _read(self, indices: Sequence[int]) -> list[Window]:
-        """Windows that are laid end to end in one canvas, so that few calls read all their documents."""
-        if min(indices) < 0:
-            raise IndexError(f"window {min(indices)}: windows count from 0")
+    def read(self, indices: Sequence[int]) -> list[Window]:
+        """As `windows`, at once: laid end to end in one canvas, so that few calls read all their documents.
+
+        A plan whose documents become segments by other rules has its own.
+        """
         parts = []
         for index in indices:
-            block, local = self._locate(index)
+            block, local = self.locate(index)
             parts.append((block, slice(*block.window_offsets[local : local + 2].tolist())))
 
         def column(name: str) -> npt.NDArray[Any]:
@@ -223,7 +224,7 @@ class Plan:
     def ranges(self, first: int, last: int) -> Iterator[tuple[Block, int, int]]:
         """The blocks that hold windows ``first`` to ``last - 1``, each with its range: block, from, to."""
         while first < last:
-            block, local = self._locate(first)
+            block, local = self.locate(first)
             count = min(last - first, block.num_windows - local)
             yield block, local, local + count
             first += count
@@ -244,7 +245,10 @@ class Plan:
         """Count what windows ``start`` to ``start + num_windows - 1`` hold, without reading their tokens."""
         return count_windows(self, num_windows, start)
 
-    def _locate(self, index: int) -> tuple[Block, int]:
+    def locate(self, index: int) -> tuple[Block, int]:
+        """The block that holds window `index`, and the window's place in it."""
+        if index < 0:
+            raise IndexError(f"window {index}: windows count from 0")
         number, local = self._store.locate(index)
         return self._store.get(number), local
 

@@ -92,7 +92,7 @@ def test_windows_equal_the_template_in_numpy(folder: Path) -> None:
     numbers = set()
     for index in range(200):
         window = plan.window(index)
-        block, local = plan._locate(index)
+        block, local = plan.locate(index)
         canvas = Canvas(plan.context_length, VOCABULARY.pad)
         for place in np.flatnonzero(window.source >= 0).tolist():
             piece = int(block.window_offsets[local]) + place
@@ -260,7 +260,7 @@ def test_a_span_damaged_behind_alternatives_is_named(folder: Path) -> None:
     holding = [
         index
         for index in range(plan.windows_before(1))
-        for block, local in [plan._locate(index)]
+        for block, local in [plan.locate(index)]
         if number in block.document[block.window_offsets[local] : block.window_offsets[local + 1]]
     ]
     with pytest.raises(UserError, match=rf"sequence {first + 5} \(from byte {byte}\)"):

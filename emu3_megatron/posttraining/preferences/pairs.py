@@ -120,15 +120,16 @@ class PairPlan(Plan):
             open_windows=self.open_windows,
         )
 
-    def window(self, index: int) -> Window:
-        """Window `index`, from 0; reads its pairs.
+    def read(self, indices: Sequence[int]) -> list[Window]:
+        """Windows of these numbers.
 
         Raises:
             UserError: damaged data, or a document that is not a pair; names it.
         """
-        if index < 0:
-            raise IndexError(f"window {index}: windows count from 0")
-        ((block, local, _),) = self.ranges(index, index + 1)
+        return [self._pairs_of(index) for index in indices]
+
+    def _pairs_of(self, index: int) -> Window:
+        block, local = self.locate(index)
         builder = WindowBuilder(
             index, self.context_length, alignment=self.alignment, pad=self.mixture.vocabulary.pad
         )
