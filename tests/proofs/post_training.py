@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from PIL import Image
 
 from emu3_megatron.files import write_json_atomic
 from emu3_megatron.samples import Checker, caption
@@ -37,6 +36,10 @@ from emu3_megatron.samples.quickstart.statistics import mean_interval, wilson_in
 from emu3_megatron.samples.world import Scene, World, WorldConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from tests.proofs.sheets import write_sheet  # noqa: E402
+
 TRAINING = ROOT / "examples/configs/quickstart/training.yaml"
 WORLD = World(WorldConfig.preset("quickstart"))
 SIDE = WORLD.config.size
@@ -447,19 +450,6 @@ def share(marks: Sequence[Any] | np.ndarray[Any, Any]) -> str:
     return f"{right / max(1, total):.1%} [{low:.1%}, {high:.1%}] of {total}"
 
 
-def write_sheet(path: Path, rows: Sequence[Sequence[Path]]) -> None:
-    """Pictures in rows, enlarged twice, as one PNG."""
-    side, gap = 2 * SIDE, 4
-    size = [gap + (side + gap) * n for n in (max(map(len, rows)), len(rows))]
-    sheet = Image.new("RGB", (size[0], size[1]), (200, 200, 200))
-    for y, row in enumerate(rows):
-        for x, picture in enumerate(row):
-            with Image.open(picture) as opened:
-                enlarged = opened.resize((side, side), Image.Resampling.NEAREST)
-            sheet.paste(enlarged, (gap + x * (side + gap), gap + y * (side + gap)))
-    sheet.save(path)
-
-
 def write_sheets(folder: Path, columns: int = 12) -> None:
     """Before above after: ``quality.png`` of Chinese captions, ``preferences.png``; what is there of them."""
     drawn_by = [folder / f"drawn/{name}" for name in ("base", "quality")]
@@ -470,7 +460,7 @@ def write_sheets(folder: Path, columns: int = 12) -> None:
     }
     for name, rows in sheets.items():
         if all(path.exists() for row in rows for path in row):
-            write_sheet(folder / f"{name}.png", rows)
+            write_sheet(folder / f"{name}.png", rows, SIDE)
 
 
 PARTS: dict[str, Callable[[Proof], list[str]]] = {
