@@ -118,9 +118,11 @@ class VisionTrainer:
                     self.save_state()
         if self.averages is not None:
             self.averages.copy_to(self.tokenizer)
-        if self.codebook.initialised:
-            self.codebook.compact()
         self.tokenizer.eval().requires_grad_(True)
+        if self.codebook.initialised:
+            if self.config.loss.place_again:
+                self.codebook.initialise(*self._latents_of_draws())
+            self.codebook.compact()
         if reporter is not None:
             self.tokenizer.save_pretrained(self.folder)
             reporter.close()
@@ -204,10 +206,15 @@ class VisionTrainer:
         kernel = (frames, side, side)
         return nn.functional.max_pool3d(mask_BTHW[:, None], kernel, kernel)[:, 0]
 
-    @torch.no_grad()
     def _place_codes(self, rows_RD: Tensor, weights_R: Tensor) -> None:
         """Place the codebook among this step's latents, and those of as many more draws as are asked for."""
-        rows, weights = [rows_RD.detach()], [weights_R]
+        all_RD, all_R = self._latents_of_draws((rows_RD, weights_R))
+        self.codebook.initialise(all_RD, all_R, step_share=len(rows_RD) / len(all_RD))
+
+    @torch.no_grad()
+    def _latents_of_draws(self, *known: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Latents and their weights: those given, and further draws up to this process's `codebook_rows`."""
+        rows, weights = [rows_RD.detach() for rows_RD, _ in known], [weights_R for _, weights_R in known]
         wanted = self.config.loss.codebook_rows // world_size()
         while sum(map(len, rows)) < wanted:
             # Of later steps, so that images and clips are mixed as in the training.
@@ -217,8 +224,7 @@ class VisionTrainer:
             more_RD, _, more_R = self._rows(latents_BDthw, _foreground(batch))
             rows.append(more_RD)
             weights.append(more_R)
-        all_RD, all_R = torch.cat(rows), torch.cat(weights)
-        self.codebook.initialise(all_RD, all_R, step_share=len(rows_RD) / len(all_RD))
+        return torch.cat(rows), torch.cat(weights)
 
     def _on_device(self, batch: Batch) -> Batch:
         return Batch(pixels=batch.pixels.to(self.device), background=batch.background.to(self.device))

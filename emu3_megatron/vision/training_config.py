@@ -112,6 +112,9 @@ class LossConfig:
     codebook_rows: int = 0
     """Latents, over all processes, among which the codes are placed; 0: those of one step. Several for each
     code are needed."""
+    place_again: bool = False
+    """Whether to place the codes once more after the last step, by k-means among `codebook_rows` latents: the
+    mean of many, where moving averages over the few latents of a step give the mean of the last ones."""
     perceptual_weight: float = 0.0
     """LPIPS (Zhang et al. 2018), beside the squared error of weight 1; 0: none."""
     perceptual_network: Network = "vgg"
@@ -252,6 +255,11 @@ class VisionTrainingConfig:
             raise ValueError(f"data.scale is {[low, high]}: give a least and a largest factor above 0")
 
     def _check_losses(self) -> None:
+        if self.loss.place_again and self.loss.codebook_rows < self.model.codebook_size:
+            raise ValueError(
+                f"loss.place_again takes latents to place {self.model.codebook_size} codes among, and "
+                f"loss.codebook_rows is {self.loss.codebook_rows}: set it to several for each code"
+            )
         side = min(self.data.height, self.data.width, self.schedule.crop or self.data.height)
         if self.loss.perceptual_weight and side < LEAST_SIDE:
             raise ValueError(

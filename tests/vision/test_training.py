@@ -91,6 +91,20 @@ def test_a_run_that_reports_nothing_on_the_way_reports_its_last_step(tmp_path: P
     assert trained.fingerprint == usual.fingerprint
 
 
+def test_codes_placed_again_stand_nearer_to_the_latents(tmp_path: Path) -> None:
+    dataset = squares()
+    pixels = dataset.images(torch.arange(40)) / 127.5 - 1
+    errors = {}
+    for again in (False, True):
+        loss = LossConfig(continuous_steps=4, codebook_rows=512, place_again=again)
+        run = config(tmp_path / str(again), loss=loss)
+        tokenizer = VisionTrainer(run, dataset).fit()
+        latents = tokenizer.encode_latents(pixels)
+        errors[again] = float((latents - tokenizer.vectors_of(tokenizer.codes_of(latents))).square().mean().detach())
+        assert VisionTrainer(run, dataset).fit().fingerprint == tokenizer.fingerprint
+    assert errors[True] < errors[False]
+
+
 @pytest.mark.slow
 def test_it_learns_images_and_clips(tmp_path: Path) -> None:
     dataset = squares()
@@ -215,6 +229,7 @@ def test_the_learning_rate_rises_and_falls() -> None:
         ({"schedule": ScheduleConfig(steps=0)}, r"schedule\.steps is 0"),
         ({"schedule": ScheduleConfig(decoded_frames=0)}, r"schedule\.decoded_frames is 0"),
         ({"data": DataConfig(height=0, width=16)}, r"data\.height is 0"),
+        ({"loss": LossConfig(place_again=True)}, r"loss\.codebook_rows is 0"),
         ({"log_every": -1}, r"log_every is -1: it must be at least 0"),
     ],
 )
