@@ -100,7 +100,9 @@ def test_codes_placed_again_stand_nearer_to_the_latents(tmp_path: Path) -> None:
         run = config(tmp_path / str(again), loss=loss)
         tokenizer = VisionTrainer(run, dataset).fit()
         latents = tokenizer.encode_latents(pixels)
-        errors[again] = float((latents - tokenizer.vectors_of(tokenizer.codes_of(latents))).square().mean().detach())
+        errors[again] = float(
+            (latents - tokenizer.vectors_of(tokenizer.codes_of(latents))).square().mean().detach()
+        )
         assert VisionTrainer(run, dataset).fit().fingerprint == tokenizer.fingerprint
     assert errors[True] < errors[False]
 
