@@ -27,6 +27,7 @@ from typing import Any
 
 import numpy as np
 import yaml
+from PIL import Image
 
 from emu3_megatron.files import write_json_atomic
 from emu3_megatron.samples import Checker, caption
@@ -36,10 +37,6 @@ from emu3_megatron.samples.quickstart.statistics import mean_interval, wilson_in
 from emu3_megatron.samples.world import Scene, World, WorldConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
-
-from tests.proofs.sheets import write_sheet  # noqa: E402
-
 TRAINING = ROOT / "examples/configs/quickstart/training.yaml"
 WORLD = World(WorldConfig.preset("quickstart"))
 SIDE = WORLD.config.size
@@ -450,17 +447,22 @@ def share(marks: Sequence[Any] | np.ndarray[Any, Any]) -> str:
     return f"{right / max(1, total):.1%} [{low:.1%}, {high:.1%}] of {total}"
 
 
-def write_sheets(folder: Path, columns: int = 12) -> None:
-    """Before above after: ``quality.png`` of Chinese captions, ``preferences.png``; what is there of them."""
-    drawn_by = [folder / f"drawn/{name}" for name in ("base", "quality")]
-    rated = [folder / f"candidates/{name}" for name in ("before", "after")]
+def write_sheets(folder: Path) -> None:
+    """Rows before above rows after: ``quality.png`` of Chinese captions, ``preferences.png``; what is there."""
+    from emu3_megatron.inference.results import SHEET_FRAMES, contact_sheet
+    from emu3_megatron.media import write_png
+
     sheets = {
-        "quality": [[each / f"zh-{n:03d}.png" for n in range(columns)] for each in drawn_by],
-        "preferences": [[each / f"images/{n:06d}-0.png" for n in range(columns)] for each in rated],
+        "quality": [folder / f"drawn/{name}/zh-{{:03d}}.png" for name in ("base", "quality")],
+        "preferences": [folder / f"candidates/{name}/images/{{:06d}}-0.png" for name in ("before", "after")],
     }
-    for name, rows in sheets.items():
+    for name, versions in sheets.items():
+        starts = range(0, 3 * SHEET_FRAMES, SHEET_FRAMES)
+        numbers = [range(start, start + SHEET_FRAMES) for start in starts]
+        rows = [[Path(str(each).format(n)) for n in row] for row in numbers for each in versions]
         if all(path.exists() for row in rows for path in row):
-            write_sheet(folder / f"{name}.png", rows, SIDE)
+            pictures = [np.stack([np.asarray(Image.open(path)) for path in row]) for row in rows]
+            write_png(folder / f"{name}.png", contact_sheet(pictures))
 
 
 PARTS: dict[str, Callable[[Proof], list[str]]] = {
