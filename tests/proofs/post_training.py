@@ -448,7 +448,7 @@ def share(marks: Sequence[Any] | np.ndarray[Any, Any]) -> str:
 
 
 def write_sheets(folder: Path) -> None:
-    """Rows before above rows after: ``quality.png`` (Chinese captions), ``preferences.png``; what is there."""
+    """Before above after, where both are: ``quality.png`` (Chinese captions) and ``preferences.png``."""
     from emu3_megatron.inference.results import SHEET_FRAMES, contact_sheet
     from emu3_megatron.media import write_png
 
