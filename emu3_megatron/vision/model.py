@@ -32,6 +32,7 @@ from emu3_megatron.vision.layers import (
     Upsample,
     swish,
 )
+from emu3_megatron.vision.winograd import WinogradConv2d, fits
 
 DISTANCES_AT_ONCE = 1 << 22
 """Most elements of the [rows, codes] distances that `nearest_codes` holds at a time: 16 MiB in fp32."""
@@ -52,6 +53,14 @@ def exact_convolutions() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.allow_tf32 = before
+
+
+def _use_winograd(network: nn.Module) -> None:
+    """Put `WinogradConv2d` in the place of the convolutions within `network` that it fits."""
+    for module in list(network.modules()):
+        for name, inner in list(module.named_children()):
+            if isinstance(inner, nn.Conv2d) and fits(inner):
+                setattr(module, name, WinogradConv2d(inner))
 
 
 class Middle(nn.Module):
@@ -360,8 +369,9 @@ class VisionTokenizer(nn.Module):
         cost nothing, and codes hang on them. Pixels and codes keep their types. Take `fingerprint` before.
 
         Args:
-            dtype: arithmetic of the 2D networks: float32, or bfloat16 where the hardware has it. bfloat16
-                changes some codes: docs/vision-tokenizer.md has figures.
+            dtype: arithmetic of the 2D networks: float32, or bfloat16, which changes some codes:
+                docs/vision-tokenizer.md has figures. A CPU without AMX multiplies matrices no faster in
+                bfloat16; it is given `winograd` in fp32 instead, which is faster and nearer to fp32.
             channels_last: memory order of convolutions. It changes the order of additions, so that a code may
                 differ from the reference's where two codebook vectors are nearly equally near.
 
@@ -369,9 +379,14 @@ class VisionTokenizer(nn.Module):
             This tokenizer.
         """
         kept = (self.encoder.norm_out, self.encoder.conv_out)
+        slow = self.device.type == "cpu" and not torch.cpu._is_amx_tile_supported()
         for network in (self.encoder, self.decoder):
             for name, part in network.named_children():
-                if name not in ("time_conv", "time_res_stack") and part not in kept:
+                if name in ("time_conv", "time_res_stack") or part in kept:
+                    continue
+                if dtype == torch.bfloat16 and slow:
+                    _use_winograd(part)
+                else:
                     part.to(dtype)
         for weight in self.parameters():
             if channels_last and weight.dim() == 4:
