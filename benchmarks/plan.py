@@ -136,7 +136,7 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--documents", type=int, default=50_000, help="documents of each source")
-    parser.add_argument("--blocks", type=int, default=9, help="blocks built")
+    parser.add_argument("--blocks", type=int, default=25, help="blocks built")
     parser.add_argument("--folder", help="where to write; a temporary folder by default")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:

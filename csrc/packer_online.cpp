@@ -13,6 +13,7 @@ namespace {
 
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 
+template <bool Crowded>
 class OnlinePacker {
    public:
     OnlinePacker(const Units& units, int64_t open_windows, int64_t expected)
@@ -185,7 +186,7 @@ class OnlinePacker {
 
     Units units_;
     int64_t limit_;
-    RoomIndex<true> rooms_;
+    RoomIndex<true, Crowded> rooms_;
     std::vector<Window> windows_;
     std::vector<std::vector<Entry>> more_;
     std::vector<int32_t> free_;
@@ -194,6 +195,26 @@ class OnlinePacker {
     std::vector<std::pair<size_t, int32_t>> later_;  // pieces that do not begin their document
     Packed out_;
 };
+
+template <bool Crowded>
+Packed pack(const PackInput& input, const PackOptions& options, const Units& units) {
+    OnlinePacker<Crowded> packer(units, options.open_windows, input.size);
+    for (int64_t index = 0; index < input.size; ++index) {
+        const int32_t document = static_cast<int32_t>(index);
+        const int32_t size = units.of(input.lengths[index]);
+        const Piece piece{document, 0, input.lengths[index]};
+        if (size <= units.capacity && !(options.fill && input.splits(index))) {
+            packer.add_whole(piece, size);
+        } else if (!input.splits(index)) {
+            packer.drop(document);
+        } else if (options.fill) {
+            packer.add_poured(piece, size);
+        } else {
+            packer.add_split(piece, size);
+        }
+    }
+    return packer.finish();
+}
 
 }  // namespace
 
@@ -221,22 +242,9 @@ Units Units::check(const PackInput& input, const PackOptions& options) {
 
 Packed pack_online(const PackInput& input, const PackOptions& options) {
     const Units units = Units::check(input, options);
-    OnlinePacker packer(units, options.open_windows, input.size);
-    for (int64_t index = 0; index < input.size; ++index) {
-        const int32_t document = static_cast<int32_t>(index);
-        const int32_t size = units.of(input.lengths[index]);
-        const Piece piece{document, 0, input.lengths[index]};
-        if (size <= units.capacity && !(options.fill && input.splits(index))) {
-            packer.add_whole(piece, size);
-        } else if (!input.splits(index)) {
-            packer.drop(document);
-        } else if (options.fill) {
-            packer.add_poured(piece, size);
-        } else {
-            packer.add_split(piece, size);
-        }
-    }
-    return packer.finish();
+    // Measured with documents of text, images and video: a tenth faster at 5,120, slower from 16,384 on.
+    const bool crowded = units.capacity <= 8192;
+    return crowded ? pack<true>(input, options, units) : pack<false>(input, options, units);
 }
 
 }  // namespace emu3

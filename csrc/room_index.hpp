@@ -20,13 +20,18 @@ class BitIndex {
           tops_(groups_.size() / 64 + 1) {}
 
     void insert(int32_t value) {
-        words_[value >> 6] |= bit(value);
+        const uint64_t before = words_[value >> 6];
+        words_[value >> 6] = before | bit(value);
+        if (before != 0) return;
         groups_[value >> 12] |= bit(value >> 6);
         tops_[value >> 18] |= bit(value >> 12);
     }
 
-    void erase(int32_t value) {
-        if ((words_[value >> 6] &= ~bit(value)) != 0) return;
+    void erase(int32_t value) { erase_if(value, true); }
+
+    // Erases without a branch on `condition`.
+    void erase_if(int32_t value, bool condition) {
+        if ((words_[value >> 6] &= ~(uint64_t{condition} << (value & 63))) != 0) return;
         if ((groups_[value >> 12] &= ~bit(value >> 6)) != 0) return;
         tops_[value >> 18] &= ~bit(value >> 12);
     }
@@ -72,8 +77,12 @@ class BitIndex {
     std::vector<uint64_t> words_, groups_, tops_;
 };
 
-// Windows by room. Removable says whether a window may leave from the middle of its bucket (it costs a link).
-template <bool Removable>
+// Windows by room.
+//
+// Removable: a window may leave from the middle of its bucket (it costs a link). Crowded: whether a bucket holds one
+// window or several is not guessed but computed, which is faster where it is a toss-up, and slower where nearly
+// every bucket holds one.
+template <bool Removable, bool Crowded = false>
 class RoomIndex {
    public:
     explicit RoomIndex(int32_t capacity) : rooms_(capacity + 1), first_(capacity + 1, -1) {}
@@ -81,18 +90,16 @@ class RoomIndex {
     // Make room for windows numbered below `count`.
     void grow(size_t count) {
         next_.resize(count);
-        if (Removable) previous_.resize(count);
+        if (Removable) previous_.resize(count + 1);
     }
 
     // Remember `window` with `room` >= 1 left; it becomes the first of its bucket.
     void insert(int32_t window, int32_t room) {
         const int32_t head = first_[room];
-        if (head < 0) rooms_.insert(room);
+        if (Crowded || head < 0) rooms_.insert(room);
         next_[window] = head;
-        if (Removable) {
-            previous_[window] = -1;
-            if (head >= 0) previous_[head] = window;
-        }
+        link(window, -1);
+        if (Crowded || head >= 0) link(head, window);
         first_[room] = window;
     }
 
@@ -101,10 +108,13 @@ class RoomIndex {
         const int32_t window = first_[room];
         const int32_t next = next_[window];
         first_[room] = next;
-        if (next < 0) {
+        if (Crowded) {
+            rooms_.erase_if(room, next < 0);
+            link(next, -1);
+        } else if (next < 0) {
             rooms_.erase(room);
-        } else if (Removable) {
-            previous_[next] = -1;
+        } else {
+            link(next, -1);
         }
         return window;
     }
@@ -112,12 +122,13 @@ class RoomIndex {
     // Forget `window`, which has `room` left.
     void remove(int32_t window, int32_t room) {
         static_assert(Removable, "a singly linked bucket gives up its first window only");
-        if (previous_[window] < 0) {
+        const int32_t previous = previous_[window + 1];
+        if (previous < 0) {
             pop(room);
             return;
         }
-        next_[previous_[window]] = next_[window];
-        if (next_[window] >= 0) previous_[next_[window]] = previous_[window];
+        next_[previous] = next_[window];
+        link(next_[window], previous);
     }
 
     // Smallest room >= `room` that a window has, or -1; `room` is at most the capacity.
@@ -127,9 +138,13 @@ class RoomIndex {
     int32_t roomiest() const { return rooms_.largest(); }
 
    private:
+    void link(int32_t window, int32_t previous) {
+        if (Removable) previous_[window + 1] = previous;
+    }
+
     BitIndex rooms_;
     std::vector<int32_t> first_;
-    std::vector<int32_t> next_, previous_;
+    std::vector<int32_t> next_, previous_;  // previous_ of window w at w + 1, so that -1, no window, has a place
 };
 
 }  // namespace emu3
