@@ -146,7 +146,7 @@ def resident(field: str) -> int:
 
 
 def measure(queue: Any, case: int, peers: list[str], folder: str, capacity: int) -> None:
-    """In a process of its own: CPU seconds of the first call and of later ones, windows, fill, documents, memory.
+    """In a process of its own: CPU seconds of the first and of later calls, windows, fill, documents, memory.
 
     Memory is the peak of the first call, in bytes above what was there before.
     """
