@@ -34,8 +34,8 @@ import numpy.typing as npt
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from emu3_megatron.media import OpenVideo, frame_source  # noqa: E402
-from tests.media.clips import CLIPS, decode_in_order, encode  # noqa: E402
+from emu3_megatron.media import OpenVideo, frame_source
+from tests.media.clips import CLIPS, decode_in_order, encode
 
 Frames = npt.NDArray[np.uint8]
 Source = Callable[[Path, Sequence[int]], Frames]

@@ -22,17 +22,17 @@ from emu3_megatron.parallel import platform
 warnings.filterwarnings("ignore")
 PLATFORM = platform.install("cpu")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig  # noqa: E402
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer  # noqa: E402
-from torch import nn  # noqa: E402
+import numpy as np
+import torch
+import torch.nn.functional as F
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from torch import nn
 
-from emu3_megatron.model import ModelConfig, build_model  # noqa: E402
-from emu3_megatron.parallel.config import ParallelConfig  # noqa: E402
-from emu3_megatron.parallel.context import packed_sequence_parameters  # noqa: E402
-from emu3_megatron.parallel.groups import initialize_parallel  # noqa: E402
+from emu3_megatron.model import ModelConfig, build_model
+from emu3_megatron.parallel.config import ParallelConfig
+from emu3_megatron.parallel.context import packed_sequence_parameters
+from emu3_megatron.parallel.groups import initialize_parallel
 
 EQUAL_ROW = 128
 

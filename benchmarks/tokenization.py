@@ -20,10 +20,10 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from emu3_megatron.text import train_sentencepiece  # noqa: E402
-from emu3_megatron.tokenization import TokenizationConfig, TokenizationJob  # noqa: E402
-from emu3_megatron.vision import VisionTokenizer, VisionTokenizerConfig  # noqa: E402
-from tests.media.clips import CLIPS, PHOTOGRAPHS  # noqa: E402
+from emu3_megatron.text import train_sentencepiece
+from emu3_megatron.tokenization import TokenizationConfig, TokenizationJob
+from emu3_megatron.vision import VisionTokenizer, VisionTokenizerConfig
+from tests.media.clips import CLIPS, PHOTOGRAPHS
 
 IMAGES = ("astronaut.png", "rocket.jpg", "coffee.png", "chelsea.png", "camera.png", "motorcycle_left.png")
 VIDEOS = ("bikes.mp4", "carphone_pristine.mp4", "bigbuckbunny.mp4")

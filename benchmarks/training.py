@@ -27,26 +27,26 @@ from emu3_megatron.parallel import platform
 warnings.filterwarnings("ignore")
 PLATFORM = platform.install("cpu")
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
+import numpy as np
+import torch
+import transformers
 
-from emu3_megatron.conversion import configuration  # noqa: E402
-from emu3_megatron.conversion.maps import LAYOUTS, WeightMap, canonical_names  # noqa: E402
-from emu3_megatron.data import ShardWriter, write_manifest  # noqa: E402
-from emu3_megatron.data.window import Window  # noqa: E402
-from emu3_megatron.grammar import Dialect, Image, Modality  # noqa: E402
-from emu3_megatron.model import ModelConfig  # noqa: E402
-from emu3_megatron.parallel.config import ParallelConfig  # noqa: E402
-from emu3_megatron.parallel.groups import initialize_parallel  # noqa: E402
-from emu3_megatron.text import ByteTokenizer  # noqa: E402
-from emu3_megatron.training import config as settings  # noqa: E402
-from emu3_megatron.training.callbacks import Callback  # noqa: E402
-from emu3_megatron.training.data import TrainingData  # noqa: E402
-from emu3_megatron.training.metrics import StepReport  # noqa: E402
-from emu3_megatron.training.modules import unwrap  # noqa: E402
-from emu3_megatron.training.trainer import Trainer  # noqa: E402
-from emu3_megatron.vocabulary import Vocabulary  # noqa: E402
+from emu3_megatron.conversion import configuration
+from emu3_megatron.conversion.maps import LAYOUTS, WeightMap, canonical_names
+from emu3_megatron.data import ShardWriter, write_manifest
+from emu3_megatron.data.window import Window
+from emu3_megatron.grammar import Dialect, Image, Modality
+from emu3_megatron.model import ModelConfig
+from emu3_megatron.parallel.config import ParallelConfig
+from emu3_megatron.parallel.groups import initialize_parallel
+from emu3_megatron.text import ByteTokenizer
+from emu3_megatron.training import config as settings
+from emu3_megatron.training.callbacks import Callback
+from emu3_megatron.training.data import TrainingData
+from emu3_megatron.training.metrics import StepReport
+from emu3_megatron.training.modules import unwrap
+from emu3_megatron.training.trainer import Trainer
+from emu3_megatron.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary.preset("emu3")
 LEARNING_RATE, WEIGHT_DECAY, CLIP = 1e-4, 0.1, 1.0

@@ -18,9 +18,9 @@ from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-import common  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
+import common
+import torch
+import torch.nn.functional as F
 
 HEADS, GROUPS, SIZE = 32, 8, 128
 DENSE_LIMIT = 16_384

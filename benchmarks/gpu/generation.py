@@ -18,15 +18,15 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-import common  # noqa: E402
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import common
+import numpy as np
+import torch
 
-from emu3_megatron.grammar import Dialect  # noqa: E402
-from emu3_megatron.model import ModelConfig  # noqa: E402
-from emu3_megatron.parallel.config import ParallelConfig  # noqa: E402
-from emu3_megatron.text.bytes import ByteTokenizer  # noqa: E402
-from emu3_megatron.vocabulary import Vocabulary  # noqa: E402
+from emu3_megatron.grammar import Dialect
+from emu3_megatron.model import ModelConfig
+from emu3_megatron.parallel.config import ParallelConfig
+from emu3_megatron.text.bytes import ByteTokenizer
+from emu3_megatron.vocabulary import Vocabulary
 
 GUIDANCE, TOP_K = 3.0, 2048
 BLOCK = 1 << 30

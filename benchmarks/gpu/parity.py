@@ -17,10 +17,10 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-import common  # noqa: E402
-import torch  # noqa: E402
+import common
+import torch
 
-from emu3_megatron.model import ModelConfig  # noqa: E402
+from emu3_megatron.model import ModelConfig
 
 WINDOW, DOCUMENT = 512, 120
 

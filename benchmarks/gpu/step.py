@@ -15,12 +15,12 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[2])]
 
-import common  # noqa: E402
-import torch  # noqa: E402
+import common
+import torch
 
-from emu3_megatron.model import ModelConfig  # noqa: E402
-from emu3_megatron.training.throughput import device_peak_tflops, training_flops  # noqa: E402
-from emu3_megatron.vocabulary import Vocabulary  # noqa: E402
+from emu3_megatron.model import ModelConfig
+from emu3_megatron.training.throughput import device_peak_tflops, training_flops
+from emu3_megatron.vocabulary import Vocabulary
 
 RECOMPUTE_FROM = 32_768
 

@@ -31,15 +31,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from emu3_megatron.conversion import configuration  # noqa: E402
-from emu3_megatron.conversion.lazy import LazyTensors  # noqa: E402
-from emu3_megatron.conversion.maps import LAYOUTS, WeightMap  # noqa: E402
-from emu3_megatron.conversion.tensor_files import write_tensors  # noqa: E402
-from emu3_megatron.model import ModelConfig  # noqa: E402
-from emu3_megatron.vocabulary import Vocabulary  # noqa: E402
+from emu3_megatron.conversion import configuration
+from emu3_megatron.conversion.lazy import LazyTensors
+from emu3_megatron.conversion.maps import LAYOUTS, WeightMap
+from emu3_megatron.conversion.tensor_files import write_tensors
+from emu3_megatron.model import ModelConfig
+from emu3_megatron.vocabulary import Vocabulary
 
 LARGEST_ANONYMOUS = 6e9
 SLOWEST = 0.6

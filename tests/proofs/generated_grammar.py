@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.inference import worlds  # noqa: E402
+from tests.inference import worlds
 
 SHOW_EVERY = 50
 

@@ -24,7 +24,7 @@ from emu3_megatron.parallel import platform
 
 platform.install("cpu")
 
-from tests.training import forked, layouts, runs  # noqa: E402
+from tests.training import forked, layouts, runs
 
 LAYERS = ["--model.num_layers", "8"]
 """Four interleaved stages of two groups need eight layers."""

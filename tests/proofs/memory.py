@@ -18,8 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests import programs  # noqa: E402
-from tests.training import layouts, runs  # noqa: E402
+from tests import programs
+from tests.training import layouts, runs
 
 TOLERANCE = 0.15
 WINDOW = 1024

@@ -22,11 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from emu3_megatron.parallel import platform  # noqa: E402
+from emu3_megatron.parallel import platform
 
 platform.install("cpu")
 
-from tests.training import forked, layouts, runs  # noqa: E402
+from tests.training import forked, layouts, runs
 
 SAVE = ["--checkpoint.interval", "2"]
 SAME = ("one process", "dp2", "tp2-sp", "pp2-interleaved", "cp2", "tp2-dp2-sp")

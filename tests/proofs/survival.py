@@ -23,13 +23,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from emu3_megatron.parallel import platform  # noqa: E402
+from emu3_megatron.parallel import platform
 
 platform.install("cpu")
 
-from emu3_megatron.training import checkpoint_files as files  # noqa: E402
-from emu3_megatron.training.checkpoint_choice import newest_valid  # noqa: E402
-from tests.training import forked, runs  # noqa: E402
+from emu3_megatron.training import checkpoint_files as files
+from emu3_megatron.training.checkpoint_choice import newest_valid
+from tests.training import forked, runs
 
 MODEL = ["--model.hidden_size", "256", "--model.ffn_hidden_size", "768", "--trainer.global_batch_size", "1"]
 """Large enough that a save takes longer than looking at a folder, with short steps."""

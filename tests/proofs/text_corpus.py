@@ -30,11 +30,11 @@ import psutil
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from emu3_megatron.text import QwenTokenizer, SentencePieceTokenizer, load_text_tokenizer  # noqa: E402
-from emu3_megatron.text.sentence_piece import train_sentencepiece  # noqa: E402
-from emu3_megatron.tokenization.text_inputs import LinePart  # noqa: E402
-from emu3_megatron.tokenization.text_job import TextJobConfig, TextShards  # noqa: E402
-from emu3_megatron.vocabulary import Vocabulary  # noqa: E402
+from emu3_megatron.text import QwenTokenizer, SentencePieceTokenizer, load_text_tokenizer
+from emu3_megatron.text.sentence_piece import train_sentencepiece
+from emu3_megatron.tokenization.text_inputs import LinePart
+from emu3_megatron.tokenization.text_job import TextJobConfig, TextShards
+from emu3_megatron.vocabulary import Vocabulary
 
 LIMIT_BYTES = 10**9
 LEAST_SHARE = 0.9

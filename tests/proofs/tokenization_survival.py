@@ -27,13 +27,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import torch
 
-from emu3_megatron.media import write_mp4, write_png  # noqa: E402
-from emu3_megatron.text import train_sentencepiece  # noqa: E402
-from emu3_megatron.tokenization import TokenizationConfig, tokenize  # noqa: E402
-from emu3_megatron.vision import VisionTokenizer, VisionTokenizerConfig  # noqa: E402
+from emu3_megatron.media import write_mp4, write_png
+from emu3_megatron.text import train_sentencepiece
+from emu3_megatron.tokenization import TokenizationConfig, tokenize
+from emu3_megatron.vision import VisionTokenizer, VisionTokenizerConfig
 
 FORK = multiprocessing.get_context("fork")
 """Spares the imports; nothing above starts a thread."""

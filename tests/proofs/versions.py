@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from tests.training import runs  # noqa: E402
+from tests.training import runs
 
 SAME_LAYOUT, OTHER_LAYOUT = 1e-6, 1e-5
 SAVED, PROCESSES = 10, 2
