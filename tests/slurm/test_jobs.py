@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -127,7 +128,8 @@ def test_a_node_taken_away_is_survived_on_the_other(workplace: Workplace, refere
         state = workplace.cluster.wait_for(number)
         assert state == "COMPLETED", workplace.explain("stage1", number)
         assert workplace.cluster.job(number)["NodeList"] != lost
-        assert "step-00000010: step 10" in workplace.explain("stage1", number)
+        # A busy machine takes more than ten steps before the node is missed: any checkpoint will do.
+        assert re.search(r"resumed .*step-000000[123]0: step [123]0", workplace.explain("stage1", number))
         check_curve(run, reference)
     finally:
         workplace.cluster.bring_node_back(lost)
